@@ -1,0 +1,274 @@
+"""Contrastive activation addition: read activations of contrast pairs, keep a steering vector with its papers.
+
+Extract (here), aggregate (`directions`), apply (`hooks`, `steer`). Rimsky et al. 2023 (arXiv:2312.06681); the all-position
+variant with one padded pair is that of the "steering vector reconstruction" source study.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
+
+from helpers import models, prompts
+from helpers.hooks import Positions, capture, resid_post
+from helpers.prompts import FILLER, SPECIAL, SYSTEM, AnswerPair, SystemPair, TextPair, Tokens
+from helpers.store import digest, write_file
+
+
+class Halves(NamedTuple):
+    """Activations of both sides of every pair at every layer read: `pos` and `neg` (pairs, layers, d_model), float32."""
+
+    pos: Tensor
+    neg: Tensor
+    layers: list[int]
+    passes: int
+    seconds: float
+
+    def at(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(pos, neg), each (pairs, d_model), at one layer."""
+        i = self.layers.index(layer)
+        return self.pos[:, i], self.neg[:, i]
+
+
+def tokens_of(tokenizer: Any, pair: SystemPair | AnswerPair | TextPair) -> tuple[Tokens, Tokens]:
+    """The positive and the negative text of a pair as the model sees them."""
+    if isinstance(pair, SystemPair):
+        return tuple(prompts.chat(tokenizer, pair.question, system=s) for s in (pair.positive, pair.negative))
+    if isinstance(pair, AnswerPair):
+        return tuple(prompts.chat(tokenizer, pair.question, answer=a) for a in (pair.positive, pair.negative))
+    return prompts.plain(tokenizer, pair.positive), prompts.plain(tokenizer, pair.negative)
+
+
+def read(
+    model: Any,
+    sequences: Sequence[Tokens],
+    layers: Sequence[int],
+    where: str | Sequence[int] = "last",
+    masks: Sequence[Tensor] | None = None,
+    batch_size: int = 32,
+    attend_filler: bool = True,
+) -> Tensor:
+    """Mean residual over the chosen positions of each sequence: (sequences, layers, d_model) float32, summed in float64.
+
+    `where` as in `prompts.positions`, or `masks`, one bool (tokens,) per sequence. Runs no deeper than the last layer asked.
+    """
+    layers = list(layers)
+    out = torch.empty(len(sequences), len(layers), model.cfg.d_model)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc="read", leave=False, disable=len(starts) < 4 or None):
+        rows = order[start : start + batch_size]
+        batch = prompts.pad([sequences[i] for i in rows], model.tokenizer.pad_token_id, side="right")
+        if masks is None:
+            chosen = prompts.positions(batch, where).prompt
+        else:
+            chosen = torch.zeros_like(batch.mask)
+            for r, i in enumerate(rows):
+                chosen[r, : len(masks[i])] = masks[i]
+        if not chosen.any(1).all():
+            row = rows[int((~chosen.any(1)).nonzero()[0])]
+            text = model.tokenizer.decode(sequences[row].ids)[:60]
+            raise ValueError(f"no position {where!r} in sequence {row} ({text!r}…); it would average nothing")
+        with capture(model, layers, stop=True) as acts:
+            models.run(model, batch, attend_filler=attend_filler)
+        weight = (chosen / chosen.sum(1, keepdim=True)).double()
+        for k, layer in enumerate(layers):
+            weighted = torch.einsum("bt,btd->bd", weight.to(acts[layer].device), acts[layer].double())
+            out[rows, k] = weighted.float().cpu()
+    return out
+
+
+def extract(
+    model: Any,
+    pairs: Sequence[SystemPair | AnswerPair | TextPair],
+    layers: Sequence[int],
+    where: str | Sequence[int] = "last",
+    batch_size: int = 32,
+) -> Halves:
+    """Activations of both halves of each pair, averaged over `where` (default: the last token, as in CAA)."""
+    began = time.perf_counter()
+    both = [tokens_of(model.tokenizer, pair) for pair in pairs]
+    acts = read(model, [s for sides in both for s in sides], layers, where, batch_size=batch_size)
+    return Halves(acts[0::2], acts[1::2], list(layers), 2 * len(pairs), time.perf_counter() - began)
+
+
+def padded_masks(one: Tokens, other: Tokens) -> dict[str, Tensor]:
+    """The position sets of a padded pair, each (tokens,) bool and the same for both halves.
+
+    every: all positions, as the source study did (first token, specials and fillers included) · before: up to the contrast ·
+    contrast: inside the system prompt, fillers of either half out · after: past the system prompt, specials out ·
+    masked: contrast and after together.
+    """
+    a, b = torch.tensor(one.roles), torch.tensor(other.roles)
+    inside = (a == SYSTEM) | (a == FILLER) | (b == SYSTEM) | (b == FILLER)
+    index = torch.arange(len(a))
+    first, last = int(index[inside].min()), int(index[inside].max())
+    contrast = (a == SYSTEM) & (b == SYSTEM)
+    after = (index > last) & (a != SPECIAL)
+    return {
+        "every": torch.ones(len(a), dtype=torch.bool),
+        "before": index < first,
+        "contrast": contrast,
+        "after": after,
+        "masked": contrast | after,
+    }
+
+
+def extract_padded(
+    model: Any,
+    pairs: Sequence[SystemPair],
+    layers: Sequence[int],
+    include: str = "masked",
+    filler: str = " .",
+    batch_size: int = 32,
+) -> Halves:
+    """All-position CAA: both halves of each pair padded to equal length, averaged over the positions named `include`.
+
+    With `include="every"` fillers are attended to and averaged, as in the source study; with every other choice nobody attends
+    to them and they are left out. See `padded_masks`.
+    """
+    began = time.perf_counter()
+    sequences, masks = [], []
+    for pair in pairs:
+        one, other = prompts.padded_pair(model.tokenizer, pair, filler)
+        sequences += [one, other]
+        masks += [padded_masks(one, other)[include]] * 2
+    acts = read(model, sequences, layers, include, masks, batch_size, attend_filler=include == "every")
+    return Halves(acts[0::2], acts[1::2], list(layers), 2 * len(pairs), time.perf_counter() - began)
+
+
+def residual_rows(model: Any, sequences: Sequence[Tokens], layer: int, batch_size: int = 32) -> Tensor:
+    """The residual-stream rows (tokens, d_model) float32 of the sequences after block `layer`, first and special tokens out."""
+    rows = []
+    for start in range(0, len(sequences), batch_size):
+        batch = prompts.pad(sequences[start : start + batch_size], model.tokenizer.pad_token_id, side="right")
+        with capture(model, [layer], Positions(prompts.positions(batch, "all").prompt), stop=True) as acts:
+            models.run(model, batch)
+        rows.append(acts[layer].float().cpu())
+    return torch.cat(rows)
+
+
+# --- a vector with its papers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """A direction (d_model,) float32 for `blocks.layer.hook_resid_post`, with all that is needed to make it again.
+
+    `residual_norm` is the median norm of the stream there, special tokens out: a multiplier means nothing without the two.
+    """
+
+    vector: Tensor
+    layer: int
+    behavior: str
+    method: str
+    positions: str
+    model: str
+    pairs: int
+    data: str
+    residual_norm: float
+    read_from: str
+    convention: str = models.CONVENTION
+
+    @property
+    def norm(self) -> float:
+        """Euclidean length of the vector."""
+        return float(self.vector.double().norm())
+
+    def summary(self) -> str:
+        """One line: what it is, how long, and how long against the stream."""
+        return (
+            f"{self.behavior} · layer {self.layer} · {self.method} over {self.pairs} pairs, {self.positions} · norm {self.norm:.2f} "
+            f"= {self.norm / self.residual_norm:.3f} of the residual norm {self.residual_norm:.0f}"
+        )
+
+
+def make_vector(
+    model: Any,
+    direction: Tensor,
+    layer: int,
+    behavior: str,
+    method: str,
+    positions: str,
+    pairs: Sequence[Any],
+    residual_norm: float,
+) -> SteeringVector:
+    """The SteeringVector of a direction, with the data's hash and one example of the tokens it was read from."""
+    example = tokens_of(model.tokenizer, pairs[0])[0]
+    batch = prompts.pad([example], model.tokenizer.pad_token_id)
+    known = positions in ("all", "prompt", "last", "answer", "response", "after_instruction")
+    shown = prompts.positions(batch, positions) if known else Positions(batch.mask & (batch.roles != SPECIAL))
+    return SteeringVector(
+        direction.float(), layer, behavior, method, positions, model.identity, len(pairs),
+        digest([list(p) for p in pairs])[:16], float(residual_norm), prompts.provenance(model.tokenizer, batch, shown),
+    )  # fmt: skip
+
+
+def save_vector(v: SteeringVector, path: str | Path) -> Path:
+    """Write `path`.safetensors and `path`.json (everything else, hook name and norm included); returns the former."""
+    path = Path(path)
+    note = {k: x for k, x in asdict(v).items() if k != "vector"}
+    note |= {"hook": resid_post(v.layer), "norm": v.norm, "vector_sha256": digest(v.vector.contiguous())}
+    write_file(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False))
+    return write_file(path.with_suffix(".safetensors"), save({"vector": v.vector.contiguous()}))
+
+
+def load_vector(path: str | Path) -> SteeringVector:
+    """The SteeringVector `save_vector` wrote, to the same bits; ValueError if the two files do not belong together."""
+    path = Path(path)
+    note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    vector = load_file(path.with_suffix(".safetensors"))["vector"]
+    if digest(vector) != note.pop("vector_sha256"):
+        raise ValueError(
+            f"{path.with_suffix('.safetensors').name} is not the vector that its .json describes; make it again"
+        )
+    return SteeringVector(vector, **{k: x for k, x in note.items() if k not in ("hook", "norm")})
+
+
+def export_repeng(vectors: Sequence[SteeringVector], path: str | Path, model_type: str) -> Path:
+    """Write repeng's (and llama.cpp's) GGUF layout: one `direction.<layer>` float32 tensor a layer. Returns the path.
+
+    repeng counts layers as block outputs, as we do. `model_type` is transformers' own (llama, gemma2, ...).
+    """
+    import gguf
+
+    path = Path(path)
+    layers = [v.layer for v in vectors]
+    if len(set(layers)) < len(layers):
+        raise ValueError(
+            f"two vectors at one layer were given (layers {layers}); GGUF control vectors hold one a layer"
+        )
+    temporary = path.with_name(f".tmp-{path.name}")
+    writer = gguf.GGUFWriter(temporary, "controlvector")
+    try:
+        writer.add_string("controlvector.model_hint", model_type)
+        writer.add_uint32("controlvector.layer_count", len(vectors))
+        for v in vectors:
+            writer.add_tensor(f"direction.{v.layer}", v.vector.float().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def export_direction(v: SteeringVector, folder: str | Path) -> Path:
+    """Write refusal_direction's layout, `direction.pt` and `direction_metadata.json`. Returns the folder.
+
+    That code names a layer by the residual *entering* it, so our layer L is written as L + 1.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(v.vector, folder / "direction.pt")
+    write_file(folder / "direction_metadata.json", json.dumps({"pos": -1, "layer": v.layer + 1}))
+    return folder

@@ -1,0 +1,102 @@
+"""Intervals, slopes and nulls: arrays in, numbers out, in float64, with the seed in the signature.
+
+Knows nothing of models or text. Percentile bootstrap over the units that were sampled (items, pairs, prompts):
+Efron & Tibshirani 1993, ch. 13.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".2f"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def _resamples(n: int, draws: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, n, size=(draws, n))
+
+
+def bootstrap(
+    values: Sequence[float] | np.ndarray,
+    statistic: Callable[[np.ndarray], float] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The statistic (mean by default) of `values` (n, ...) with a 95 % percentile interval over resampled rows.
+
+    ValueError if there are fewer than two rows: one row has no spread to resample.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2:
+        raise ValueError(f"a bootstrap over {len(x)} value(s) was asked for; it needs two or more")
+    rows = _resamples(len(x), draws, seed)
+    if statistic is None:
+        point, reps = x.mean(), x[rows].reshape(draws, -1).mean(axis=1)
+    else:
+        point, reps = statistic(x), np.array([statistic(x[r]) for r in rows])
+    low, high = np.nanquantile(reps, [0.025, 0.975])
+    return Interval(float(point), float(low), float(high))
+
+
+def slopes(scores: np.ndarray, multipliers: Sequence[float]) -> np.ndarray:
+    """Least-squares slope of each row of `scores` (n, len(multipliers)) against the multipliers: (n,)."""
+    m = np.asarray(multipliers, dtype=np.float64)
+    y = np.asarray(scores, dtype=np.float64)
+    if y.shape[-1] != len(m) or len(m) < 2:
+        raise ValueError(f"scores of shape {y.shape} do not fit {len(m)} multipliers; two or more columns are needed")
+    centred = m - m.mean()
+    return (y - y.mean(axis=-1, keepdims=True)) @ centred / (centred @ centred)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine along the last axis, float64, 0 where either side is zero."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    norm = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.divide((a * b).sum(-1), norm, out=np.zeros(np.shape(norm)), where=norm > 0)
+
+
+def split_half(differences: np.ndarray, draws: int = 200, seed: int = 0) -> Interval:
+    """Mean cosine between the mean difference of two random halves of `differences` (n, d), with the central 95 % of splits.
+
+    A stability measure of a direction: near 1 when the pairs agree, near 0 (standard deviation 1/sqrt(d)) for noise.
+    """
+    x = np.asarray(differences, np.float64)
+    if len(x) < 4:
+        raise ValueError(f"split halves need four or more differences, {len(x)} were given")
+    rng = np.random.default_rng(seed)
+    half = len(x) // 2
+    cosines = []
+    for _ in range(draws):
+        order = rng.permutation(len(x))
+        cosines.append(float(cosine(x[order[:half]].mean(0), x[order[half : 2 * half]].mean(0))))
+    return Interval(float(np.mean(cosines)), *map(float, np.quantile(cosines, [0.025, 0.975])))
+
+
+def permutation_p(observed: float, null: Sequence[float], two_sided: bool = True) -> float:
+    """(1 + number of null draws at least as extreme) / (1 + draws): never zero (Phipson & Smyth 2010)."""
+    null = np.asarray(null, np.float64)
+    extreme = np.abs(null) >= abs(observed) if two_sided else null >= observed
+    return float((1 + extreme.sum()) / (1 + len(null)))
+
+
+def at_level(x: Sequence[float], y: Sequence[float], level: float) -> float:
+    """y where the piecewise-linear curve through (x, y), x increasing from 0, reaches `level`; NaN if it never does."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    reached = np.flatnonzero(x >= level)
+    if not len(reached):
+        return float("nan")
+    i = reached[0]
+    if i == 0:
+        return float(y[0])
+    share = (level - x[i - 1]) / (x[i] - x[i - 1])
+    return float(y[i - 1] + share * (y[i] - y[i - 1]))
