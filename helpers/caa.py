@@ -19,7 +19,7 @@ from tqdm import tqdm
 from helpers import models, prompts
 from helpers.hooks import Positions, capture, resid_post
 from helpers.prompts import FILLER, SPECIAL, SYSTEM, AnswerPair, SystemPair, TextPair, Tokens
-from helpers.store import digest, write_file
+from helpers.store import cached, digest, write_file
 
 
 class Halves(NamedTuple):
@@ -54,16 +54,44 @@ def read(
     masks: Sequence[Tensor] | None = None,
     batch_size: int = 32,
     attend_filler: bool = True,
-) -> Tensor:
-    """Mean residual over the chosen positions of each sequence: (sequences, layers, d_model) float32, summed in float64.
+) -> tuple[Tensor, float]:
+    """Mean residual over the chosen positions of each sequence, (sequences, layers, d_model) float32, and the seconds it took.
 
-    `where` as in `prompts.positions`, or `masks`, one bool (tokens,) per sequence. Runs no deeper than the last layer asked.
+    `where` as in `prompts.positions`, or `masks`, one bool (tokens,) per sequence. Sums in float64. Runs no deeper than the
+    last layer asked for. Cached on disk; the seconds are those of the run that made it.
     """
-    layers = list(layers)
+    key = {
+        "model": model.identity,
+        "dtype": str(model.original_model.dtype),
+        "device": models.device_of(model).type,
+        "sequences": digest([[s.ids, s.roles] for s in sequences]),
+        "layers": list(layers),
+        "where": where if masks is None else digest([m.tolist() for m in masks]),
+        "attend_filler": attend_filler,
+        "batch_size": batch_size,
+    }
+
+    def compute() -> dict[str, Tensor]:
+        began = time.perf_counter()
+        acts = _read(model, sequences, list(layers), where, masks, batch_size, attend_filler)
+        return {"acts": acts, "seconds": torch.tensor(time.perf_counter() - began)}
+
+    entry = cached("activations", key, compute, ("caa", "hooks", "prompts", "models"))
+    return entry["acts"], float(entry["seconds"])
+
+
+def _read(
+    model: Any,
+    sequences: Sequence[Tokens],
+    layers: list[int],
+    where: Any,
+    masks: Any,
+    batch_size: int,
+    attend_filler: bool,
+) -> Tensor:
     out = torch.empty(len(sequences), len(layers), model.cfg.d_model)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc="read", leave=False, disable=len(starts) < 4 or None):
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together: less padding
+    for start in tqdm(range(0, len(order), batch_size), desc="read", leave=False):
         rows = order[start : start + batch_size]
         batch = prompts.pad([sequences[i] for i in rows], model.tokenizer.pad_token_id, side="right")
         if masks is None:
@@ -93,10 +121,9 @@ def extract(
     batch_size: int = 32,
 ) -> Halves:
     """Activations of both halves of each pair, averaged over `where` (default: the last token, as in CAA)."""
-    began = time.perf_counter()
     both = [tokens_of(model.tokenizer, pair) for pair in pairs]
-    acts = read(model, [s for sides in both for s in sides], layers, where, batch_size=batch_size)
-    return Halves(acts[0::2], acts[1::2], list(layers), 2 * len(pairs), time.perf_counter() - began)
+    acts, seconds = read(model, [s for sides in both for s in sides], layers, where, batch_size=batch_size)
+    return Halves(acts[0::2], acts[1::2], list(layers), 2 * len(pairs), seconds)
 
 
 def padded_masks(one: Tokens, other: Tokens) -> dict[str, Tensor]:
@@ -134,14 +161,13 @@ def extract_padded(
     With `include="every"` fillers are attended to and averaged, as in the source study; with every other choice nobody attends
     to them and they are left out. See `padded_masks`.
     """
-    began = time.perf_counter()
     sequences, masks = [], []
     for pair in pairs:
         one, other = prompts.padded_pair(model.tokenizer, pair, filler)
         sequences += [one, other]
         masks += [padded_masks(one, other)[include]] * 2
-    acts = read(model, sequences, layers, include, masks, batch_size, attend_filler=include == "every")
-    return Halves(acts[0::2], acts[1::2], list(layers), 2 * len(pairs), time.perf_counter() - began)
+    acts, seconds = read(model, sequences, layers, include, masks, batch_size, attend_filler=include == "every")
+    return Halves(acts[0::2], acts[1::2], list(layers), 2 * len(pairs), seconds)
 
 
 def residual_rows(model: Any, sequences: Sequence[Tokens], layer: int, batch_size: int = 32) -> Tensor:

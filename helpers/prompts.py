@@ -69,6 +69,13 @@ class Behavior(NamedTuple):
     open: list[str]
 
 
+def trim(b: Behavior, pairs: int, items: int) -> Behavior:
+    """The behaviour with no more than so many pairs of each kind, test items and open prompts: for fast runs."""
+    return Behavior(
+        b.name, b.system_pairs[:pairs], b.answer_pairs[:pairs], b.dev[:items], b.test[:items], b.open[:items]
+    )
+
+
 # --- reading -------------------------------------------------------------------------------------------------------
 
 

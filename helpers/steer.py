@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import models, prompts, store
-from helpers.hooks import Positions, add, capture, resume_at
+from helpers.hooks import add, capture, resume_at
 from helpers.prompts import ANSWER, Behavior, Item, Tokens
 
 CODE = ("steer", "hooks", "prompts", "models")
@@ -28,19 +28,19 @@ def _forget(cache: Any, length: int) -> None:
             layer.crop(-extra)
 
 
-def token_log_probs(logits: Tensor, targets: Tensor, block: int = 128) -> Tensor:
+def token_log_probs(logits: Tensor, targets: Tensor, exact: Tensor, block: int = 128) -> Tensor:
     """log softmax(logits)[target], float32 (tokens,), for logits (tokens, vocabulary) of any dtype.
 
-    In place on one small float32 buffer: three times as fast on a CPU as logsumexp over the whole, which spends its time on
-    fresh memory.
+    `exact` (tokens,): the targets' logits in float32. In bf16 a logit of 20 is rounded by 0.06, which is as large as some effects.
+    In place on one small buffer: three times as fast on a CPU as logsumexp over the whole, which spends its time on fresh memory.
     """
     out = torch.empty(len(logits), device=logits.device)
     buffer = torch.empty(min(block, len(logits)), logits.shape[1], device=logits.device)
     for start in range(0, len(logits), block):
-        part = buffer[: len(logits) - start].copy_(logits[start : start + block])
-        picked = part.gather(1, targets[start : start + block, None])[:, 0]
+        rows = slice(start, start + block)
+        part = buffer[: len(logits) - start].copy_(logits[rows]).scatter_(1, targets[rows, None], exact[rows, None])
         top = part.amax(1, keepdim=True)
-        out[start : start + block] = picked - top[:, 0] - part.sub_(top).exp_().sum(1).log()
+        out[rows] = exact[rows] - top[:, 0] - part.sub_(top).exp_().sum(1).log()
     return out
 
 
@@ -64,9 +64,9 @@ class Continuations:
                 shown = model.tokenizer.decode(group[0].ids)[:60]
                 raise ValueError(f"the completions of {shown!r} do not follow one and the same prompt token for token")
             self.starts.append(starts.pop())
-        longest = max(len(s.ids) - p for g, p in zip(self.sequences, self.starts, strict=True) for s in g) + 1
-        most = max(1, budget // (2 * self.group * longest * model.cfg.d_vocab))
-        self.chunk = -(-len(self.sequences) // -(-len(self.sequences) // most))  # equal chunks, none a remnant
+        longest = [max(len(s.ids) for s in g) - p + 1 for g, p in zip(self.sequences, self.starts, strict=True)]
+        self.order = sorted(range(len(longest)), key=longest.__getitem__)  # like lengths together: less padding
+        self.chunk = max(1, min(20, budget // (2 * self.group * max(longest) * model.cfg.d_vocab)))
         self._chunks: list[dict[str, Any]] = []
 
     def key(self) -> dict[str, Any]:
@@ -81,10 +81,18 @@ class Continuations:
 
     def _build(self) -> list[dict[str, Any]]:
         if not self._chunks:
-            for start in range(0, len(self.sequences), self.chunk):
-                rows = slice(start, start + self.chunk)
-                self._chunks.append(self._build_chunk(self.sequences[rows], self.starts[rows]))
+            for start in range(0, len(self.order), self.chunk):
+                rows = self.order[start : start + self.chunk]
+                self._chunks.append(
+                    self._build_chunk([self.sequences[i] for i in rows], [self.starts[i] for i in rows])
+                )
         return self._chunks
+
+    def _table(self, parts: list[Tensor]) -> Tensor:
+        """Values (rows, ...) of the chunks, as (prompts, completions, ...) in the order the prompts were given."""
+        joined = torch.cat(parts)
+        joined = joined.reshape(-1, self.group, *joined.shape[1:])
+        return joined[torch.tensor(self.order).argsort()]
 
     def _build_chunk(self, groups: list[list[Tokens]], starts: list[int]) -> dict[str, Any]:
         model, where = self.model, models.device_of(self.model)
@@ -123,18 +131,28 @@ class Continuations:
         chunk["targets"] = tail.ids.roll(-1, 1)[predicts].to(where)
         return chunk
 
-    def _logits(self, chunk: dict[str, Any], vector: Tensor, multiplier: float) -> Tensor:
-        """(tokens, vocabulary): the predictions of every completion token, steered; padding is never unembedded."""
+    def _logits(self, chunk: dict[str, Any], vector: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
+        """Steered predictions of every completion token, (tokens, vocabulary), and the targets' own logits in float32.
+
+        Padding and prompt tokens are never unembedded.
+        """
         shift = (multiplier * vector).to(chunk["acts"].device, chunk["acts"].dtype)
-        head = self.model.original_model.get_output_embeddings()
-        narrow = head.register_forward_pre_hook(lambda module, args: (args[0][chunk["scored"]][None], *args[1:]))
+        head, kept = self.model.original_model.get_output_embeddings(), {}
+
+        def narrow(module: Any, args: tuple) -> tuple:
+            kept["hidden"] = args[0][chunk["scored"]]
+            return (kept["hidden"][None], *args[1:])
+
+        handle = head.register_forward_pre_hook(narrow)
         try:
             with resume_at(self.model, self.layer, chunk["acts"] + shift):
                 out = self.model.original_model(**chunk["options"], past_key_values=chunk["cache"], use_cache=True)
         finally:
-            narrow.remove()
+            handle.remove()
             _forget(chunk["cache"], chunk["length"])
-        return out.logits[0]
+        exact = (kept["hidden"].float() * head.weight[chunk["targets"]].float()).sum(-1)
+        cap = getattr(self.model.original_model.config.get_text_config(), "final_logit_softcapping", None)
+        return out.logits[0], exact if cap is None else cap * torch.tanh(exact / cap)
 
     def _per_completion(self, chunk: dict[str, Any], values: Tensor, mean: bool) -> Tensor:
         """Per-token values (tokens,) summed, or averaged, over each completion of the chunk."""
@@ -147,19 +165,36 @@ class Continuations:
         """log p of each completion given its prompt, in nats: (prompts, completions) float64."""
         sums = []
         for chunk in self._build():
-            token = token_log_probs(self._logits(chunk, vector, multiplier), chunk["targets"])
+            logits, exact = self._logits(chunk, vector, multiplier)
+            token = token_log_probs(logits, chunk["targets"], exact)
             sums.append(self._per_completion(chunk, token, mean=False))
-        return torch.cat(sums).reshape(-1, self.group).numpy()
+        return self._table(sums).numpy()
 
     def kl(self, vector: Tensor, multiplier: float) -> np.ndarray:
         """KL(unsteered || steered) per token of the completions, mean over tokens, in nats: (prompts, completions)."""
         means = []
         for chunk in self._build():
             if "unsteered" not in chunk:
-                chunk["unsteered"] = self._logits(chunk, torch.zeros_like(vector), 0.0).float().log_softmax(-1)
-            p, q = chunk["unsteered"], self._logits(chunk, vector, multiplier).float().log_softmax(-1)
+                chunk["unsteered"] = self._logits(chunk, torch.zeros_like(vector), 0.0)[0].float().log_softmax(-1)
+            p, q = chunk["unsteered"], self._logits(chunk, vector, multiplier)[0].float().log_softmax(-1)
             means.append(self._per_completion(chunk, (p.exp() * (p - q)).sum(-1), mean=True))
-        return torch.cat(means).reshape(-1, self.group).numpy()
+        return self._table(means).numpy()
+
+    def gradients(self) -> Tensor:
+        """d log p(completion) / d shift at shift zero, (prompts, completions, d_model) float32, nats a unit of residual.
+
+        The linear response: for a small vector v, the change of log p is gradients @ v, for any v, at the price of one
+        backward pass. Compare with finite steps before relying on it.
+        """
+        parts = []
+        for chunk in self._build():
+            shift = torch.zeros(len(chunk["acts"]), 1, self.model.cfg.d_model, device=chunk["acts"].device)
+            with torch.enable_grad():
+                shift.requires_grad_(True)
+                logits = self._logits(chunk, shift, 1.0)[0].float()
+                total = -torch.nn.functional.cross_entropy(logits, chunk["targets"], reduction="sum")
+                parts.append(torch.autograd.grad(total, shift)[0][:, 0].float().cpu())
+        return self._table(parts)
 
     def tokens(self) -> np.ndarray:
         """Number of tokens of each completion: (prompts, completions)."""
@@ -190,12 +225,10 @@ def of_letters(model: Any, items: Sequence[Item], layer: int) -> Continuations:
 
 def of_replies(model: Any, questions: Sequence[str], layer: int, max_new_tokens: int = 24) -> Continuations:
     """Each question with the model's own unsteered greedy reply: where KL is measured (on-policy)."""
-    key = {"model": model.identity, "dtype": str(model.original_model.dtype), "questions": list(questions)}
-    key |= {"device": models.device_of(model).type, "max_new_tokens": max_new_tokens}
-    ids = store.cached("replies", key, lambda: {"ids": _reply_ids(model, questions, max_new_tokens)}, CODE)["ids"]
+    zero = torch.zeros(model.cfg.d_model)
     groups = []
-    for question, row in zip(questions, ids.tolist(), strict=True):
-        start, reply = prompts.chat(model.tokenizer, question), [i for i in row if i >= 0]
+    for question, row in zip(questions, generate_ids(model, questions, layer, zero, 0.0, max_new_tokens), strict=True):
+        start, reply = prompts.chat(model.tokenizer, question), [i for i in row.tolist() if i >= 0]
         groups.append([Tokens(start.ids + reply, start.roles + [ANSWER] * len(reply))])
     return Continuations(model, groups, layer)
 
@@ -246,6 +279,13 @@ def log_odds(
     return logp[..., 0] - logp[..., 1]
 
 
+def linear_response(where: Continuations) -> np.ndarray:
+    """Gradient of each prompt's log-odds with respect to the added vector, (prompts, d_model) float64; cached on disk."""
+    key = where.key() | {"kind": "gradients"}
+    gradients = store.cached("scores", key, lambda: {"gradients": where.gradients()}, CODE)["gradients"]
+    return (gradients[:, 0] - gradients[:, 1]).double().numpy()
+
+
 def kl(where: Continuations, vectors: Sequence[Tensor] | Tensor, multipliers: Sequence[float]) -> np.ndarray:
     """KL(unsteered || steered), nats a token, mean over completions: (vectors, multipliers, prompts) float64; cached."""
     return _sweep("KL", where, vectors, multipliers, where.kl).mean(-1)
@@ -260,35 +300,7 @@ def text_loss(where: Continuations, vectors: Sequence[Tensor] | Tensor, multipli
 # --- free text -----------------------------------------------------------------------------------------------------
 
 
-def _generate_ids(
-    model: Any, questions: Sequence[str], max_new_tokens: int, sample: bool, seed: int, write: Any
-) -> tuple[Tensor, int]:
-    batch = prompts.pad([prompts.chat(model.tokenizer, q) for q in questions], model.tokenizer.pad_token_id, "left")
-    torch.manual_seed(seed)
-    device = models.device_of(model)
-    with write(prompts.positions(batch, "response")):
-        ids = model.original_model.generate(
-            input_ids=batch.ids.to(device),
-            attention_mask=batch.mask.long().to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=sample,
-            pad_token_id=model.tokenizer.pad_token_id,
-        )
-    return ids.cpu(), batch.ids.shape[1]
-
-
-def _reply_ids(model: Any, questions: Sequence[str], max_new_tokens: int) -> Tensor:
-    """Greedy unsteered reply ids (questions, max_new_tokens), -1 after the end of turn; at least one token each."""
-    zero = torch.zeros(model.cfg.d_model)
-    ids, start = _generate_ids(model, questions, max_new_tokens, False, 0, lambda p: add(model, 0, zero, 0.0, p))
-    reply = ids[:, start:]
-    stop = torch.tensor(sorted(set(model.tokenizer.all_special_ids)))
-    ended = torch.isin(reply, stop).long().cumsum(1) > 0
-    ended[:, 0] = False
-    return torch.where(ended, -1, reply)
-
-
-def generate(
+def generate_ids(
     model: Any,
     questions: Sequence[str],
     layer: int,
@@ -297,14 +309,45 @@ def generate(
     max_new_tokens: int = 40,
     sample: bool = False,
     seed: int = 0,
+) -> Tensor:
+    """Reply ids (questions, max_new_tokens), -1 after the end of turn (at least one token each); cached on disk.
+
+    multiplier * vector is added after block `layer` from the first response token on; greedy, or sampled from `seed`.
+    """
+    batch = prompts.pad([prompts.chat(model.tokenizer, q) for q in questions], model.tokenizer.pad_token_id, "left")
+    device = models.device_of(model)
+
+    def compute() -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        with add(model, layer, vector, multiplier, prompts.positions(batch, "response")):
+            ids = model.original_model.generate(
+                input_ids=batch.ids.to(device),
+                attention_mask=batch.mask.long().to(device),
+                max_new_tokens=max_new_tokens,
+                do_sample=sample,
+                pad_token_id=model.tokenizer.pad_token_id,
+            )
+        reply = ids[:, batch.ids.shape[1] :].cpu()
+        ended = torch.isin(reply, torch.tensor(model.tokenizer.all_special_ids)).long().cumsum(1) > 0
+        ended[:, 0] = False
+        return {"ids": torch.where(ended, -1, reply)}
+
+    key = {
+        "model": model.identity,
+        "dtype": str(model.original_model.dtype),
+        "device": device.type,
+        "ids": store.digest(batch.ids),
+        "write": [layer, store.digest(multiplier * vector.double()), max_new_tokens, sample, seed],
+    }
+    return store.cached("replies", key, compute, CODE)["ids"]
+
+
+def generate(
+    model: Any, questions: Sequence[str], layer: int, vector: Tensor, multiplier: float, **how: Any
 ) -> list[str]:
-    """Replies with multiplier * vector added after block `layer` from the first response token on; greedy, or sampled from `seed`."""
-
-    def write(chosen: Positions) -> Any:
-        return add(model, layer, vector, multiplier, chosen)
-
-    ids, start = _generate_ids(model, questions, max_new_tokens, sample, seed, write)
-    return [model.tokenizer.decode(row[start:], skip_special_tokens=True).strip() for row in ids]
+    """The replies of `generate_ids` as text."""
+    ids = generate_ids(model, questions, layer, vector, multiplier, **how)
+    return [model.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in ids]
 
 
 class TextJudge:

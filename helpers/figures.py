@@ -1,0 +1,108 @@
+"""Figures: one style, safe for colour-blind readers, every one saved with the numbers it shows.
+
+Importing this module sets the style. A null or control is drawn in grey on the same axes as the claim.
+"""
+
+import io
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from IPython.display import display
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from helpers.session import Session
+from helpers.store import write_file
+
+NULL = "#9a9a9a"
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe & Ito 2008
+MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
+
+mpl.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "savefig.dpi": 110,
+        "figure.constrained_layout.use": True,
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "grid.linewidth": 0.7,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "axes.prop_cycle": mpl.cycler(color=PALETTE),
+    }
+)
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each name, the same wherever the same list is used."""
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: arrays as lists, floats to six figures, NaN as null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if hasattr(value, "tolist"):  # arrays, tensors and their scalars
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value
+
+
+def show(session: Session, name: str, figure: Figure, numbers: Mapping[str, Any], interactive: Any = None) -> None:
+    """Display the figure and save <name>.png and its numbers as <name>.json in the session's figures.
+
+    `interactive`, a plotly figure of the same thing, rides along in the same output (JupyterLab shows it, everything else
+    the PNG) and is written as <name>.html.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
+    stem = f"{session.notebook[:2]}_{name}"
+    write_file(session.figures / f"{stem}.png", buffer.getvalue())
+    write_file(session.figures / f"{stem}.json", json.dumps(_plain(numbers), indent=1, ensure_ascii=False) + "\n")
+    bundle: dict[str, Any] = {"image/png": b64encode(buffer.getvalue()).decode(), "text/plain": f"figure {stem}"}
+    if interactive is not None:
+        bundle["application/vnd.plotly.v1+json"] = json.loads(interactive.to_json())
+        write_file(session.figures / f"{stem}.html", interactive.to_html(include_plotlyjs="cdn"))
+    display(bundle, raw=True)
+
+
+def forest(
+    axis: Any,
+    rows: Sequence[str],
+    series: Mapping[str, Sequence[Any]],
+    null: Sequence[Any] | None = None,
+    null_label: str = "null",
+) -> None:
+    """A forest plot on `axis`: one row a name, one marker a series, each an Interval (value, low, high) a row.
+
+    `null`: one (low, high) a row, drawn as a grey band behind the markers.
+    """
+    y = np.arange(len(rows))[::-1]
+    if null is not None:
+        for i, (low, high) in enumerate(null):
+            label = null_label if i == 0 else None
+            axis.fill_betweenx([y[i] - 0.42, y[i] + 0.42], low, high, color=NULL, alpha=0.3, linewidth=0, label=label)
+    offsets = np.linspace(0.28, -0.28, len(series)) if len(series) > 1 else [0.0]
+    for (label, values), offset, colour, marker in zip(series.items(), offsets, PALETTE * 3, MARKERS * 3, strict=False):
+        v, low, high = (np.array([x[i] for x in values], float) for i in range(3))
+        axis.errorbar(
+            v, y + offset, xerr=[v - low, high - v], fmt=marker, color=colour, markersize=5, linewidth=1.2, label=label
+        )
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(y, rows)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.grid(axis="y", visible=False)
