@@ -55,9 +55,9 @@ def read(
     batch_size: int = 32,
     attend_filler: bool = True,
 ) -> tuple[Tensor, float]:
-    """Mean residual over the chosen positions of each sequence, (sequences, layers, d_model) float32, and the seconds it took.
+    """Mean residual over chosen positions of each sequence, (sequences, sets, layers, d_model) float32, and the seconds it took.
 
-    `where` as in `prompts.positions`, or `masks`, one bool (tokens,) per sequence. Sums in float64. Runs no deeper than the
+    `where` as in `prompts.positions` (one set), or `masks`, one bool (sets, tokens) per sequence. Sums in float64. Runs no deeper than the
     last layer asked for. Cached on disk; the seconds are those of the run that made it.
     """
     key = {
@@ -89,27 +89,27 @@ def _read(
     batch_size: int,
     attend_filler: bool,
 ) -> Tensor:
-    out = torch.empty(len(sequences), len(layers), model.cfg.d_model)
+    sets = 1 if masks is None else len(masks[0])
+    out = torch.empty(len(sequences), sets, len(layers), model.cfg.d_model)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together: less padding
     for start in tqdm(range(0, len(order), batch_size), desc="read", leave=False):
         rows = order[start : start + batch_size]
         batch = prompts.pad([sequences[i] for i in rows], model.tokenizer.pad_token_id, side="right")
         if masks is None:
-            chosen = prompts.positions(batch, where).prompt
+            chosen = prompts.positions(batch, where).prompt[:, None]
         else:
-            chosen = torch.zeros_like(batch.mask)
+            chosen = torch.zeros(len(rows), sets, batch.ids.shape[1], dtype=torch.bool)
             for r, i in enumerate(rows):
-                chosen[r, : len(masks[i])] = masks[i]
-        if not chosen.any(1).all():
-            row = rows[int((~chosen.any(1)).nonzero()[0])]
+                chosen[r, :, : masks[i].shape[1]] = masks[i]
+        if not chosen.any(-1).all():
+            row = rows[int((~chosen.any(-1)).nonzero()[0, 0])]
             text = model.tokenizer.decode(sequences[row].ids)[:60]
             raise ValueError(f"no position {where!r} in sequence {row} ({text!r}…); it would average nothing")
         with capture(model, layers, stop=True) as acts:
             models.run(model, batch, attend_filler=attend_filler)
-        weight = (chosen / chosen.sum(1, keepdim=True)).double()
+        weight = chosen.double() / chosen.sum(-1, keepdim=True)
         for k, layer in enumerate(layers):
-            weighted = torch.einsum("bt,btd->bd", weight.to(acts[layer].device), acts[layer].double())
-            out[rows, k] = weighted.float().cpu()
+            out[rows, :, k] = (weight.to(acts[layer].device) @ acts[layer].double()).float().cpu()
     return out
 
 
@@ -123,7 +123,10 @@ def extract(
     """Activations of both halves of each pair, averaged over `where` (default: the last token, as in CAA)."""
     both = [tokens_of(model.tokenizer, pair) for pair in pairs]
     acts, seconds = read(model, [s for sides in both for s in sides], layers, where, batch_size=batch_size)
-    return Halves(acts[0::2], acts[1::2], list(layers), 2 * len(pairs), seconds)
+    return Halves(acts[0::2, 0], acts[1::2, 0], list(layers), 2 * len(pairs), seconds)
+
+
+PARTS = ("masked", "contrast", "after")  # the position sets of a padded pair that never hold filler or special tokens
 
 
 def padded_masks(one: Tokens, other: Tokens) -> dict[str, Tensor]:
@@ -152,22 +155,25 @@ def extract_padded(
     model: Any,
     pairs: Sequence[SystemPair],
     layers: Sequence[int],
-    include: str = "masked",
+    include: Sequence[str] = ("masked",),
     filler: str = " .",
     batch_size: int = 32,
-) -> Halves:
-    """All-position CAA: both halves of each pair padded to equal length, averaged over the positions named `include`.
+    attend_filler: bool = False,
+) -> dict[str, Halves]:
+    """All-position CAA: both halves of each pair padded to equal length, averaged over each set of positions in `include`.
 
-    With `include="every"` fillers are attended to and averaged, as in the source study; with every other choice nobody attends
-    to them and they are left out. See `padded_masks`.
+    Sets are those of `padded_masks`; all come from one pass. Nobody attends to fillers unless `attend_filler`; the source study
+    is `include=["every"], attend_filler=True`.
     """
     sequences, masks = [], []
     for pair in pairs:
         one, other = prompts.padded_pair(model.tokenizer, pair, filler)
         sequences += [one, other]
-        masks += [padded_masks(one, other)[include]] * 2
-    acts, seconds = read(model, sequences, layers, include, masks, batch_size, attend_filler=include == "every")
-    return Halves(acts[0::2], acts[1::2], list(layers), 2 * len(pairs), seconds)
+        sets = padded_masks(one, other)
+        masks += [torch.stack([sets[name] for name in include])] * 2
+    acts, seconds = read(model, sequences, layers, "+".join(include), masks, batch_size, attend_filler)
+    passes = 2 * len(pairs)
+    return {n: Halves(acts[0::2, i], acts[1::2, i], list(layers), passes, seconds) for i, n in enumerate(include)}
 
 
 def residual_rows(model: Any, sequences: Sequence[Tokens], layer: int, batch_size: int = 32) -> Tensor:

@@ -7,7 +7,7 @@ they come back with the length of the mean difference, so that a multiplier mean
 Sources: mean, Rimsky et al. 2023 (arXiv:2312.06681); PCA of differences and LAT, Zou et al. 2023 (arXiv:2310.01405).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -112,44 +112,53 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 
 
 def flipped(pos: Tensor, neg: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The shuffled-label null: each pair's two sides change places with probability one half."""
-    flip = torch.rand(len(pos), generator=torch.Generator().manual_seed(seed)) < 0.5
+    """The shuffled-label null: exactly half of the pairs (rounded down), drawn at random, have their sides swapped.
+
+    Not each pair with probability one half: that leaves (sum of signs / pairs) of the mean difference behind, about
+    1/sqrt(pairs) of it, and scaling to the vector's length blows the leftover up into +-v itself.
+    """
+    order = torch.randperm(len(pos), generator=torch.Generator().manual_seed(seed))
+    flip = torch.zeros(len(pos), dtype=torch.bool)
+    flip[order[: len(pos) // 2]] = True
     flip = flip.to(pos.device)[:, None]
     return torch.where(flip, neg, pos), torch.where(flip, pos, neg)
 
 
-def random_like(v: Tensor, seed: int, samples: Tensor | None = None) -> Tensor:
-    """A random direction of the norm of `v` (d_model,): isotropic, or with the covariance of `samples` (n, d_model)."""
+def random_like(v: Tensor, seed: int, draws: int = 1, samples: Tensor | None = None) -> Tensor:
+    """Random directions of the norm of `v` (d_model,), float64 (draws, d_model).
+
+    Isotropic, or with the covariance of `samples` (n, d_model).
+    """
     g = torch.Generator().manual_seed(seed)
     if samples is None:
-        draw = torch.randn(v.shape[0], generator=g, dtype=torch.float64)
+        drawn = torch.randn(draws, v.shape[0], generator=g, dtype=torch.float64)
     else:
-        centred = samples.double().cpu() - samples.double().cpu().mean(0)
-        draw = torch.randn(len(centred), generator=g, dtype=torch.float64) @ centred  # covariance of the rows, times n
-    return draw / draw.norm() * v.double().cpu().norm()
+        rows = samples.double().cpu()
+        drawn = torch.randn(draws, len(rows), generator=g, dtype=torch.float64) @ (rows - rows.mean(0))
+    return drawn / drawn.norm(dim=1, keepdim=True) * v.double().cpu().norm()
 
 
 def nulls(
-    pos: Tensor, neg: Tensor, residuals: Tensor, other: Tensor | None = None, draws: int = 3, seed: int = 0
-) -> dict[str, list[Tensor]]:
-    """The nulls every study draws from, each a list of vectors (d_model,) of the norm of the mean difference (zero: zero).
+    pos: Tensor, neg: Tensor, residuals: Tensor, others: Sequence[Tensor] = (), draws: int = 3, seed: int = 0
+) -> dict[str, Tensor]:
+    """The nulls every study draws from, each (draws, d_model) float64 of the norm of the mean difference (zero: zero).
 
-    `residuals` (tokens, d_model): residual-stream rows for the covariance-matched null, special tokens out. `other`: the vector
-    of another behaviour. Keys: zero, random, random (residual covariance), shuffled labels, other behaviour, minus v.
+    `residuals` (tokens, d_model): residual-stream rows for the covariance-matched null, special tokens out. `others`: vectors
+    of other behaviours. Keys: zero, random, random (residual covariance), shuffled labels, other behaviour, minus v.
     """
     v = mean(pos, neg)
 
-    def to_norm(u: Tensor) -> Tensor:
-        return u.double().cpu() / u.double().cpu().norm() * v.norm()
+    def to_norm(rows: Sequence[Tensor]) -> Tensor:
+        stack = torch.stack([row.double().cpu() for row in rows])
+        return stack / stack.norm(dim=1, keepdim=True) * v.norm()
 
-    seeds = range(seed, seed + draws)
     out = {
-        "zero": [torch.zeros_like(v)],
-        "random": [random_like(v, s) for s in seeds],
-        "random (residual covariance)": [random_like(v, s, residuals) for s in seeds],
-        "shuffled labels": [to_norm(mean(*flipped(pos, neg, s))) for s in seeds],
-        "minus v": [-v],
+        "zero": torch.zeros(1, len(v), dtype=torch.float64),
+        "random": random_like(v, seed, draws),
+        "random (residual covariance)": random_like(v, seed, draws, residuals),
+        "shuffled labels": to_norm([mean(*flipped(pos, neg, seed + i)) for i in range(draws)]),
+        "minus v": -v[None],
     }
-    if other is not None:
-        out["other behaviour"] = [to_norm(other)]
+    if len(others):
+        out["another behaviour"] = to_norm(others)
     return out

@@ -1,0 +1,46 @@
+# make report [PROFILE=smollm2] [ONLY=01,02] [FAST=1] [COMMIT=1] · make test · make lab · make help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+REPORT_FLAGS := $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only $(ONLY)) $(if $(FAST),--fast) $(if $(COMMIT),--commit)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help report test lab clean
+
+help:  ## this text
+	@echo "make report [PROFILE=smollm2] [ONLY=01,02] [FAST=1] [COMMIT=1]"
+	@echo "            run the notebooks, write reports/<profile>/index.html"
+	@echo "            (COMMIT=1 also refreshes the committed notebooks, results, figures and README)"
+	@echo "make test   lint, tests, every notebook at its fast setting"
+	@echo "make lab    open JupyterLab on the notebooks"
+	@echo "make clean  remove .venv and reports (data/cache stays)"
+
+$(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is wanted; $$($(PYTHON) --version) was found. Try make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -r requirements.txt -c requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-oracle.txt
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt -c requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-oracle.txt
+	@touch $@
+
+report: $(VENV)/.installed  ## run the notebooks and render the report
+	$(BIN)/python -m helpers.report $(REPORT_FLAGS)
+
+test: $(VENV)/.installed-test  ## lint and tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check helpers tests benchmarks
+	$(BIN)/python -m pytest
+
+lab: $(VENV)/.installed  ## JupyterLab
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+clean:
+	rm -rf $(VENV) reports

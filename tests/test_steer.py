@@ -1,0 +1,131 @@
+"""The fast scorer equals plain steered forward passes; its nulls fire and stay silent."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import hooks, models, prompts, steer
+from helpers.prompts import ANSWER, Item
+
+ITEMS = [
+    Item("What is tin?", "Tin is a soft, silvery metal.", "No idea, sorry."),
+    Item("How do I peel a lot of garlic quickly?", "Shake it in a jar.", "Crush each clove under a broad knife first."),
+    Item("Why is the sky blue?", "Air scatters blue light most.", "Because it is."),
+]
+
+
+def naive(model, layer, vector, multiplier, item):
+    """log p of both completions by whole forward passes, one text at a time, no cache, no skipped blocks."""
+    out = []
+    for answer in (item.matching, item.non_matching):
+        tokens = prompts.chat(model.tokenizer, item.question, answer=answer)
+        batch = prompts.pad([tokens], model.tokenizer.pad_token_id)
+        with hooks.add(model, layer, vector, multiplier, prompts.positions(batch, "response")):
+            logp = models.run(model, batch).logits[0].float().log_softmax(-1)
+        start = tokens.roles.index(ANSWER)
+        out.append(sum(float(logp[i - 1, tokens.ids[i]]) for i in range(start, len(tokens.ids))))
+    return out
+
+
+@pytest.mark.parametrize("name,layer", [("smol", 14), ("tiny", 0), ("tiny", 3), ("gemma", 1)])
+def test_fast_scores_equal_plain_steered_passes(name, layer, request, cache):
+    model = request.getfixturevalue(name)
+    v = torch.randn(model.cfg.d_model) * (5 if name == "smol" else 0.5)
+    where = steer.of_items(model, ITEMS, layer)
+    where.chunk = 2  # more chunks than one, of unequal size
+    for multiplier in (0.0, 1.0, -2.0):
+        expected = [naive(model, layer, v, multiplier, item) for item in ITEMS]
+        np.testing.assert_allclose(where.log_probs(v, multiplier), expected, atol=2e-3, rtol=1e-4)
+
+
+def test_scoring_leaves_the_model_and_its_cache_as_they_were(tiny, cache):
+    where, v = steer.of_items(tiny, ITEMS, 1), torch.randn(48)
+    first = where.log_probs(v, 1.0)
+    where.log_probs(-v, 3.0), where.gradients()
+    np.testing.assert_array_equal(where.log_probs(v, 1.0), first)
+    assert not tiny.original_model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["tiny", "gemma"])
+def test_gradient_equals_finite_differences(name, request, cache):
+    model = request.getfixturevalue(name)
+    where, v = steer.of_items(model, ITEMS, 1), torch.randn(48)
+    h = 1e-2
+    finite = (where.log_probs(v, h) - where.log_probs(v, -h)) / (2 * h)
+    np.testing.assert_allclose(where.gradients().numpy() @ v.numpy(), finite, atol=5e-2, rtol=2e-2)
+
+
+def test_kl_is_zero_unsteered_positive_steered_and_exact(tiny, cache):
+    where, v = steer.of_replies(tiny, [i.question for i in ITEMS], 1, max_new_tokens=5), torch.randn(48)
+    assert np.abs(where.kl(v, 0.0)).max() == 0
+    steered = where.kl(v, 1.0)
+    assert (steered > 0).all()
+    group = where.sequences[0][0]
+    batch = prompts.pad([group], tiny.tokenizer.pad_token_id)
+    start = group.roles.index(ANSWER)
+    chosen = torch.zeros_like(batch.mask)
+    chosen[0, start - 1 :] = True
+    p = models.run(tiny, batch).logits[0, start - 1 : -1].log_softmax(-1)
+    with hooks.add(tiny, 1, v, 1.0, hooks.Positions(chosen)):
+        q = models.run(tiny, batch).logits[0, start - 1 : -1].log_softmax(-1)
+    np.testing.assert_allclose(steered[0, 0], float((p.exp() * (p - q)).sum(-1).mean()), rtol=1e-3)
+
+
+def test_log_odds_are_cached_and_a_changed_vector_is_not_a_hit(tiny, cache, monkeypatch):
+    v = torch.randn(48)
+    first = steer.log_odds(steer.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0])
+    monkeypatch.setattr(steer.Continuations, "log_probs", lambda *_: pytest.fail("computed again"))
+    np.testing.assert_array_equal(steer.log_odds(steer.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0]), first)
+    with pytest.raises(pytest.fail.Exception):
+        steer.log_odds(steer.of_items(tiny, ITEMS, 1), [v + 1e-6], [0.0, 1.0])
+
+
+def test_planted_direction_steers_and_an_orthogonal_one_does_not(tiny, cache):
+    """A control must fire: the gradient's own direction raises the log-odds, one at right angles leaves it (to first order)."""
+    where = steer.of_items(tiny, ITEMS, 2)
+    gradient = torch.from_numpy(steer.linear_response(where)).mean(0).float()
+    along = gradient / gradient.norm()
+    across = torch.randn(48)
+    across -= (across @ along) * along
+    across /= across.norm()
+    scores = steer.log_odds(where, [along, across], [-0.01, 0.01]).mean(-1)
+    slope = (scores[:, 1] - scores[:, 0]) / 0.02
+    assert slope[0] > 0 and abs(slope[1]) < 0.05 * slope[0]
+
+
+def test_prompts_must_be_shared(tiny):
+    one, other = (prompts.chat(tiny.tokenizer, q, answer="Yes.") for q in ("What?", "Why?"))
+    with pytest.raises(ValueError, match="one and the same prompt"):
+        steer.Continuations(tiny, [[one, other]], 1)
+
+
+def test_token_log_probs_equal_log_softmax():
+    logits, targets = torch.randn(300, 97) * 5, torch.randint(0, 97, (300,))
+    rows = torch.arange(300)
+    expected = logits.log_softmax(-1)[rows, targets]
+    torch.testing.assert_close(steer.token_log_probs(logits, targets, logits[rows, targets], block=64), expected)
+
+
+def test_letters_swap_the_options(tiny):
+    rows = steer.of_letters(tiny, ITEMS[:1], 1).sequences
+    texts = [tiny.tokenizer.decode(r[0].ids) for r in rows]
+    assert "(A) Tin is" in texts[0] and "(B) Tin is" in texts[1] and texts[0].endswith("(A")
+
+
+def test_generation_is_reproducible_and_steering_changes_it(tiny, cache):
+    v, ask = 20 * torch.randn(48), ["What is tin?"]
+    plain = steer.generate_ids(tiny, ask, 1, v, 0.0, max_new_tokens=8)
+    assert torch.equal(plain, steer.generate_ids(tiny, ask, 1, -v, 0.0, max_new_tokens=8))
+    assert not torch.equal(plain, steer.generate_ids(tiny, ask, 1, v, 1.0, max_new_tokens=8))
+    options = dict(max_new_tokens=8, sample=True)
+    sampled = [steer.generate_ids(tiny, ask, 1, v, 1.0, seed=s, **options) for s in (1, 1, 2)]
+    assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
+
+
+def test_text_judge_reads_held_out_items():
+    judge = steer.TextJudge(prompts.load_behavior("joy"))
+    assert judge.accuracy > 0.9
+    happy, sad = judge.score(
+        ["What a wonderful, delightful morning, I could sing!", "I weep quietly, everything is grey and lost."]
+    )
+    assert happy > sad
