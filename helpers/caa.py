@@ -109,7 +109,8 @@ def _read(
             models.run(model, batch, attend_filler=attend_filler)
         weight = chosen.double() / chosen.sum(-1, keepdim=True)
         for k, layer in enumerate(layers):
-            out[rows, :, k] = (weight.to(acts[layer].device) @ acts[layer].double()).float().cpu()
+            stream = acts[layer].cpu() if acts[layer].device.type == "mps" else acts[layer]  # mps has no float64
+            out[rows, :, k] = (weight.to(stream.device) @ stream.double()).float().cpu()
     return out
 
 
@@ -132,15 +133,16 @@ PARTS = ("masked", "contrast", "after")  # the position sets of a padded pair th
 def padded_masks(one: Tokens, other: Tokens) -> dict[str, Tensor]:
     """The position sets of a padded pair, each (tokens,) bool and the same for both halves.
 
-    every: all positions, as the source study did (first token, specials and fillers included) · before: up to the contrast ·
-    contrast: inside the system prompt, fillers of either half out · after: past the system prompt, specials out ·
-    masked: contrast and after together.
+    every: all positions, as the source study did (first token, specials and fillers included) · before: up to the first token
+    that differs · contrast: from there to the end of the system prompt, fillers of either half out · after: past the system
+    prompt, specials out · masked: contrast and after together.
     """
     a, b = torch.tensor(one.roles), torch.tensor(other.roles)
     inside = (a == SYSTEM) | (a == FILLER) | (b == SYSTEM) | (b == FILLER)
     index = torch.arange(len(a))
-    first, last = int(index[inside].min()), int(index[inside].max())
-    contrast = (a == SYSTEM) & (b == SYSTEM)
+    first = int(index[torch.tensor(one.ids) != torch.tensor(other.ids)].min())
+    last = int(index[inside].max())
+    contrast = (a == SYSTEM) & (b == SYSTEM) & (index >= first)
     after = (index > last) & (a != SPECIAL)
     return {
         "every": torch.ones(len(a), dtype=torch.bool),
@@ -177,11 +179,15 @@ def extract_padded(
 
 
 def residual_rows(model: Any, sequences: Sequence[Tokens], layer: int, batch_size: int = 32) -> Tensor:
-    """The residual-stream rows (tokens, d_model) float32 of the sequences after block `layer`, first and special tokens out."""
+    """The residual-stream rows (tokens, d_model) float32 of user and answer tokens after block `layer`.
+
+    The template's own tokens are left out: they are the same rows again and again, and would rule any covariance.
+    """
     rows = []
     for start in range(0, len(sequences), batch_size):
         batch = prompts.pad(sequences[start : start + batch_size], model.tokenizer.pad_token_id, side="right")
-        with capture(model, [layer], Positions(prompts.positions(batch, "all").prompt), stop=True) as acts:
+        chosen = (batch.roles == prompts.USER) | (batch.roles == prompts.ANSWER)
+        with capture(model, [layer], Positions(chosen), stop=True) as acts:
             models.run(model, batch)
         rows.append(acts[layer].float().cpu())
     return torch.cat(rows)
@@ -231,36 +237,43 @@ def make_vector(
     positions: str,
     pairs: Sequence[Any],
     residual_norm: float,
+    read_from: str = "",
 ) -> SteeringVector:
-    """The SteeringVector of a direction, with the data's hash and one example of the tokens it was read from."""
-    example = tokens_of(model.tokenizer, pairs[0])[0]
-    batch = prompts.pad([example], model.tokenizer.pad_token_id)
-    known = positions in ("all", "prompt", "last", "answer", "response", "after_instruction")
-    shown = prompts.positions(batch, positions) if known else Positions(batch.mask & (batch.roles != SPECIAL))
+    """The SteeringVector of a direction, with the data's hash and one example of the tokens it was read from.
+
+    The example is made from `positions` where `prompts.positions` knows the word; give `read_from` for anything else.
+    """
+    if not read_from:
+        batch = prompts.pad([tokens_of(model.tokenizer, pairs[0])[0]], model.tokenizer.pad_token_id)
+        read_from = prompts.provenance(model.tokenizer, batch, prompts.positions(batch, positions))
     return SteeringVector(
         direction.float(), layer, behavior, method, positions, model.identity, len(pairs),
-        digest([list(p) for p in pairs])[:16], float(residual_norm), prompts.provenance(model.tokenizer, batch, shown),
+        digest([list(p) for p in pairs])[:16], float(residual_norm), read_from,
     )  # fmt: skip
+
+
+def _files(path: str | Path) -> tuple[Path, Path]:
+    """The .safetensors and .json of a vector's name; dots inside the name are kept."""
+    name = str(path).removesuffix(".safetensors")
+    return Path(name + ".safetensors"), Path(name + ".json")
 
 
 def save_vector(v: SteeringVector, path: str | Path) -> Path:
     """Write `path`.safetensors and `path`.json (everything else, hook name and norm included); returns the former."""
-    path = Path(path)
+    tensors, papers = _files(path)
     note = {k: x for k, x in asdict(v).items() if k != "vector"}
     note |= {"hook": resid_post(v.layer), "norm": v.norm, "vector_sha256": digest(v.vector.contiguous())}
-    write_file(path.with_suffix(".json"), json.dumps(note, indent=1, ensure_ascii=False))
-    return write_file(path.with_suffix(".safetensors"), save({"vector": v.vector.contiguous()}))
+    write_file(papers, json.dumps(note, indent=1, ensure_ascii=False))
+    return write_file(tensors, save({"vector": v.vector.contiguous()}))
 
 
 def load_vector(path: str | Path) -> SteeringVector:
     """The SteeringVector `save_vector` wrote, to the same bits; ValueError if the two files do not belong together."""
-    path = Path(path)
-    note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    vector = load_file(path.with_suffix(".safetensors"))["vector"]
+    tensors, papers = _files(path)
+    note = json.loads(papers.read_text(encoding="utf-8"))
+    vector = load_file(tensors)["vector"]
     if digest(vector) != note.pop("vector_sha256"):
-        raise ValueError(
-            f"{path.with_suffix('.safetensors').name} is not the vector that its .json describes; make it again"
-        )
+        raise ValueError(f"{tensors.name} is not the vector that its .json describes; make it again")
     return SteeringVector(vector, **{k: x for k, x in note.items() if k not in ("hook", "norm")})
 
 

@@ -27,14 +27,13 @@ class Rule:
 
 
 def above(threshold: float, what: str) -> Rule:
-    """`holds` if the whole interval of `what` lies above `threshold`, `fails` if below, else `undecided`."""
+    """`holds` if the whole interval of `what` lies above `threshold` and the null, `fails` if below `threshold`, else `undecided`."""
 
     def decide(value: Interval, null: float) -> str:
-        return "holds" if value.low > threshold else "fails" if value.high < threshold else "undecided"
+        return "holds" if value.low > max(threshold, null) else "fails" if value.high < threshold else "undecided"
 
-    return Rule(
-        f"holds if the 95 % interval of {what} lies above {threshold:g}, fails if below, else undecided", decide
-    )
+    words = f"holds if the 95 % interval of {what} lies above {threshold:g} and above the null, fails if below {threshold:g}"
+    return Rule(f"{words}, else undecided", decide)
 
 
 def beyond_null(what: str, null_name: str) -> Rule:
@@ -109,7 +108,9 @@ def save(session: Session, summary: str, claims: list[Claim], numbers: dict[str,
     result = {
         "notebook": session.notebook,
         "profile": session.name,
-        "model": session.profile["chat"],
+        "model": session.model,
+        "layer": session.profile["layer"],
+        "parameters": session.parameters,
         "device": session.device,
         "dtype": str(session.dtype).removeprefix("torch."),
         "seed": session.seed,

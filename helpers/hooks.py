@@ -137,13 +137,13 @@ def _check(model: Any, vector: Tensor) -> Tensor:
 def add(model: Any, layer: int, vector: Tensor, multiplier: float = 1.0, positions: Positions | None = None) -> Any:
     """Context: x + multiplier * vector after block `layer`; multiplier in units of the vector as given (d_model,)."""
     v = multiplier * _check(model, vector)
-    return _edit(model, layer, lambda x: x + v.to(x.device, x.dtype), positions)
+    return _edit(model, layer, lambda x: x + v.to(x.dtype).to(x.device), positions)
 
 
 def ablate(model: Any, layer: int, direction: Tensor, positions: Positions | None = None) -> Any:
     """Context: remove the component along `direction` (d_model,) after block `layer`."""
     u = _check(model, direction)
-    return _edit(model, layer, lambda x: ablated(x, u.to(x.device)), positions)
+    return _edit(model, layer, lambda x: ablated(x, u.float().to(x.device)), positions)
 
 
 def ablate_then_add(
@@ -151,7 +151,12 @@ def ablate_then_add(
 ) -> Any:
     """Context: set the component along `vector` to multiplier * |vector|, whatever it was before."""
     v = _check(model, vector)
-    return _edit(model, layer, lambda x: ablated(x, v.to(x.device)) + (multiplier * v).to(x.device, x.dtype), positions)
+    return _edit(
+        model,
+        layer,
+        lambda x: ablated(x, v.float().to(x.device)) + (multiplier * v).to(dtype=x.dtype).to(x.device),
+        positions,
+    )
 
 
 @contextmanager

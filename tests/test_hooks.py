@@ -13,6 +13,20 @@ def batch_of(model, side="left", answer=None):
     return prompts.pad(tokens, model.tokenizer.pad_token_id, side)
 
 
+def test_captured_residuals_equal_an_unwrapped_model_at_every_layer(smol):
+    """transformers' own model, never bridged, is the oracle: the bridge replaces modules in the model it wraps."""
+    weights, _, _ = models.plain("packaged:smollm2-135m-instruct")
+    batch = batch_of(smol)
+    with hooks.capture(smol, range(30)) as acts:
+        models.run(smol, batch)
+    options = dict(attention_mask=batch.mask.long(), position_ids=batch.position_ids, output_hidden_states=True)
+    out = weights(input_ids=batch.ids, **options)
+    for k in range(30):
+        theirs = out.hidden_states[k + 1][batch.mask]
+        ours = acts[k][batch.mask] if k < 29 else weights.model.norm(acts[k])[batch.mask]
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["smol", "tiny", "gemma"])
 def test_captured_residuals_equal_hidden_states_at_every_layer(name, request):
     model = request.getfixturevalue(name)
@@ -123,6 +137,24 @@ def test_positions_under_generate_with_its_cache(tiny):
         torch.testing.assert_close(ids.logits[step], logits[:, width + step - 1], atol=1e-3, rtol=1e-3)
     real = whole_mask[:, : width + 5]
     torch.testing.assert_close(acts[1][real], whole[1][:, : width + 5][real], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["prompt", "all", "after_instruction", [0, -1]])
+@pytest.mark.parametrize("change", [hooks.add, hooks.ablate, hooks.ablate_then_add])
+def test_every_position_word_and_edit_is_right_under_generate(tiny, where, change):
+    batch, v = batch_of(tiny, "left"), 5 * torch.randn(48)
+    chosen = prompts.positions(batch, where)
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=tiny.tokenizer.pad_token_id)
+    with change(tiny, 1, v, positions=chosen), hooks.capture(tiny, [1]) as acts:
+        ids = tiny.original_model.generate(input_ids=batch.ids, attention_mask=batch.mask.long(), **options)
+    extra = torch.ones(2, 4, dtype=torch.bool)
+    mask = torch.cat([batch.mask, extra], 1)
+    written = hooks.Positions(torch.cat([chosen.prompt, extra & chosen.later], 1))
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+    with change(tiny, 1, v, positions=written), hooks.capture(tiny, [1]) as whole:
+        tiny.original_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions)
+    real = mask[:, :-1]
+    torch.testing.assert_close(acts[1][real], whole[1][:, :-1][real], atol=1e-3, rtol=1e-3)
 
 
 def test_the_hook_serves_two_generations_in_a_row(tiny):

@@ -13,7 +13,9 @@ from helpers import models, prompts
 def test_the_packaged_model_answers_and_loads_fast_the_second_time(smol):
     began = time.perf_counter()
     again = models.load("packaged:smollm2-135m-instruct", "cpu", torch.float32)
-    assert time.perf_counter() - began < 10  # a guard against dequantising again (15 s), not a benchmark
+    assert (
+        time.perf_counter() - began < 10
+    )  # a guard against dequantising again (15 s), not a benchmark: it takes about 1 s
     batch = prompts.pad([prompts.chat(again.tokenizer, "What is the capital of France?")], again.tokenizer.pad_token_id)
     ids = again.original_model.generate(
         input_ids=batch.ids, attention_mask=batch.mask.long(), max_new_tokens=10, do_sample=False
@@ -28,13 +30,14 @@ def test_digits_are_split_as_the_model_was_trained(smol):
     assert smol.tokenizer.tokenize("2026") == ["2", "0", "2", "6"]
 
 
-def test_a_folder_loads(tiny, tmp_path):
-    folder = tmp_path / "mine"
+def small(tokenizer, folder, seed=0):
     from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(seed)
 
     weights = AutoModelForCausalLM.from_config(
         LlamaConfig(
-            vocab_size=len(tiny.tokenizer),
+            vocab_size=len(tokenizer),
             hidden_size=16,
             intermediate_size=16,
             num_hidden_layers=2,
@@ -42,8 +45,37 @@ def test_a_folder_loads(tiny, tmp_path):
         )
     )
     weights.save_pretrained(folder)
-    tiny.tokenizer.save_pretrained(folder)
-    assert models.load(str(folder)).cfg.n_layers == 2
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_folder_loads_and_other_weights_have_another_identity(tiny, tmp_path):
+    small(tiny.tokenizer, tmp_path / "a" / "mine", seed=0)
+    small(tiny.tokenizer, tmp_path / "b" / "mine", seed=1)
+    one, other = (models.load(str(tmp_path / x / "mine")) for x in "ab")
+    assert one.cfg.n_layers == 2 and one.identity != other.identity and str(tmp_path) not in one.identity
+
+
+def test_a_hub_model_fetched_before_loads_without_a_network(tiny, tmp_path, monkeypatch):
+    """Only the snapshot folder exists, no refs, no network: weights and tokenizer must both come from it."""
+    snapshot = tmp_path / "models--some--thing" / "snapshots" / ("c" * 40)
+    small(tiny.tokenizer, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub(monkeypatch, error=ConnectionError("no route"))
+    model = models.load("some/thing")
+    assert model.cfg.n_layers == 2 and model.identity == "some/thing@" + "c" * 40
+
+
+def test_the_tokenizer_is_the_models_own(smol):
+    """The bridge makes a variant that adds a first token; plain text must not get one the model's tokenizer would not add."""
+    _, stock, _ = models.plain("packaged:smollm2-135m-instruct")
+    assert prompts.plain(smol.tokenizer, "Hi there").ids == stock("Hi there")["input_ids"]
+
+
+def test_layers_are_those_the_model_has(tiny):
+    assert models.choose_layers(tiny, {"layer": 1, "layers": [0, 3, 26]}) == (1, [0, 1, 3])
+    assert models.choose_layers(tiny, {"layer": 1, "layers": [3]}, fast=True) == (1, [0, 1])
+    with pytest.raises(models.ModelError, match="layer 14 was asked for, but the model has layers 0 to 3"):
+        models.choose_layers(tiny, {"layer": 14, "layers": []})
 
 
 def test_wrong_names_are_refused_with_what_there_is(tmp_path):

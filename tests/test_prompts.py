@@ -76,6 +76,11 @@ def test_positions_by_meaning(tokenizer, side):
     assert prompts.positions(batch, "response").later and not prompts.positions(batch, "prompt").later
 
 
+def test_special_tokens_without_a_name_are_special_too():
+    added = {5: SimpleNamespace(special=True), 6: SimpleNamespace(special=False)}
+    assert prompts.special_ids(SimpleNamespace(all_special_ids=[1], added_tokens_decoder=added)) == {1, 5}
+
+
 def test_first_token_and_specials_stay_out_of_averages(tokenizer):
     batch = prompts.pad([prompts.chat(tokenizer, "Why?")], tokenizer.pad_token_id)
     assert not prompts.positions(batch, "all").prompt[0, 0]
@@ -104,7 +109,9 @@ def test_bad_positions_are_refused(tokenizer):
 def test_provenance_marks_the_chosen_tokens(tokenizer):
     batch = prompts.pad([prompts.chat(tokenizer, "Why?", answer="So it goes.")], tokenizer.pad_token_id)
     shown = prompts.provenance(tokenizer, batch, prompts.positions(batch, "answer"))
-    assert shown.count("«") == 4 and "«So»« it»« goes»«.»" in shown and shown.endswith("every generated token")
+    assert shown.count("«") == 4 and "«So»« it»« goes»«.»" in shown and shown.endswith("«.»")
+    later = prompts.provenance(tokenizer, batch, prompts.positions(batch, "response"))
+    assert later.endswith("and every generated token")
 
 
 def test_padded_pair_has_equal_length_and_equal_tokens_after(tokenizer):
@@ -120,7 +127,10 @@ def test_behaviours_hold_what_their_cards_promise(name):
     b = prompts.load_behavior(name)
     assert (len(b.system_pairs), len(b.answer_pairs), len(b.dev), len(b.test), len(b.open)) == (40, 40, 10, 50, 20)
     questions = [p.question for p in [*b.system_pairs, *b.answer_pairs, *b.dev, *b.test]] + b.open
-    assert prompts.near_duplicates(questions) == []
+    systems = [text for p in b.system_pairs for text in (p.positive, p.negative)]
+    matching, other = [i.matching for i in b.dev + b.test], [i.non_matching for i in b.dev + b.test]
+    for texts in (questions, systems[0::2], systems[1::2], matching, other, [p.positive for p in b.answer_pairs]):
+        assert prompts.near_duplicates(texts) == []
     assert (ROOT / "data" / "behaviors" / f"{name}.md").exists()
 
 
@@ -152,7 +162,7 @@ CAA = {"question": "Do you mind?", "answer_matching_behavior": "(A)", "answer_no
     [
         ("", "empty"),
         ("[]", "list is empty"),
-        (b"\xff\xfe{}", "not UTF-8"),
+        (b"{}\n\xff\xfe{}", "line 2: not UTF-8"),
         ('{"positive": "a",\n', "line 1: not JSON"),
         ('[{"positive": "a", "negative": "b"},\n oops]', "line 2: not JSON"),
         ('{"positive": "a"}', "line 1: field 'negative' is missing"),
@@ -173,6 +183,9 @@ def test_caa_and_positive_negative_forms_load(tmp_path):
     rows = [{**CAA, "question": q} for q in ("Do you mind?", "Shall we go on?")]
     assert prompts.load_pairs(write(tmp_path / "caa.json", json.dumps(rows)))[1] == ("Shall we go on?", "(A)", "(B)")
     assert prompts.load_pairs(write(tmp_path / "p.jsonl", '{"positive": "a", "negative": "b"}\n')) == [("a", "b")]
+    assert prompts.load_pairs(write(tmp_path / "b.jsonl", '\ufeff{"positive": "a\u2028z", "negative": "b"}\n')) == [
+        ("a\u2028z", "b")
+    ]
     assert prompts.load_lines(write(tmp_path / "open.txt", "one\n\n two \n")) == ["one", "two"]
 
 
@@ -184,7 +197,7 @@ def test_one_sided_letters_and_near_duplicates_are_warned_of(tmp_path):
     ]
     with pytest.warns(UserWarning, match=r"6 of 6 positive answers are \(A\)"):
         prompts.load_pairs(write(tmp_path / "one.json", json.dumps(rows)))
-    with pytest.warns(UserWarning, match="1 near-duplicate pairs among 7"):
+    with pytest.warns(UserWarning, match="1 near-duplicate pairs among 7 entries"):
         prompts.load_pairs(write(tmp_path / "two.json", json.dumps([*rows, rows[0]])))
     mixed = [
         {
@@ -208,6 +221,7 @@ def test_one_sided_letters_and_near_duplicates_are_warned_of(tmp_path):
             "'split' is 'train'",
         ),
         ({"kind": "item", "split": "dev", "question": "q", "matching": "a"}, "'non_matching' is missing"),
+        ({"kind": "open", "question": "q"}, "no system_pairs, answer_pairs, dev, test in the file"),
     ],
 )
 def test_bad_behaviours_name_line_and_field(tmp_path, row, message):

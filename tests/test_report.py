@@ -1,10 +1,12 @@
 """The report refuses, survives failures, and leaves nothing half-written; the committed notebooks are clean."""
 
+import ast
 import json
 import re
 import shutil
 
 import nbformat
+import papermill
 import pytest
 
 from helpers import report
@@ -79,6 +81,59 @@ def test_a_failing_notebook_is_shown_as_failed_and_the_rest_go_on(workshop, tmp_
     assert "failed: 00_bad" in capsys.readouterr().err
 
 
+def test_a_dead_kernel_is_a_failure_like_another(workshop, tmp_path):
+    notebook(workshop, "00_dead", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    notebook(workshop, "01_good", GOOD)
+    out = tmp_path / "out"
+    assert report.main(["--out", str(out)]) == 1
+    runs = json.loads((out / "runs.json").read_text())
+    assert (
+        runs["00_dead"]["status"] == "failed"
+        and "DeadKernel" in runs["00_dead"]["error"]
+        and runs["01_good"]["status"] == "ran"
+    )
+
+
+def test_commit_refreshes_what_is_committed_and_nothing_else(workshop, tmp_path, monkeypatch):
+    notebook(workshop, "01_good", GOOD)
+    kept = {"results": tmp_path / "r", "figures": tmp_path / "f"}
+    kept["figures"].mkdir()
+    for name in ("01_stale.png", "02_other.png"):
+        (kept["figures"] / name).write_bytes(b"")
+    (tmp_path / "README.md").write_text("before\n<!-- claims:start -->\nold\n<!-- claims:end -->\nafter\n")
+    monkeypatch.setattr(report, "COMMITTED", kept)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report.assets, "WHEELS", {})
+    assert report.main(["--commit", "--out", str(tmp_path / "out")]) == 0
+    assert [p.name for p in kept["figures"].iterdir()] == ["02_other.png"] and (
+        kept["results"] / "01_good.json"
+    ).exists()
+    readme = (tmp_path / "README.md").read_text()
+    assert "**01.1**" in readme and "old" not in readme and readme.startswith("before") and readme.endswith("after\n")
+    ran = nbformat.read(workshop / "01_good.ipynb", 4)
+    assert ran.cells[1].execution_count == 2 and not any("injected" in str(c.metadata) for c in ran.cells)
+
+
+def test_widgets_are_dropped_and_plotly_keeps_its_picture(tmp_path, monkeypatch, capsys):
+    output = nbformat.v4.new_output(
+        "display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "bar"}
+    )
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[output])])
+    assert report.strip(made).cells[0].outputs == []
+    import plotly.express as px
+    from matplotlib import pyplot as plt
+
+    from helpers import figures, session
+
+    monkeypatch.setenv("REPORT_DIR", str(tmp_path))
+    shown = []
+    monkeypatch.setattr(figures, "display", lambda bundle, raw: shown.append(bundle))
+    s = session.start("01_good")
+    figures.show(s, "x", plt.figure(), {"n": float("nan"), "m": [1.23456789]}, interactive=px.scatter(x=[1], y=[2]))
+    assert {"image/png", "application/vnd.plotly.v1+json"} < set(shown[0]) and "text/html" not in shown[0]
+    assert json.loads((tmp_path / "figures" / "01_x.json").read_text()) == {"n": None, "m": [1.23457]}
+
+
 def test_ctrl_c_keeps_what_is_finished_and_nothing_half_written(workshop, tmp_path, monkeypatch):
     notebook(workshop, "00_good", GOOD)
     notebook(workshop, "01_good", GOOD)
@@ -121,7 +176,9 @@ def test_committed_notebooks_are_clean(path):
             assert not any("widget" in kind for kind in data)
             assert "application/vnd.plotly.v1+json" not in data or "image/png" in data
     assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1
-    assert not re.search(r"hf_[A-Za-z0-9]{20,}|/home/|/root/|/Users/|/tmp/|site-packages|\d+%\|", raw)
+    assert not re.search(
+        r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}|/home/|/root/|/Users/|/tmp/|site-packages|\d+%\|", raw
+    )
     run = longest = 0
     for cell in cells(path):
         run = run + 1 if cell.cell_type == "code" else 0
@@ -135,6 +192,11 @@ def test_committed_results_and_figures_belong_to_the_notebooks(path):
     shown = "".join(
         str(o.get("data", {}).get("text/markdown", "")) for c in cells(path) if c.cell_type == "code" for o in c.outputs
     )
+    declared = papermill.inspect_notebook(str(path))
+    for name, value in result["parameters"].items():
+        assert value == ast.literal_eval(declared[name]["default"]), (
+            f"{path.stem}: committed from a run with another {name}"
+        )
     for claim in result["claims"]:
         assert (
             f"**{claim['id']}**" in shown and f"{claim['value']:.3g} [{claim['low']:.3g}, {claim['high']:.3g}]" in shown
