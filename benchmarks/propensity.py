@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from helpers import hooks, models, prompts, session, steer
+from helpers import behaviors, hooks, models, prompts, session, steer
 from helpers.prompts import ANSWER
 
 
@@ -64,7 +64,7 @@ def main():
     s = session.start("benchmark")
     model = gemma_shape(s.device, s.dtype) if options.random else models.load(s.profile["chat"], s.device, s.dtype)
     layer = model.cfg.n_layers // 2 - 1
-    items = prompts.load_behavior("refusal").test[: options.items]
+    items = behaviors.load_behavior("refusal").test[: options.items]
     where, v = steer.of_items(model, items, layer), torch.randn(model.cfg.d_model)
     build, _ = clock(where._build, s.device)
     gradient, _ = clock(where.gradients, s.device)

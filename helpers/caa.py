@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import models, prompts
+from helpers.behaviors import AnswerPair, SystemPair, TextPair
 from helpers.hooks import Positions, capture, resid_post
-from helpers.prompts import FILLER, SPECIAL, SYSTEM, AnswerPair, SystemPair, TextPair, Tokens
+from helpers.prompts import FILLER, SPECIAL, SYSTEM, Tokens
 from helpers.store import cached, digest, write_file
 
 

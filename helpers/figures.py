@@ -89,7 +89,8 @@ def forest(
 ) -> None:
     """A forest plot on `axis`: one row a name, one marker a series, each an Interval (value, low, high) a row.
 
-    `null`: one (low, high) a row, drawn as a grey band behind the markers.
+    `null`: one (low, high) a row, drawn as a grey band behind the markers. A series that is None is not drawn but keeps its
+    colour, so that a name has one colour on a page.
     """
     y = np.arange(len(rows))[::-1]
     if null is not None:
@@ -98,6 +99,8 @@ def forest(
             axis.fill_betweenx([y[i] - 0.42, y[i] + 0.42], low, high, color=NULL, alpha=0.3, linewidth=0, label=label)
     offsets = np.linspace(0.28, -0.28, len(series)) if len(series) > 1 else [0.0]
     for (label, values), offset, colour, marker in zip(series.items(), offsets, PALETTE * 3, MARKERS * 3, strict=False):
+        if values is None:
+            continue
         v, low, high = (np.array([x[i] for x in values], float) for i in range(3))
         axis.errorbar(
             v, y + offset, xerr=[v - low, high - v], fmt=marker, color=colour, markersize=5, linewidth=1.2, label=label

@@ -171,7 +171,9 @@ def bridge(weights: Any, tokenizer: Any, identity: str) -> TransformerBridge:
     """A TransformerBridge around a loaded transformers model; frozen and in eval mode."""
     name = weights.config._name_or_path or identity
     model = TransformerBridge.boot_transformers(name, hf_model=weights, tokenizer=tokenizer, dtype=weights.dtype)
-    model._tokenizer = tokenizer  # the bridge's setter makes a variant that adds a first token; templates write their own
+    model._tokenizer = (
+        tokenizer  # the bridge's setter makes a variant that adds a first token; templates write their own
+    )
     model.eval()
     for parameter in weights.parameters():
         parameter.requires_grad_(False)

@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import models, prompts, store
+from helpers.behaviors import Behavior, Item
 from helpers.hooks import add, capture, resume_at
-from helpers.prompts import ANSWER, Behavior, Item, Tokens
+from helpers.prompts import ANSWER, Tokens
 
 CODE = ("steer", "hooks", "prompts", "models")
 

@@ -105,7 +105,7 @@ def test_unknown_names_are_refused():
 
 def test_the_real_text_and_pairs_load():
     assert len(assets.text("wiki", 2000)) == 2000 and "<doc" not in assets.text("wiki", 20_000)
-    from helpers.prompts import load_pairs
+    from helpers.behaviors import load_pairs
 
     with pytest.warns(UserWarning):
         pairs = load_pairs(assets.fetch("pairs") / "corrigible-neutral-HHH.json")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import caa, directions, hooks, models, prompts
-from helpers.prompts import AnswerPair, SystemPair, TextPair
+from helpers.behaviors import AnswerPair, SystemPair, TextPair
 
 PAIRS = [
     SystemPair("You are a very angry old sailor.", "You are calm.", "What is tin?"),

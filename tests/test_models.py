@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import models, prompts
+from helpers import behaviors, models, prompts
 
 
 def test_the_packaged_model_answers_and_loads_fast_the_second_time(smol):
@@ -139,7 +139,7 @@ def test_too_little_memory_is_said_before_the_download(monkeypatch):
 
 def test_filler_keeps_its_position_but_is_not_attended_to(tiny):
     one, other = prompts.padded_pair(
-        tiny.tokenizer, prompts.SystemPair("Be a loud and angry old man.", "Be kind.", "Why?")
+        tiny.tokenizer, behaviors.SystemPair("Be a loud and angry old man.", "Be kind.", "Why?")
     )
     batch = prompts.pad([other], tiny.tokenizer.pad_token_id)
     assert batch.position_ids[0].tolist() == list(range(len(other.ids)))

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import prompts
-from helpers.prompts import ANSWER, FILLER, PAD, SPECIAL, SYSTEM, USER, DataError, SystemPair
+from helpers import behaviors, prompts
+from helpers.behaviors import DataError, SystemPair
+from helpers.prompts import ANSWER, FILLER, PAD, SPECIAL, SYSTEM, USER
 from helpers.session import ROOT
 
 NAMES = ["refusal", "roleplay", "uncertainty", "helpfulness", "format", "anger", "joy"]
@@ -124,20 +125,20 @@ def test_padded_pair_has_equal_length_and_equal_tokens_after(tokenizer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_behaviours_hold_what_their_cards_promise(name):
-    b = prompts.load_behavior(name)
+    b = behaviors.load_behavior(name)
     assert (len(b.system_pairs), len(b.answer_pairs), len(b.dev), len(b.test), len(b.open)) == (40, 40, 10, 50, 20)
     questions = [p.question for p in [*b.system_pairs, *b.answer_pairs, *b.dev, *b.test]] + b.open
     systems = [text for p in b.system_pairs for text in (p.positive, p.negative)]
     matching, other = [i.matching for i in b.dev + b.test], [i.non_matching for i in b.dev + b.test]
     for texts in (questions, systems[0::2], systems[1::2], matching, other, [p.positive for p in b.answer_pairs]):
-        assert prompts.near_duplicates(texts) == []
+        assert behaviors.near_duplicates(texts) == []
     assert (ROOT / "data" / "behaviors" / f"{name}.md").exists()
 
 
 def test_no_behaviour_is_another_or_its_negative():
     sides = {}
     for name in NAMES:
-        b = prompts.load_behavior(name)
+        b = behaviors.load_behavior(name)
         for pole, texts in (("+", [p.positive for p in b.answer_pairs]), ("-", [p.negative for p in b.answer_pairs])):
             sides[name + pole] = set(texts)
     keys = list(sides)
@@ -145,8 +146,8 @@ def test_no_behaviour_is_another_or_its_negative():
 
 
 def test_near_duplicates_fire_and_stay_silent():
-    assert prompts.near_duplicates(["How do I boil an egg well?", "How do I boil an egg well at home?"]) == [(0, 1)]
-    assert prompts.near_duplicates(["How do I boil an egg?", "Why is the sky blue at noon?"]) == []
+    assert behaviors.near_duplicates(["How do I boil an egg well?", "How do I boil an egg well at home?"]) == [(0, 1)]
+    assert behaviors.near_duplicates(["How do I boil an egg?", "Why is the sky blue at noon?"]) == []
 
 
 def write(path, content):
@@ -175,18 +176,18 @@ CAA = {"question": "Do you mind?", "answer_matching_behavior": "(A)", "answer_no
 )
 def test_bad_pairs_name_file_place_and_field(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as error:
-        prompts.load_pairs(write(tmp_path / "mine.json", content))
+        behaviors.load_pairs(write(tmp_path / "mine.json", content))
     assert "mine.json" in str(error.value)
 
 
 def test_caa_and_positive_negative_forms_load(tmp_path):
     rows = [{**CAA, "question": q} for q in ("Do you mind?", "Shall we go on?")]
-    assert prompts.load_pairs(write(tmp_path / "caa.json", json.dumps(rows)))[1] == ("Shall we go on?", "(A)", "(B)")
-    assert prompts.load_pairs(write(tmp_path / "p.jsonl", '{"positive": "a", "negative": "b"}\n')) == [("a", "b")]
-    assert prompts.load_pairs(write(tmp_path / "b.jsonl", '\ufeff{"positive": "a\u2028z", "negative": "b"}\n')) == [
+    assert behaviors.load_pairs(write(tmp_path / "caa.json", json.dumps(rows)))[1] == ("Shall we go on?", "(A)", "(B)")
+    assert behaviors.load_pairs(write(tmp_path / "p.jsonl", '{"positive": "a", "negative": "b"}\n')) == [("a", "b")]
+    assert behaviors.load_pairs(write(tmp_path / "b.jsonl", '\ufeff{"positive": "a\u2028z", "negative": "b"}\n')) == [
         ("a\u2028z", "b")
     ]
-    assert prompts.load_lines(write(tmp_path / "open.txt", "one\n\n two \n")) == ["one", "two"]
+    assert behaviors.load_lines(write(tmp_path / "open.txt", "one\n\n two \n")) == ["one", "two"]
 
 
 def test_one_sided_letters_and_near_duplicates_are_warned_of(tmp_path):
@@ -196,9 +197,9 @@ def test_one_sided_letters_and_near_duplicates_are_warned_of(tmp_path):
         for i, w in enumerate(words)
     ]
     with pytest.warns(UserWarning, match=r"6 of 6 positive answers are \(A\)"):
-        prompts.load_pairs(write(tmp_path / "one.json", json.dumps(rows)))
+        behaviors.load_pairs(write(tmp_path / "one.json", json.dumps(rows)))
     with pytest.warns(UserWarning, match="1 near-duplicate pairs among 7 entries"):
-        prompts.load_pairs(write(tmp_path / "two.json", json.dumps([*rows, rows[0]])))
+        behaviors.load_pairs(write(tmp_path / "two.json", json.dumps([*rows, rows[0]])))
     mixed = [
         {
             **r,
@@ -209,7 +210,7 @@ def test_one_sided_letters_and_near_duplicates_are_warned_of(tmp_path):
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prompts.load_pairs(write(tmp_path / "three.json", json.dumps(mixed)))
+        behaviors.load_pairs(write(tmp_path / "three.json", json.dumps(mixed)))
 
 
 @pytest.mark.parametrize(
@@ -226,9 +227,9 @@ def test_one_sided_letters_and_near_duplicates_are_warned_of(tmp_path):
 )
 def test_bad_behaviours_name_line_and_field(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
-        prompts.load_behavior(write(tmp_path / "mine.jsonl", json.dumps(row)))
+        behaviors.load_behavior(write(tmp_path / "mine.jsonl", json.dumps(row)))
     with pytest.raises(DataError, match="no behaviour 'kindness'; there are anger"):
-        prompts.load_behavior("kindness")
+        behaviors.load_behavior("kindness")
 
 
 def test_a_template_without_a_system_role_gets_the_prompt_in_front(tokenizer):

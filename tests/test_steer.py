@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import hooks, models, prompts, steer
-from helpers.prompts import ANSWER, Item
+from helpers import behaviors, hooks, models, prompts, steer
+from helpers.behaviors import Item
+from helpers.prompts import ANSWER
 
 ITEMS = [
     Item("What is tin?", "Tin is a soft, silvery metal.", "No idea, sorry."),
@@ -123,7 +124,7 @@ def test_generation_is_reproducible_and_steering_changes_it(tiny, cache):
 
 
 def test_text_judge_reads_held_out_items():
-    judge = steer.TextJudge(prompts.load_behavior("joy"))
+    judge = steer.TextJudge(behaviors.load_behavior("joy"))
     assert judge.accuracy > 0.9
     happy, sad = judge.score(
         ["What a wonderful, delightful morning, I could sing!", "I weep quietly, everything is grey and lost."]
