@@ -80,7 +80,7 @@ def execute(path: Path, out: Path, parameters: dict[str, Any]) -> dict[str, Any]
         try:
             papermill.execute_notebook(
                 str(path), str(ran), parameters, kernel_name="python3", cwd=str(NOTEBOOKS), progress_bar=False,
-                log_output=False,
+                log_output=False, extra_arguments=["--IPKernelApp.log_level=40"],
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = redact(f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}")
