@@ -100,7 +100,7 @@ def test_commit_refreshes_what_is_committed_and_nothing_else(workshop, tmp_path,
     kept["figures"].mkdir()
     for name in ("01_stale.png", "02_other.png"):
         (kept["figures"] / name).write_bytes(b"")
-    (tmp_path / "README.md").write_text("before\n<!-- claims:start -->\nold\n<!-- claims:end -->\nafter\n")
+    (tmp_path / "README.md").write_text("before\n<!-- claims:start -->\na stale row\n<!-- claims:end -->\nafter\n")
     monkeypatch.setattr(report, "COMMITTED", kept)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report.assets, "WHEELS", {})
@@ -109,7 +109,12 @@ def test_commit_refreshes_what_is_committed_and_nothing_else(workshop, tmp_path,
         kept["results"] / "01_good.json"
     ).exists()
     readme = (tmp_path / "README.md").read_text()
-    assert "**01.1**" in readme and "old" not in readme and readme.startswith("before") and readme.endswith("after\n")
+    assert (
+        "**01.1**" in readme
+        and "a stale row" not in readme
+        and readme.startswith("before")
+        and readme.endswith("after\n")
+    )
     ran = nbformat.read(workshop / "01_good.ipynb", 4)
     assert ran.cells[1].execution_count == 2 and not any("injected" in str(c.metadata) for c in ran.cells)
 
