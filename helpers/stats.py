@@ -74,30 +74,6 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide((a * b).sum(-1), norm, out=np.zeros(np.shape(norm)), where=norm > 0)
 
 
-def split_half(differences: np.ndarray, draws: int = 200, seed: int = 0) -> Interval:
-    """Mean cosine between the mean difference of two random halves of `differences` (n, d), with the central 95 % of splits.
-
-    A stability measure of a direction: near 1 when the pairs agree, near 0 (standard deviation 1/sqrt(d)) for noise.
-    """
-    x = np.asarray(differences, np.float64)
-    if len(x) < 4:
-        raise ValueError(f"split halves need four or more differences, {len(x)} were given")
-    rng = np.random.default_rng(seed)
-    half = len(x) // 2
-    cosines = []
-    for _ in range(draws):
-        order = rng.permutation(len(x))
-        cosines.append(float(cosine(x[order[:half]].mean(0), x[order[half : 2 * half]].mean(0))))
-    return Interval(float(np.mean(cosines)), *map(float, np.quantile(cosines, [0.025, 0.975])))
-
-
-def permutation_p(observed: float, null: Sequence[float], two_sided: bool = True) -> float:
-    """(1 + number of null draws at least as extreme) / (1 + draws): never zero (Phipson & Smyth 2010)."""
-    null = np.asarray(null, np.float64)
-    extreme = np.abs(null) >= abs(observed) if two_sided else null >= observed
-    return float((1 + extreme.sum()) / (1 + len(null)))
-
-
 def at_level(x: Sequence[float], y: Sequence[float], level: float) -> float:
     """y where the piecewise-linear curve through (x, y), x increasing from 0, reaches `level`; NaN if it never does."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
