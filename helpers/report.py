@@ -100,6 +100,10 @@ def render(notebook: Any, title: str) -> str:
 
     exporter = HTMLExporter(template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+    # A reader follows words and figures; long code cells scroll in place.
+    body = body.replace(
+        "</head>", "<style>.jp-CodeCell .jp-Cell-inputWrapper{max-height:9em;overflow:auto}</style></head>", 1
+    )
     return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body)
 
 
