@@ -4,7 +4,6 @@ No folding and no compatibility mode: SAEs in public registries were mostly trai
 run a model, not what is done with it.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,11 @@ def _memory(device: str) -> int:
     """Free bytes where the weights will lie."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        with open("/proc/meminfo") as f:
-            for line in f:
-                if line.startswith("MemAvailable"):
-                    return int(line.split()[1]) * 1024
-    return 1 << 62  # unknown: let the load itself tell
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(free.split()[1]) * 1024
+    return 1 << 62  # unknown (macOS): let the load itself tell
 
 
 def _check_memory(name: str, parameters: int, device: str, dtype: torch.dtype) -> None:
@@ -99,8 +97,12 @@ def _from_hub(name: str, revision: str | None, device: str, dtype: torch.dtype) 
     if info.safetensors:
         _check_memory(name, info.safetensors.total, device, dtype)
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    folder = snapshot_download(name, revision=info.sha, token=token, allow_patterns=wanted, tqdm_class=tqdm)
-    return Path(folder), info.sha
+    folder = Path(snapshot_download(name, revision=info.sha, token=token, allow_patterns=wanted, tqdm_class=tqdm))
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{name} holds no safetensors weights, and pickled ones are not read: they can run code. Convert it first"
+        )
+    return folder, info.sha
 
 
 def _in_hub_cache(name: str, revision: str | None) -> Path | None:

@@ -12,12 +12,11 @@ from torch import Tensor
 from helpers.behaviors import DataError, SystemPair
 from helpers.hooks import Positions
 
-SPECIAL, TEMPLATE, SYSTEM, USER, ANSWER, FILLER, PAD = range(7)
-ROLES = ("special", "template", "system", "user", "answer", "filler", "padding")
+SPECIAL, TEMPLATE, SYSTEM, USER, ANSWER, FILLER, PAD = range(7)  # the role of a token
 
 
 class Tokens(NamedTuple):
-    """One text as token ids with a role (see ROLES) each."""
+    """One text as token ids with a role (SPECIAL, TEMPLATE, SYSTEM, ...) each."""
 
     ids: list[int]
     roles: list[int]

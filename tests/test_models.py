@@ -127,6 +127,14 @@ def test_gated_unknown_and_unreachable_hub_models_say_what_to_do(monkeypatch):
     assert "hf_aaaa" not in str(refused.value)
 
 
+def test_pickled_weights_are_not_read(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    hub(monkeypatch, info=SimpleNamespace(gated=False, sha="0" * 40, safetensors=None))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(models.ModelError, match="holds no safetensors weights"):
+        models.load("old/model")
+
+
 def test_too_little_memory_is_said_before_the_download(monkeypatch):
     hub(monkeypatch, info=SimpleNamespace(gated=False, sha="0" * 40, safetensors=SimpleNamespace(total=70_000_000_000)))
     monkeypatch.setattr(models, "_memory", lambda device: 24_000_000_000)
