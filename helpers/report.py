@@ -132,8 +132,10 @@ def index(out: Path, profile: str, runs: dict[str, Any]) -> str:
                 + "</tr>"
             )
     total = sum(r["seconds"] for r in runs.values())
-    ran = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((out / "results").glob("*.json"))]
-    devices = " / ".join(sorted({f"{r['model']}, layer {r['layer']}, {r['device']} {r['dtype']}" for r in ran}))
+    paths = [p for stem in runs if (p := out / "results" / f"{stem}.json").exists()]
+    ran = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
+    keys = ("model", "layer", "device", "dtype")  # a file of an older version may lack one
+    devices = " / ".join(sorted({", ".join(f"{k} {r[k]}" for k in keys if k in r) for r in ran}))
     software = " · ".join(f"{k} {v}" for k, v in versions().items())
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>Do steering vectors and RLHF find the same features? ({html.escape(profile)})</title>

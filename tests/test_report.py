@@ -81,6 +81,15 @@ def test_a_failing_notebook_is_shown_as_failed_and_the_rest_go_on(workshop, tmp_
     assert "failed: 00_bad" in capsys.readouterr().err
 
 
+def test_results_of_an_older_version_do_not_break_the_index(workshop, tmp_path):
+    notebook(workshop, "01_good", GOOD)
+    out = tmp_path / "out"
+    (out / "results").mkdir(parents=True)
+    (out / "results" / "00_old.json").write_text('{"claims": []}')
+    assert report.main(["--out", str(out)]) == 0
+    assert "A summary in words." in (out / "index.html").read_text()
+
+
 def test_a_dead_kernel_is_a_failure_like_another(workshop, tmp_path):
     notebook(workshop, "00_dead", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     notebook(workshop, "01_good", GOOD)
