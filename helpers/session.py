@@ -88,6 +88,13 @@ def load_profile(name: str = "") -> dict[str, Any]:
     return profile
 
 
+def device_and_dtype(profile: dict[str, Any] | None = None) -> tuple[str, torch.dtype]:
+    """Where a run computes and in what: DEVICE and DTYPE of the settings, else the profile's, else the best there is."""
+    profile = profile or {}
+    device = choose_device(setting("DEVICE", profile.get("device", "auto")))
+    return device, choose_dtype(setting("DTYPE", profile.get("dtype", "auto")), device)
+
+
 @dataclass(frozen=True)
 class Session:
     """What `start` settled: the profile, the device and dtype, the seed and where results and figures go."""
@@ -122,8 +129,7 @@ def start(notebook: str, profile: str = "", fast: bool = False, seed: int = 0, *
     Results go to data/results/<profile> and figures/<profile>; the report sets REPORT_DIR to collect them elsewhere.
     """
     settings = load_profile(profile)
-    device = choose_device(setting("DEVICE", settings.get("device", "auto")))
-    dtype = choose_dtype(setting("DTYPE", settings.get("dtype", "auto")), device)
+    device, dtype = device_and_dtype(settings)
     name = settings["name"] + ("-fast" if fast else "")
     out = setting("REPORT_DIR")
     results = Path(out) / "results" if out else ROOT / "data" / "results" / name

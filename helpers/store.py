@@ -77,6 +77,26 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
 
 
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of `folder`."""
+    return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def full_disk_said(folder: Path) -> Iterator[None]:
+    """Context: a full disk raises OSError that says how much is free and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        free = free_bytes(folder) / 1e9
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full ({free:.1f} GB free): make room or set CACHE_DIR in .env to another disk; what was whole is kept",
+        ) from error
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends without an error, and vanishes otherwise.
@@ -88,20 +108,13 @@ def writing(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".tmp-{os.getpid()}-{time.monotonic_ns()}"
     temporary.mkdir()
     try:
-        yield temporary
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not path.exists():
-                raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(path.parent).free / 1e9
-            raise OSError(
-                errno.ENOSPC,
-                f"the disk is full ({free:.1f} GB free): make room or set CACHE_DIR in .env to another disk",
-            ) from error
-        raise
+        with full_disk_said(path.parent):
+            yield temporary
+            try:
+                temporary.rename(path)
+            except OSError:
+                if not path.exists():
+                    raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -111,8 +124,9 @@ def write_file(path: Path, data: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        temporary.replace(path)
+        with full_disk_said(path.parent):
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -1,0 +1,230 @@
+"""Long text as rows of tokens: documents in, rows of one context length out, each token marked as kept or not.
+
+Knows tokenizers, packaged text, local files and hub data sets, not models. Running text is packed: documents follow one
+another with the end-of-text token between them, so that no row holds padding; a conversation has a row of its own. Special
+tokens, templates, padding and the first token of a row (an outlier: notebook 00) are marked as not kept, and counted.
+
+A source is named by a string:
+
+    packaged:wiki+web+stories            text out of a PyPI wheel, documents in a seeded order
+    path/to/file.txt                     documents divided by blank lines
+    path/to/file.jsonl                   one document a line: {"text": ...}, or {"question": ..., "answer": ...} for a conversation
+    hub:OWNER/NAME:SUBSET@REVISION       a hub data set, streamed (FineWeb: hub:HuggingFaceFW/fineweb:sample-10BT@v1.0.0)
+
+or by a list of such strings, whose documents are taken in turn.
+"""
+
+import json
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from helpers import assets, prompts
+from helpers.behaviors import DataError
+from helpers.prompts import ANSWER, SPECIAL, USER, Tokens
+from helpers.session import redact, setting
+from helpers.store import file_digest
+
+Source = str | Sequence[str]
+PARTS = ("all", "train", "held-out")
+
+
+class Chat(NamedTuple):
+    """A question and its answer, to be put into the model's own template."""
+
+    question: str
+    answer: str
+
+
+class Row(NamedTuple):
+    """One row of tokens: `ids`, `kept` and `documents` (context,), the last the number of the document a token is of."""
+
+    ids: np.ndarray
+    kept: np.ndarray
+    documents: np.ndarray
+
+
+# --- documents ---------------------------------------------------------------------------------------------------------
+
+
+def _packaged(names: str) -> list[str]:
+    """The documents of packaged texts: Wikipedia pages, web pages, stories; shuffled with a fixed seed."""
+    out = []
+    for name in names.split("+"):
+        path = assets.fetch("text") / f"{name}.txt"
+        if not path.exists():
+            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
+            raise DataError(f"no packaged text {name!r}; there are {known}, joined by + where several are wanted")
+        whole = path.read_text(encoding="utf-8")
+        division = {"wiki": r"</?doc[^>]*>", "stories": r"\n\s*\n"}.get(name, r"\n")
+        out += [text.strip() for text in re.split(division, whole) if text.strip()]
+    random.Random(0).shuffle(out)
+    return out
+
+
+def _local(path: Path) -> Iterator[str | Chat]:
+    """The documents of a .txt or .jsonl file, in order."""
+    if path.stat().st_size == 0:
+        raise DataError(f"{path.name} is empty: give a file of text, or of JSON lines with a field text")
+    if path.suffix == ".txt":
+        yield from (t for t in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")) if t.strip())
+        return
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path.name}, line {number}: not JSON ({error})") from None
+            fields = entry if isinstance(entry, dict) else {}
+            if isinstance(fields.get("text"), str):
+                yield fields["text"]
+            elif isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
+                yield Chat(fields["question"], fields["answer"])
+            else:
+                raise DataError(
+                    f"{path.name}, line {number}: wanted a field text, or question and answer, each a string; "
+                    f"found {', '.join(map(str, fields)) or type(entry).__name__}"
+                )
+
+
+def _hub(address: str) -> Iterator[str]:
+    """The field `text` of a hub data set's train split, streamed: OWNER/NAME[:SUBSET][@REVISION]."""
+    name, _, revision = address.partition("@")
+    name, _, subset = name.partition(":")
+    try:
+        from datasets import load_dataset
+
+        stream = iter(
+            load_dataset(
+                name, subset or None, split="train", streaming=True, revision=revision or None,
+                token=setting("HF_TOKEN") or None,
+            )
+        )  # fmt: skip
+        first = next(stream)
+    except StopIteration:
+        raise DataError(f"the hub data set {address} holds no rows") from None
+    except Exception as error:
+        raise DataError(
+            f"the hub data set {address} cannot be streamed: {redact(str(error))[:200]}. Name it OWNER/NAME:SUBSET@REVISION; "
+            "without a network use packaged:wiki+web+stories or a local file"
+        ) from None
+    if not isinstance(first.get("text"), str):
+        raise DataError(f"the hub data set {address} has no field text; it has {', '.join(first)}")
+    return (entry["text"] for entry in chain([first], stream))
+
+
+def documents(source: Source) -> Iterator[str | Chat]:
+    """The documents of a source; DataError says what is wrong with its name or its contents."""
+    if not isinstance(source, str):
+        streams = [documents(s) for s in source]
+        while streams:
+            for stream in list(streams):
+                if (document := next(stream, None)) is None:
+                    streams.remove(stream)
+                else:
+                    yield document
+        return
+    kind, _, rest = source.partition(":")
+    if kind == "packaged":
+        yield from _packaged(rest)
+    elif kind == "hub":
+        yield from _hub(rest)
+    elif (path := Path(source).expanduser()).suffix in (".txt", ".jsonl") and path.is_file():
+        yield from _local(path)
+    else:
+        raise DataError(
+            f"no source {source!r}: give packaged:wiki+web+stories, an existing .txt or .jsonl file, or "
+            "hub:OWNER/NAME:SUBSET@REVISION"
+        )
+
+
+def fingerprint(source: Source) -> list[str]:
+    """What a source's rows depend on besides the tokenizer: its name, and of a local file the contents."""
+    out = []
+    for name in [source] if isinstance(source, str) else source:
+        path = Path(name).expanduser()
+        local = not name.startswith(("packaged:", "hub:")) and path.is_file()
+        out.append(f"file:{path.name}@{file_digest(path)[:16]}" if local else name)
+    return out
+
+
+def held_out(document: str | Chat) -> bool:
+    """Whether a document belongs to the held-out tenth, told from its text alone."""
+    return zlib.crc32("\n".join([document] if isinstance(document, str) else document).encode()) % 10 == 0
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _row(
+    tokens: Tokens, documents: list[int], context: int, pad: int, kept_roles: tuple[int, ...], count: Counter
+) -> Row:
+    """A row of `context` tokens, padded on the right; says in `count` why tokens are not kept."""
+    ids, roles = tokens.ids[:context], tokens.roles[:context]
+    missing = context - len(ids)
+    kept = np.isin(roles, kept_roles)
+    count["special"] += roles.count(SPECIAL)
+    count["template"] += int((~kept).sum()) - roles.count(SPECIAL)
+    count["first"] += int(kept[0])
+    kept[0] = False
+    count["padding"] += missing
+    count["kept"] += int(kept.sum())
+    count["rows"] += 1
+    return Row(
+        np.array(ids + [pad] * missing, dtype=np.int32),
+        np.concatenate([kept, np.zeros(missing, bool)]),
+        np.array(documents[:context] + [-1] * missing, dtype=np.int32),
+    )
+
+
+def rows(
+    tokenizer: Any, source: Source, context: int, part: str = "all", count: Counter | None = None
+) -> Iterator[Row]:
+    """Rows of `context` tokens from the documents of `part` (all, train, or held-out: a tenth), in the source's order.
+
+    `count`, if given, is filled with the number of tokens kept, special, template, first, padding, and left over. DataError
+    if the source does not fill one row.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part {part!r} given; choose one of {', '.join(PARTS)}")
+    if context < 2:
+        raise ValueError(f"context = {context} given; a row needs 2 tokens at least, and 128 or more to be of use")
+    count = Counter() if count is None else count
+    special = prompts.special_ids(tokenizer)
+    bos = [i for i in tokenizer("", add_special_tokens=True)["input_ids"][:1] if i == tokenizer.bos_token_id]
+    ids, of, seen = list(bos), [-1] * len(bos), 0
+    for number, document in enumerate(documents(source)):
+        if part != "all" and held_out(document) != (part == "held-out"):
+            continue
+        if isinstance(document, Chat):
+            seen += 1
+            tokens = prompts.chat(tokenizer, document.question, answer=document.answer)
+            yield _row(tokens, [number] * len(tokens.ids), context, tokenizer.pad_token_id, (USER, ANSWER), count)
+            continue
+        coded = tokenizer(document, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids, of = ids + coded, of + [number] * len(coded)
+        start = 0
+        while len(ids) - start >= context - len(bos) * (start > 0):
+            head = bos if start else []
+            end = start + context - len(head)
+            row, numbers = head + ids[start:end], [-1] * len(head) + of[start:end]
+            roles, start = [SPECIAL if i in special else USER for i in row], end
+            seen += 1
+            yield _row(Tokens(row, roles), numbers, context, tokenizer.pad_token_id, (USER,), count)
+        if start:
+            ids, of = bos + ids[start:], [-1] * len(bos) + of[start:]
+    count["left over"] += len(ids) - len(bos)
+    if not seen:
+        raise DataError(
+            f"{source} gives {len(ids) - len(bos)} tokens in part {part!r}, less than one row of {context}: give more text or a "
+            "smaller context"
+        )

@@ -1,0 +1,709 @@
+"""Activations of long text: residuals after chosen layers, on disk in shards or streamed, and read back shuffled.
+
+Runs a bare transformers model (`models.plain`) up to the deepest layer asked for and no further. A shard is the residuals of a
+fixed run of token rows, so it depends on no other shard: a killed harvest goes on at the next one, ranks take every N-th
+one, and the bits are the same. Differences of a base and a chat model are read from two harvests of the same rows.
+
+    python -m helpers.harvest --source packaged:wiki+web+stories --layers 14 --tokens 300000
+    torchrun --nproc-per-node 4 -m helpers.harvest ...        the same shards, four at a time
+"""
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from helpers import corpus, models, prompts, session, store
+from helpers.hooks import resid_post
+from helpers.models import Plain
+
+FORMAT = 1  # raised when the bits of a shard change
+SHARD_ROWS = 512
+OUTLIER = 10.0  # a token whose residual is longer than this many medians is a massive activation
+Model = Plain | str
+
+
+class HarvestError(RuntimeError):
+    """Activations cannot be had or read; the message names the shard and the row, or the two models that do not fit."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the deepest layer wanted."""
+
+
+def residuals(weights: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """layer -> (rows, context, d_model): the residual stream after each of `layers` for token ids (rows, context).
+
+    The blocks above the deepest layer, and the unembedding, are not run.
+    """
+    blocks, found = models.blocks(weights), {}
+    if bad := [k for k in layers if not 0 <= k < len(blocks)]:
+        raise HarvestError(f"layer {bad[0]} was asked for, but the model has layers 0 to {len(blocks) - 1}")
+
+    def reader(layer: int) -> Any:
+        def read(module: Any, inputs: Any, out: Any) -> None:
+            found[layer] = out[0] if isinstance(out, tuple) else out
+            if layer == max(layers):
+                raise _Stop
+
+        return read
+
+    handles = [blocks[k].register_forward_hook(reader(k)) for k in layers]
+    try:
+        with suppress(_Stop), torch.no_grad():
+            weights(input_ids=ids.to(weights.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _width(weights: Any) -> int:
+    return weights.config.get_text_config().hidden_size
+
+
+def choose_batch(model: Plain, layers: Sequence[int], context: int) -> int:
+    """Rows a forward pass: doubled while that gains 3 % in tokens/s and fits in memory; tried once and remembered."""
+    weights = model.weights
+    key = [model.identity, str(weights.dtype), str(weights.device), max(layers), context, torch.get_num_threads()]
+    if weights.device.type == "cuda":
+        key.append(torch.cuda.get_device_name(weights.device))
+    path = session.cache_dir() / "batches" / f"{store.digest(key)[:16]}.json"
+    if path.exists():
+        return json.loads(path.read_text())["rows"]
+    best, speed, rows = 0, 0.0, max(512 // context, 1)
+    while True:
+        ids = torch.zeros(rows, context, dtype=torch.long)
+        try:
+            residuals(weights, ids, layers)
+            seconds = []
+            for _ in range(2):
+                began = time.perf_counter()
+                sum(float(acts[-1, -1, 0]) for acts in residuals(weights, ids, layers).values())  # waits for a GPU
+                seconds.append(time.perf_counter() - began)
+        except (torch.OutOfMemoryError, MemoryError):
+            if not best:
+                raise HarvestError(
+                    f"a batch of {rows} x {context} tokens does not fit on {weights.device}: choose a shorter context, a "
+                    "smaller dtype or another device"
+                ) from None
+            break
+        now = rows * context / min(seconds)
+        if now < 1.03 * speed:
+            break
+        best, speed, rows = rows, now, 2 * rows
+    store.write_file(path, json.dumps({"rows": best, "tokens per second": round(speed), "model": model.identity}))
+    return best
+
+
+# --- shards of token rows ----------------------------------------------------------------------------------------------
+
+
+class _Chunk(NamedTuple):
+    """The token rows of shard `index`: ids, kept, documents (rows, context), and why tokens are not kept."""
+
+    index: int
+    ids: np.ndarray
+    kept: np.ndarray
+    documents: np.ndarray
+    count: Counter
+
+
+def _chunks(tokenizer: Any, source: corpus.Source, context: int, part: str, tokens: int, size: int) -> Iterator[_Chunk]:
+    """Chunks of `size` rows until `tokens` tokens are kept; the last one ends with the row that reaches them."""
+    rows: list[corpus.Row] = []
+    count, before, total, index = Counter(), Counter(), 0, 0
+
+    def chunk() -> _Chunk:
+        return _Chunk(index, *(np.stack(parts) for parts in zip(*rows, strict=True)), count - before)
+
+    for row in corpus.rows(tokenizer, source, context, part, count):
+        rows.append(row)
+        total += int(row.kept.sum())
+        if len(rows) == size or total >= tokens:
+            yield chunk()
+            rows, before, index = [], count.copy(), index + 1
+        if total >= tokens:
+            return
+    if rows:
+        yield chunk()
+
+
+def _forward(model: Plain, chunk: _Chunk, layers: Sequence[int], batch: int, bar: Any = None) -> dict[int, Tensor]:
+    """layer -> (kept tokens, d_model) of a chunk, on the CPU in the model's dtype; HarvestError names a row that is not finite."""
+    weights = model.weights
+    kept = torch.from_numpy(chunk.kept)
+    ends = np.concatenate([[0], chunk.kept.sum(1).cumsum()])
+    out = {k: torch.empty(int(ends[-1]), _width(weights), dtype=weights.dtype) for k in layers}
+    for first in range(0, len(chunk.ids), batch):
+        last = min(first + batch, len(chunk.ids))
+        acts = residuals(weights, torch.from_numpy(chunk.ids[first:last]).long(), layers)
+        for k in layers:
+            out[k][ends[first] : ends[last]] = acts[k][kept[first:last].to(acts[k].device)].cpu()
+        if bar is not None:
+            bar.update(int(ends[last] - ends[first]))
+    for k, acts in out.items():
+        if not torch.isfinite(acts).all():
+            bad = int((~torch.isfinite(acts)).any(1).nonzero()[0])
+            row = int(np.searchsorted(ends, bad, side="right") - 1)
+            raise HarvestError(
+                f"shard {chunk.index}, sample {bad} (row {row}, document {chunk.documents[row].max()}) holds NaN or infinity at "
+                f"layer {k} in {str(weights.dtype).removeprefix('torch.')}: use bfloat16 or float32. Shards before it are kept"
+            )
+    return out
+
+
+def _write(folder: Path, chunk: _Chunk, acts: dict[int, Tensor]) -> None:
+    """One shard and, after it, its sidecar: without the sidecar it does not count."""
+    rows, positions = np.nonzero(chunk.kept)
+    tensors = {f"layer.{k}": a for k, a in acts.items()}
+    tensors |= {f"norm.{k}": a.float().norm(dim=1) for k, a in acts.items()}
+    tensors |= {"ids": torch.from_numpy(chunk.ids), "row": torch.from_numpy(rows.astype(np.int32))}
+    tensors |= {"position": torch.from_numpy(positions.astype(np.int32))}
+    tensors |= {"document": torch.from_numpy(chunk.documents[rows, positions])}
+    data = save(tensors)
+    store.write_file(folder / f"shard-{chunk.index:05d}.safetensors", data)
+    note = {"count": len(rows), "bytes": len(data), "sha256": store.digest(data), "tokens": dict(chunk.count)}
+    store.write_file(folder / f"shard-{chunk.index:05d}.json", json.dumps(note))
+
+
+def _whole(folder: Path, index: int) -> bool:
+    """Whether a shard is there and matches its count and checksum; one that does not is named and removed."""
+    shard, sidecar = (folder / f"shard-{index:05d}.{end}" for end in ("safetensors", "json"))
+    if not sidecar.exists():
+        return False
+    try:
+        note = json.loads(sidecar.read_text())
+        if shard.stat().st_size == note["bytes"] and store.file_digest(shard) == note["sha256"]:
+            return True
+    except (OSError, ValueError, KeyError):
+        pass
+    print(f"shard {index} of harvest {folder.name} is damaged; it is made again")
+    for path in (sidecar, shard):
+        path.unlink(missing_ok=True)
+    return False
+
+
+# --- harvest -----------------------------------------------------------------------------------------------------------
+
+
+def _ranks() -> tuple[int, int]:
+    """This process's rank and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _barrier() -> None:
+    if _ranks()[1] > 1:
+        torch.distributed.barrier()
+
+
+def _plan(
+    model: Plain, source: Any, layers: list[int], tokens: int, context: int, part: str, size: int
+) -> dict[str, Any]:
+    return {
+        "model": model.identity,
+        "convention": models.CONVENTION,
+        "source": corpus.fingerprint(source),
+        "layers": layers,
+        "tokens": tokens,
+        "context": context,
+        "part": part,
+        "rows a shard": size,
+        "dtype": str(model.weights.dtype).removeprefix("torch."),
+        "device": model.weights.device.type,
+        "format": FORMAT,
+        "libraries": store.versions(),
+    }
+
+
+def _room(folder: Path, tokens: int, layers: int, width: int, itemsize: int) -> None:
+    need, free = tokens * layers * width * itemsize, store.free_bytes(folder)
+    if need > free:
+        raise OSError(
+            f"this harvest needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: ask for fewer tokens, make room, set "
+            "CACHE_DIR in .env to another disk, or stream (harvest.Stream)"
+        )
+
+
+def run(
+    model: Plain,
+    source: corpus.Source,
+    layers: Sequence[int],
+    tokens: int,
+    context: int = 128,
+    part: str = "train",
+    shard_rows: int = SHARD_ROWS,
+    batch: int = 0,
+) -> "Samples":
+    """Residuals after `layers` for the first `tokens` kept tokens of `source`, kept on disk; at the first of `layers`.
+
+    What is there already is checked and not made again. `batch`: rows a forward pass, 0 to choose. With torch.distributed
+    initialised each rank makes its share of the shards and all return the same. HarvestError, DataError or OSError say what
+    stood in the way; whole shards stay.
+    """
+    layers = sorted(set(layers))
+    plan = _plan(model, source, layers, tokens, context, part, shard_rows)
+    folder = session.cache_dir() / "harvest" / store.digest(plan)[:24]
+    finished = folder / "sidecar.json"
+    if finished.exists():
+        shards = json.loads(finished.read_text())["shards"]
+        if all(_whole(folder, i) for i in range(shards)):
+            return Samples(folder, layers[0], verify=False)
+        finished.unlink()
+    rank, world = _ranks()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not list(folder.glob("shard-*.json")):
+        _room(folder, tokens, len(layers), _width(model.weights), model.weights.dtype.itemsize)
+    if rank == 0 and not (folder / "plan.json").exists():
+        chosen = batch or choose_batch(model, layers, context)
+        store.write_file(folder / "plan.json", json.dumps({**plan, "batch": chosen}, indent=1))
+    _barrier()
+    batch = json.loads((folder / "plan.json").read_text())["batch"]  # a harvest keeps the batch it began with
+    began, count, shards, made = time.perf_counter(), Counter(), 0, 0
+    name = f"harvest {'+'.join(map(str, layers))}"
+    with tqdm(total=tokens, desc=name, unit="token", unit_scale=True, disable=rank > 0 or None) as bar:
+        for chunk in _chunks(model.tokenizer, source, context, part, tokens, shard_rows):
+            count, shards = count + chunk.count, shards + 1
+            if chunk.index % world != rank or _whole(folder, chunk.index):
+                bar.update(int(chunk.kept.sum()))
+            else:
+                _write(folder, chunk, _forward(model, chunk, layers, batch, bar))
+                made += int(chunk.kept.sum())
+    _barrier()
+    if rank == 0:
+        seconds = time.perf_counter() - began
+        note = {"parameters": {**plan, "batch": batch}, "shards": shards, "counts": dict(count)}
+        note |= {"seconds": round(seconds, 2), "tokens per second": round(made / seconds)}
+        store.write_file(finished, json.dumps(note, indent=1))
+    _barrier()
+    return Samples(folder, layers[0], verify=False)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Rows (samples, d_model) that can be asked for by index; what `helpers.train` and the studies read from."""
+
+    d_model: int
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The samples of `index` (n,): (n, d_model) float32."""
+        raise NotImplementedError
+
+    def about(self) -> dict[str, Any]:
+        """What the rows are, as an SAE's metadata says it: model_name, hook_name, context_size, data set."""
+        raise NotImplementedError
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """n samples (or all there are), drawn without repeats: (n, d_model) float32."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
+        return self.rows(order.sort().values)
+
+    def batches(self, batch: int, seed: int = 0, start: int = 0, block: int = 64, pool: int = 16) -> Iterator[Tensor]:
+        """Batches (batch, d_model) without end, epoch after epoch, from batch number `start` on.
+
+        Blocks of `block` neighbouring samples are permuted, and samples within every `pool` batches: a seeded shuffle that reads
+        long runs and holds one batch. What does not fill a batch at the end of an epoch is left out. ValueError for fewer
+        samples than a batch, or with sample and shard if one is not finite.
+        """
+        per_epoch = (len(self) // block * block) // batch
+        if per_epoch < 1:
+            raise ValueError(
+                f"{len(self)} samples cannot fill one batch of {batch} (in blocks of {block}): harvest more or ask for less"
+            )
+        number = start
+        while True:
+            epoch, within = divmod(number, per_epoch)
+            order = torch.randperm(len(self) // block, generator=_seeded(seed, epoch))
+            for first in range(within // pool * pool, per_epoch, pool):
+                n = min(pool, per_epoch - first)
+                mixed = first * batch + torch.randperm(n * batch, generator=_seeded(seed, epoch, first + 1))
+                for i in range(max(within - first, 0), n):
+                    at = mixed[i * batch : (i + 1) * batch]
+                    index = order[at // block] * block + at % block
+                    yield self._finite(self.rows(index), index)
+                    number += 1
+
+    def _finite(self, rows: Tensor, index: Tensor) -> Tensor:
+        if not bool(torch.isfinite(rows.sum())) and not torch.isfinite(rows).all():
+            bad = int(index[(~torch.isfinite(rows)).any(1).nonzero()[0, 0]])
+            raise ValueError(
+                f"sample {bad} ({self.place(bad)}) holds NaN or infinity: remove that shard and harvest it again"
+            )
+        return rows
+
+    def place(self, index: int) -> str:
+        """Where a sample lies, in words."""
+        return f"row {index}"
+
+
+def _about(model: str, source: Any, layer: int, context: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_name": model.split("@")[0],
+        "model_revision": model.split("@")[-1],
+        "hook_name": resid_post(layer),
+        "context_size": context,
+        "dataset": source,
+        "exclude_special_tokens": True,
+        "exclude_first_token": True,
+        "exclude_outliers_beyond_medians": OUTLIER,
+        "convention": models.CONVENTION,
+        **more,
+    }
+
+
+def _seeded(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(store.digest(list(numbers))[:15], 16))
+
+
+class Array(Rows):
+    """Rows held in memory (samples, d_model); `known` is what `about` says of them."""
+
+    def __init__(self, tensor: Tensor, **known: Any):
+        self.tensor, self.d_model, self.known = tensor, tensor.shape[1], known
+
+    def about(self) -> dict[str, Any]:
+        return {"model_name": "none", "hook_name": "none", **self.known, "rows": store.digest(self.tensor)[:16]}
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.tensor[index].float()
+
+
+class Samples(Rows):
+    """A harvest on disk at one layer, memory-mapped; `note` is its sidecar. `at(layer)` gives another layer of it.
+
+    Tokens with a residual longer than OUTLIER medians are left out (`dropped` says how many): a handful of massive
+    activations (Sun et al. 2024, arXiv:2402.17762) can hold most of the variance and make any fit look good.
+    """
+
+    def __init__(self, folder: Path, layer: int, verify: bool = True, outlier: float = OUTLIER):
+        self.folder, self.layer, self.outlier = Path(folder), layer, outlier
+        sidecar = self.folder / "sidecar.json"
+        if not sidecar.exists():
+            raise HarvestError(
+                f"{self.folder.name} is not a finished harvest: run it again, it goes on where it stopped"
+            )
+        self.note = json.loads(sidecar.read_text())
+        if layer not in self.note["parameters"]["layers"]:
+            raise HarvestError(f"layer {layer} was asked for; this harvest holds {self.note['parameters']['layers']}")
+        numbers = range(self.note["shards"])
+        if verify and (bad := [i for i in numbers if not _whole(self.folder, i)]):
+            raise HarvestError(
+                f"shard {bad[0]} was damaged and is removed: run the harvest again, only it is made anew"
+            )
+        try:
+            self.files = [safe_open(self.folder / f"shard-{i:05d}.safetensors", "pt") for i in numbers]
+        except (SafetensorError, OSError) as error:
+            raise HarvestError(f"{self.folder.name} cannot be read: {error}; run the harvest again") from None
+        self.parts = [f.get_tensor(f"layer.{layer}") for f in self.files]
+        self.starts = torch.tensor([0, *(len(p) for p in self.parts)]).cumsum(0)
+        self.d_model = self.parts[0].shape[1]
+        norms = torch.cat([f.get_tensor(f"norm.{layer}") for f in self.files])
+        self.keep_only(norms <= outlier * norms.median())
+
+    def about(self) -> dict[str, Any]:
+        p = self.note["parameters"]
+        return _about(p["model"], p["source"], self.layer, p["context"], harvest=self.folder.name, samples=len(self))
+
+    def keep_only(self, mask: Tensor) -> None:
+        """Use the harvested tokens of `mask` (all harvested,) and no others."""
+        self.used = mask.nonzero()[:, 0]
+        self.dropped = len(mask) - len(self.used)
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def at(self, layer: int) -> "Samples":
+        """The same harvest at another of its layers."""
+        return Samples(self.folder, layer, verify=False, outlier=self.outlier)
+
+    def rows(self, index: Tensor) -> Tensor:
+        index = self.used[index]
+        shard = torch.bucketize(index, self.starts[1:], right=True)
+        out = torch.empty(len(index), self.d_model)
+        for i in shard.unique().tolist():
+            here = shard == i
+            out[here] = self.parts[i][index[here] - self.starts[i]].float()
+        return out
+
+    def named(self, name: str) -> Tensor:
+        """(samples,) int32: the `document`, the `position` in its row, or the `row` in its shard, of every sample."""
+        return torch.cat([f.get_tensor(name) for f in self.files])[self.used]
+
+    def token_rows(self) -> tuple[Tensor, Tensor]:
+        """All token rows (rows, context) int32, and the row each sample lies in (samples,)."""
+        ids = [f.get_tensor("ids") for f in self.files]
+        before = np.cumsum([0, *(len(i) for i in ids[:-1])])
+        rows = [f.get_tensor("row") + int(b) for f, b in zip(self.files, before, strict=True)]
+        return torch.cat(ids), torch.cat(rows)[self.used]
+
+    def place(self, index: int) -> str:
+        index = int(self.used[index])
+        shard = int(torch.bucketize(torch.tensor(index), self.starts[1:], right=True))
+        return f"shard {shard}, row {index - int(self.starts[shard])} of {self.folder.name}"
+
+
+class Difference(Rows):
+    """chat - base, token by token, in float32."""
+
+    def __init__(self, base: Samples, chat: Samples):
+        self.base, self.chat, self.d_model = base, chat, base.d_model
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def about(self) -> dict[str, Any]:
+        base, chat = self.base.about(), self.chat.about()
+        return {**chat, "difference": f"{chat['model_name']} - {base['model_name']}", "base_harvest": base["harvest"]}
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.chat.rows(index) - self.base.rows(index)
+
+    def place(self, index: int) -> str:
+        return f"{self.base.place(index)} or of {self.chat.folder.name}"
+
+
+class Pair(NamedTuple):
+    """The same tokens through two models: `base`, `chat`, and their `difference`; sample i of each is the same token."""
+
+    base: Samples
+    chat: Samples
+
+    def at(self, layer: int) -> "Pair":
+        """The same pair at another of its layers."""
+        return _aligned(self.base.at(layer), self.chat.at(layer))
+
+    @property
+    def difference(self) -> Difference:
+        return Difference(self.base, self.chat)
+
+
+def check_pair(base: Plain, chat: Plain) -> None:
+    """HarvestError if two models differ in width or depth, or their tokenizers in any token; names the first."""
+    sizes = [(_width(m.weights), len(models.blocks(m.weights))) for m in (base, chat)]
+    if sizes[0] != sizes[1]:
+        raise HarvestError(
+            f"{base.identity} has d_model {sizes[0][0]} and {sizes[0][1]} layers, {chat.identity} {sizes[1][0]} and {sizes[1][1]}: "
+            "differences need a pair of one shape"
+        )
+    check_tokenizers(base.tokenizer, chat.tokenizer)
+
+
+def check_tokenizers(base: Any, chat: Any) -> None:
+    """HarvestError that names the first token (by id) in which two tokenizers differ, or the first text they split differently."""
+    ours, theirs = ({i: t for t, i in tokenizer.get_vocab().items()} for tokenizer in (base, chat))
+    for i in range(max(max(ours), max(theirs)) + 1):
+        if ours.get(i) != theirs.get(i):
+            raise HarvestError(
+                f"the two models do not share a tokenizer: token {i} is {ours.get(i)!r} in the base and {theirs.get(i)!r} in the chat "
+                "model, so positions would not correspond"
+            )
+    for text in (
+        "The quick brown fox, 1234 times.\n\n\tnaïve — ça va? 你好",
+        "def f(x):\n    return x ** 2  # unbelievably",
+    ):
+        a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (base, chat))
+        if a != b:
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            raise HarvestError(
+                f"the two models do not share a tokenizer: they have the same tokens but split {text[:20]!r} differently from token {at} on"
+            )
+
+
+def pair(base: Model, chat: Model, source: corpus.Source, layers: Sequence[int], tokens: int, **how: Any) -> Pair:
+    """A harvest of `base` and one of `chat` over the same tokens, as `run` makes them, at the first of `layers`.
+
+    A model given by name is loaded, run and freed before the other is loaded, so that a card need only hold one.
+    HarvestError if the two do not fit together.
+    """
+    settings = session.device_and_dtype()
+    held = [m if isinstance(m, Plain) else None for m in (base, chat)]
+    if None in held:  # the shapes and tokenizers are compared before anything is run
+        check_tokenizers(*(m.tokenizer if isinstance(m, Plain) else models.tokenizer(m) for m in (base, chat)))
+    else:
+        check_pair(*held)
+    out = []
+    for given in (base, chat):
+        model = given if isinstance(given, Plain) else models.plain(given, *settings)
+        out.append(run(model, source, layers, tokens, **how))
+        if out[0].d_model != out[-1].d_model:
+            raise HarvestError(
+                f"the base has d_model {out[0].d_model} and the chat model {out[-1].d_model}: not a pair"
+            )
+        del model
+        if settings[0].startswith("cuda"):
+            torch.cuda.empty_cache()
+    return _aligned(*out)
+
+
+def _aligned(base: Samples, chat: Samples) -> Pair:
+    """The pair, each side reduced to the tokens that are outliers in neither."""
+    for part in zip(base.files, chat.files, strict=True):
+        if any(not torch.equal(*(f.get_tensor(name) for f in part)) for name in ("ids", "row", "position")):
+            raise HarvestError("the two harvests do not hold the same tokens: remove both and harvest again")
+    both = torch.zeros(2, int(base.starts[-1]), dtype=torch.bool)
+    both[0, base.used], both[1, chat.used] = True, True
+    base.keep_only(both.all(0))
+    chat.keep_only(both.all(0))
+    return Pair(base, chat)
+
+
+class Stream(Rows):
+    """Batches straight from the model, nothing on disk: harvest and train in one go.
+
+    `chat` given, rows are chat - base. Token rows come in pools of `pool_rows`; a pool's samples are shuffled and cut into
+    batches, what is left of it is not used. Batch number `start` is found again without running what lies before its pool.
+    """
+
+    def __init__(
+        self, model: Plain, source: corpus.Source, layer: int, chat: Plain | None = None, context: int = 128,
+        part: str = "train", pool_rows: int = 2048, batch_rows: int = 0,
+    ):  # fmt: skip
+        if chat is not None:
+            check_pair(model, chat)
+        self.models = [m for m in (model, chat) if m is not None]
+        self.source, self.layer, self.context, self.part, self.pool_rows = source, layer, context, part, pool_rows
+        self.batch_rows = batch_rows or choose_batch(model, [layer], context)
+        self.d_model = _width(model.weights)
+
+    def about(self) -> dict[str, Any]:
+        known = {"streamed_pool_rows": self.pool_rows, "batch_rows": self.batch_rows, "part": self.part}
+        if len(self.models) == 2:
+            known["difference"] = " - ".join(m.identity for m in reversed(self.models))
+        source = corpus.fingerprint(self.source)
+        return _about(self.models[-1].identity, source, self.layer, self.context, **known)
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        return _chunks(self.models[0].tokenizer, self.source, self.context, self.part, 1 << 62, self.pool_rows)
+
+    def _rows(self, chunk: _Chunk) -> Tensor:
+        """The samples of a pool, outliers of either model left out."""
+        acts = [_forward(m, chunk, [self.layer], self.batch_rows)[self.layer].float() for m in self.models]
+        norms = [a.norm(dim=1) for a in acts]
+        fine = torch.stack([n <= OUTLIER * n.median() for n in norms]).all(0)
+        return (acts[0] if len(acts) == 1 else acts[1] - acts[0])[fine]
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """n samples out of the first pools: (n, d_model) float32."""
+        found: list[Tensor] = []
+        for chunk in self._chunks():
+            found.append(self._rows(chunk))
+            if sum(map(len, found)) >= n:
+                break
+        rows = torch.cat(found)
+        return rows[torch.randperm(len(rows), generator=_seeded(seed))[:n]]
+
+    def batches(self, batch: int, seed: int = 0, start: int = 0, **_: Any) -> Iterator[Tensor]:
+        number, epoch = 0, 0
+        while True:
+            before = number
+            for chunk in self._chunks():
+                n = int(0.99 * chunk.kept.sum()) // batch  # known without a forward pass: outliers are far fewer
+                if number + n > start:
+                    rows = self._rows(chunk)
+                    order = torch.randperm(len(rows), generator=_seeded(seed, epoch, chunk.index))
+                    order = order[torch.arange(n * batch) % len(order)]
+                    for i in range(max(start - number, 0), n):
+                        yield rows[order[i * batch : (i + 1) * batch]]
+                number += n
+            if number == before:
+                raise ValueError(
+                    f"no pool of {self.pool_rows} rows fills one batch of {batch}: give more text or ask for less"
+                )
+            epoch += 1
+
+
+# --- conversations -----------------------------------------------------------------------------------------------------
+
+
+def chats(model: Plain, questions: Sequence[str], max_new_tokens: int = 64, seed: int = 0, batch: int = 32) -> Path:
+    """A .jsonl file of the model's own answers to `questions`, sampled from `seed`: a source for `run`; kept in the cache."""
+    weights, tokenizer, identity = model
+    key = [identity, str(weights.dtype), weights.device.type, list(questions), max_new_tokens, seed, FORMAT]
+    path = session.cache_dir() / "chats" / f"{store.digest(key)[:24]}.jsonl"
+    if path.exists():
+        return path
+    torch.manual_seed(seed)
+    lines, specials = [], sorted(prompts.special_ids(tokenizer))
+    for first in tqdm(range(0, len(questions), batch), desc="chats"):
+        asked = questions[first : first + batch]
+        rows = prompts.pad([prompts.chat(tokenizer, q) for q in asked], tokenizer.pad_token_id, "left")
+        with torch.no_grad():
+            ids = weights.generate(
+                input_ids=rows.ids.to(weights.device), attention_mask=rows.mask.long().to(weights.device),
+                max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_k=0, top_p=1.0,
+                pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        for question, reply in zip(asked, ids[:, rows.ids.shape[1] :].cpu(), strict=True):
+            ended = torch.isin(reply, torch.tensor(specials)).long().cumsum(0) > 0
+            answer = tokenizer.decode(reply[~ended]).strip()
+            if answer:
+                lines.append(json.dumps({"question": question, "answer": answer}, ensure_ascii=False))
+    return store.write_file(path, "\n".join(lines) + "\n")
+
+
+# --- command line ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _distributed() -> Iterator[None]:
+    """Join the ranks of torchrun, if it started this process."""
+    if int(session.setting("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """The command line: one harvest, its folder printed last."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--source", nargs="+", default=["packaged:wiki+web+stories"], help="see helpers/corpus.py")
+    parser.add_argument("--layers", type=int, nargs="+", help="default: the profile's layer")
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--profile", default="")
+    parser.add_argument("--model", default="", help="default: the profile's chat model")
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--part", default="train", choices=corpus.PARTS)
+    parser.add_argument("--batch", type=int, default=0, help="rows a forward pass; 0: found by trying")
+    o = parser.parse_args()
+    profile = session.load_profile(o.profile)
+    device, dtype = session.device_and_dtype(profile)
+    with _distributed():
+        if device == "cuda":
+            device = f"cuda:{session.setting('LOCAL_RANK', '0')}"
+        model = models.plain(o.model or profile["chat"], device, dtype)
+        source = o.source if len(o.source) > 1 else o.source[0]
+        found = run(model, source, o.layers or [profile["layer"]], o.tokens, o.context, o.part, batch=o.batch)
+        if _ranks()[0] == 0:
+            counts = ", ".join(f"{n:,} {why}" for why, n in found.note["counts"].items())
+            print(
+                f"{len(found):,} samples at layer(s) {found.note['parameters']['layers']} ({counts}) in {found.folder}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What each latent of an SAE responds to: contexts, frequency, logit lens; a table kept with the SAE and a page to browse.
+
+Knows an SAE, a harvest of token rows, and a model's unembedding. The table is `latents.jsonl` beside the SAE's weights, one
+latent a line, so that labels need no network; the page is one static file.
+"""
+
+import html
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from helpers import store
+from helpers.harvest import Samples
+from helpers.models import Plain
+
+
+class Context(NamedTuple):
+    """A token on which a latent fired, with the text around it and the code's value."""
+
+    before: str
+    token: str
+    after: str
+    value: float
+
+
+class Latent(NamedTuple):
+    """One line of the table: index, share of samples fired on, its largest contexts, and the words it makes likelier and
+    less likely by the logit lens."""
+
+    index: int
+    frequency: float
+    contexts: list[Context]
+    promotes: list[str]
+    suppresses: list[str]
+
+
+class Top(NamedTuple):
+    """Per latent its n largest codes, at most one a token row: `values`, `rows` and `positions` (latents, n), and the share of
+    samples it fired on, `frequency` (latents,). Where a latent fired in fewer rows the values are 0."""
+
+    values: Tensor
+    rows: Tensor
+    positions: Tensor
+    frequency: Tensor
+
+
+def top_tokens(sae: Any, samples: Samples, n: int = 6, limit: int = 0, batch: int = 32) -> Top:
+    """Where each latent is largest, among the first `limit` token rows (all by default), `batch` rows at a time."""
+    ids, row_of = samples.token_rows()
+    position, latents = samples.named("position").long(), sae.cfg.d_sae
+    rows = min(limit or len(ids), len(ids))
+    values = torch.zeros(latents, n)
+    where = torch.zeros(2, latents, n, dtype=torch.long)
+    fired, seen = torch.zeros(latents, dtype=torch.long), 0
+    starts = torch.searchsorted(row_of, torch.arange(rows + 1))
+    for first in tqdm(range(0, rows, batch), desc="contexts"):
+        last = min(first + batch, rows)
+        index = torch.arange(int(starts[first]), int(starts[last]))
+        with torch.no_grad():
+            codes = sae.encode(samples.rows(index).to(sae.device)).float().cpu()
+        fired, seen = fired + (codes > 0).sum(0), seen + len(index)
+        grid = codes.new_zeros(last - first, ids.shape[1], latents)
+        grid[row_of[index] - first, position[index]] = codes
+        best = grid.max(dim=1)  # (rows, latents): values, and the position in the row
+        here = torch.stack([torch.arange(first, last)[:, None].expand_as(best.indices), best.indices])
+        pooled = torch.cat([values, best.values.T], 1)
+        values, chosen = pooled.topk(n, dim=1)
+        where = torch.cat([where, here.transpose(1, 2)], 2).gather(2, chosen.expand(2, -1, -1))
+    return Top(values, where[0], where[1], fired.double() / max(seen, 1))
+
+
+def logit_lens(model: Plain, W_dec: Tensor, n: int = 8, batch: int = 512) -> tuple[list[list[str]], list[list[str]]]:
+    """The n words each decoder row (latents, d_model) raises most and lowers most, read through the final norm's weight and
+    the unembedding; the norm's own scaling, which differs from token to token, is left out."""
+    norm = next(
+        (m for name, m in reversed(list(model.weights.named_modules())) if name.endswith((".norm", ".ln_f"))), None
+    )
+    gain = 1.0 if norm is None else norm.weight.float() + ("Gemma" in type(norm).__name__)
+    unembed = model.weights.get_output_embeddings().weight.float()
+    out: tuple[list[list[str]], list[list[str]]] = ([], [])
+    for first in range(0, len(W_dec), batch):
+        logits = (W_dec[first : first + batch].to(unembed.device).float() * gain) @ unembed.T
+        for words, sign in zip(out, (1, -1), strict=True):
+            chosen = (sign * logits).topk(n, dim=1).indices.cpu()
+            words.extend([[model.tokenizer.decode([i]) for i in row] for row in chosen.tolist()])
+    return out
+
+
+def table(model: Plain, sae: Any, samples: Samples, n: int = 6, window: int = 12, limit: int = 0) -> list[Latent]:
+    """One Latent for each of the SAE's, contexts out of `samples` (the first `limit` token rows), `window` tokens either side."""
+    top = top_tokens(sae, samples, n, limit)
+    promotes, suppresses = logit_lens(model, sae.W_dec.detach())
+    ids, decode = samples.token_rows()[0], model.tokenizer.decode
+
+    def context(value: float, row: int, at: int) -> Context:
+        text = ids[row].tolist()
+        before, after = decode(text[max(at - window, 0) : at]), decode(text[at + 1 : at + 1 + window])
+        return Context(before, decode([text[at]]), after, round(value, 3))
+
+    out = []
+    for j in range(len(promotes)):
+        found = zip(top.values[j].tolist(), top.rows[j].tolist(), top.positions[j].tolist(), strict=True)
+        contexts = [context(*f) for f in found if f[0] > 0]
+        out.append(Latent(j, round(float(top.frequency[j]), 6), contexts, promotes[j], suppresses[j]))
+    return out
+
+
+def save(folder: Path, rows: list[Latent], title: str) -> None:
+    """The table as latents.jsonl and the page latents.html, beside the SAE."""
+    lines = [
+        json.dumps(row._asdict() | {"contexts": [list(c) for c in row.contexts]}, ensure_ascii=False) for row in rows
+    ]
+    store.write_file(folder / "latents.jsonl", "\n".join(lines) + "\n")
+    store.write_file(folder / "latents.html", page(rows, title))
+
+
+def load(folder: Path) -> list[Latent]:
+    """The table kept with an SAE; FileNotFoundError says how to make it."""
+    path = folder / "latents.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no table of latents in {folder.name}: make it with latents.table and latents.save (notebook 00 does)"
+        )
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        rows.append(Latent(**(entry | {"contexts": [Context(*c) for c in entry["contexts"]]})))
+    return rows
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>body{{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:1.5rem auto;padding:0 1rem;color:#222}}
+h1{{font-size:1.25rem}}.bar{{position:sticky;top:0;background:#fff;padding:.6rem 0;border-bottom:1px solid #ddd;display:flex;gap:.6rem;flex-wrap:wrap}}
+input,select,button{{font:inherit;padding:.25rem .5rem}}section{{border-bottom:1px solid #eee;padding:.7rem 0}}h2{{font-size:1rem;margin:0 0 .2rem}}
+small{{color:#666}}p{{margin:.15rem 0;overflow-wrap:anywhere}}mark{{background:#0072b233;border-bottom:2px solid #0072b2}}
+.v{{color:#666;font-variant-numeric:tabular-nums;display:inline-block;min-width:3.5rem}}.w{{color:#555}}</style>
+<h1>{title}</h1><p>Each latent with the contexts in which it is largest (the token marked), how often it fires, and the words its decoder row makes
+likelier and less likely (logit lens). A latent's meaning is a guess from such examples, not a measurement.</p>
+<div class="bar"><input id="q" placeholder="word, or #index" autofocus><select id="o"><option value="index">by index</option>
+<option value="often">most frequent</option><option value="rare">rarest that fire</option><option value="peak">largest code</option></select>
+<button id="back">previous</button><button id="next">next</button><span id="n"></span></div><div id="list"></div>
+<script id="data" type="application/json">{data}</script><script>
+const L=JSON.parse(document.getElementById('data').textContent),$=i=>document.getElementById(i),size=25;let at=0;
+const peak=l=>l[2].length?l[2][0][3]:0,e=s=>s.replace(/[&<>]/g,c=>({{'&':'&amp;','<':'&lt;','>':'&gt;'}}[c])).replace(/\\n/g,'⏎');
+const orders={{index:(a,b)=>a[0]-b[0],often:(a,b)=>b[1]-a[1],rare:(a,b)=>(a[1]||2)-(b[1]||2),peak:(a,b)=>peak(b)-peak(a)}};
+function draw(){{const q=$('q').value.trim().toLowerCase();
+let s=q.startsWith('#')?L.filter(l=>l[0]==+q.slice(1)):q?L.filter(l=>l[2].some(c=>c[1].toLowerCase().includes(q))||l[3].some(w=>w.toLowerCase().includes(q))):L.slice();
+s.sort(orders[$('o').value]);at=Math.max(0,Math.min(at,s.length-1));at-=at%size;
+$('n').textContent=s.length?`${{at+1}} to ${{Math.min(at+size,s.length)}} of ${{s.length}}`:'none found';
+$('list').innerHTML=s.slice(at,at+size).map(l=>`<section><h2>latent ${{l[0]}} <small>fires on ${{(100*l[1]).toFixed(3)}} % of tokens</small></h2>`+
+l[2].map(c=>`<p><span class="v">${{c[3].toFixed(1)}}</span>${{e(c[0])}}<mark>${{e(c[1])}}</mark>${{e(c[2])}}</p>`).join('')+
+`<p class="w">likelier: ${{l[3].map(e).join(' · ')}}<br>less likely: ${{l[4].map(e).join(' · ')}}</p></section>`).join('')}}
+$('q').oninput=$('o').onchange=()=>{{at=0;draw()}};$('back').onclick=()=>{{at-=size;draw()}};$('next').onclick=()=>{{at+=size;draw()}};draw()</script>
+"""
+
+
+def page(rows: list[Latent], title: str) -> str:
+    """One static HTML file in which every latent can be searched and sorted; needs nothing else."""
+    data = json.dumps(
+        [[r.index, r.frequency, [list(c) for c in r.contexts], r.promotes, r.suppresses] for r in rows],
+        ensure_ascii=False,
+    )
+    return PAGE.format(title=html.escape(title), data=data.replace("</", "<\\/"))

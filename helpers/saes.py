@@ -1,0 +1,301 @@
+"""Sparse autoencoders by registry name or folder, through sae_lens; saved in its layout; measured on held-out tokens.
+
+What a loader does silently is said aloud: where b_dec goes, which scale was folded into the weights, which hook and width the SAE
+belongs to. Knows SAEs and models, not how activations were harvested.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from helpers import models, session, store, topk
+from helpers.hooks import resid_post
+from helpers.models import Plain
+from helpers.topk import Weights
+
+
+class SaeError(RuntimeError):
+    """An SAE cannot be had, or does not fit what it is to be used on; the message says which and why."""
+
+
+class Samples(Protocol):
+    """Rows that can be asked for by index, float32 (n, d_model): see `helpers.harvest`."""
+
+    d_model: int
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Tensor) -> Tensor: ...
+
+
+# --- save and load -----------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, w: Weights, k: int, metadata: dict[str, Any], threshold: float = 0.0, notes: Any = None) -> Path:
+    """An SAE in SAELens's own layout, whole or not there; `sae_lens.SAE.load_from_disk` reads it.
+
+    A BatchTopK SAE is given by its `threshold` and saved as a JumpReLU one, as SAELens does. `metadata`: model_name,
+    hook_name, context_size and what else is known; `notes` (JSON) go beside it as training.json. An SAE that is already there is
+    replaced.
+    """
+    import shutil
+
+    topk.check_sizes(w.W_enc.shape[1], len(w.b_enc), k)
+    if missing := {"model_name", "hook_name"} - set(metadata):
+        raise SaeError(
+            f"an SAE cannot be saved without {' and '.join(sorted(missing))} in its metadata: nobody could use it"
+        )
+    w = topk.unit_decoder(Weights(*(t.detach().float().cpu() for t in w)))
+    if not all(bool(torch.isfinite(t).all()) for t in w):
+        raise SaeError("the SAE holds NaN or infinity and is not saved")
+    state = {"W_enc": w.W_enc.T.contiguous(), "b_enc": w.b_enc, "W_dec": w.W_dec.contiguous(), "b_dec": w.b_dec}
+    cfg: dict[str, Any] = {
+        "architecture": "topk",
+        "d_in": w.W_enc.shape[1],
+        "d_sae": len(w.b_enc),
+        "k": k,
+        "rescale_acts_by_decoder_norm": False,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": version("sae_lens"), **metadata},
+    }
+    if threshold:
+        cfg["architecture"], state["threshold"] = "jumprelu", torch.full_like(w.b_enc, threshold)
+        cfg["metadata"]["average_k"] = cfg.pop("k")
+        del cfg["rescale_acts_by_decoder_norm"]
+    if folder.exists():
+        shutil.rmtree(folder)
+    with store.writing(folder) as temporary:
+        save_file({name: t.clone() for name, t in state.items()}, temporary / "sae_weights.safetensors")
+        (temporary / "cfg.json").write_text(json.dumps(cfg, indent=1))
+        if notes is not None:
+            (temporary / "training.json").write_text(json.dumps(notes, indent=1))
+    return folder
+
+
+class Loaded(NamedTuple):
+    """An SAE as sae_lens holds it, and what is to be known of it before it is used."""
+
+    sae: Any
+    name: str
+    architecture: str
+    d_model: int
+    latents: int
+    k: int | None
+    hook: str | None
+    model: str | None
+    context: int | None
+    b_dec_on_input: bool
+    normalisation: str
+
+    def __str__(self) -> str:
+        k = f", k = {self.k}" if self.k else ""
+        return (
+            f"{self.name}: {self.architecture}, {self.d_model} -> {self.latents} latents{k}, {self.hook} of {self.model}, "
+            f"b_dec {'is' if self.b_dec_on_input else 'is not'} subtracted from the input, normalisation: {self.normalisation}"
+        )
+
+
+def load(
+    release: str | Path, sae_id: str = "", device: str = "cpu", d_model: int = 0, layer: int | None = None,
+    norm_factor: float = 0.0,
+) -> Loaded:  # fmt: skip
+    """An SAE of sae_lens's registry (`release`, `sae_id`) or of a folder in its layout, float32, with what to know of it.
+
+    `d_model` and `layer`, where given, must be its own. An SAE that wants its inputs scaled and whose scale is not known is
+    refused (sae_lens only warns, and every code is then wrong); `norm_factor` supplies it: mean norm of the scaled
+    inputs over that of the raw ones. SaeError says what is wrong.
+    """
+    from sae_lens import SAE
+
+    folder = Path(release).expanduser()
+    name = f"{release}/{sae_id}" if sae_id else folder.name
+    normalisation = None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            if sae_id:
+                sae, cfg, _ = SAE.from_pretrained_with_cfg_and_sparsity(str(release), sae_id, device=device)
+                normalisation = _folded(str(release), sae_id, sae, cfg)
+            elif not (folder / "cfg.json").exists():
+                raise SaeError(
+                    f"no SAE in {folder.name!r}: give a folder that holds cfg.json and sae_weights.safetensors, or a release and "
+                    "an id of sae_lens's registry"
+                )
+            else:
+                sae = SAE.load_from_disk(folder, device=device)
+        except SaeError:
+            raise
+        except Exception as error:
+            raise SaeError(f"{name} cannot be loaded: {session.redact(str(error))[:300]}") from None
+    normalisation = normalisation or sae.cfg.normalize_activations
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        if not norm_factor:
+            said_so = next(
+                (f" (sae_lens: {str(w.message)[:100]})" for w in said if "norm_scaling" in str(w.message)), ""
+            )
+            raise SaeError(
+                f"{name} was trained on inputs scaled to an average norm, and the factor is missing{said_so}: without it every "
+                "code is wrong. Give norm_factor (sqrt(d_model) over the mean norm of the inputs it was trained on)"
+            )
+        sae.fold_activation_norm_scaling_factor(norm_factor)
+        normalisation = f"expected average, factor {norm_factor:g} given and folded"
+    meta = sae.cfg.metadata
+    out = Loaded(
+        sae.eval(), name, sae.cfg.architecture(), sae.cfg.d_in, sae.cfg.d_sae, getattr(sae.cfg, "k", None), meta.hook_name,
+        meta.model_name, meta.context_size, bool(sae.cfg.apply_b_dec_to_input), normalisation,
+    )  # fmt: skip
+    check(out, d_model, layer)
+    for parameter in sae.parameters():
+        parameter.requires_grad_(False)
+    print(out)
+    return out
+
+
+def _folded(release: str, sae_id: str, sae: Any, cfg: dict[str, Any]) -> str | None:
+    """What sae_lens folded into a registry SAE on the way, in words; None if nothing."""
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
+
+    factor = get_norm_scaling_factor(release, sae_id)
+    if factor is not None and sae.cfg.normalize_activations == "none" and cfg.get("normalize_activations") == "none":
+        return f"expected average, factor {factor:g} of the registry folded"
+    return None
+
+
+def check(loaded: Loaded, d_model: int = 0, layer: int | None = None) -> None:
+    """SaeError if an SAE is for another width, or for another hook than the residual stream after `layer`."""
+    if d_model and loaded.d_model != d_model:
+        raise SaeError(
+            f"{loaded.name} is for activations of width {loaded.d_model}, but these have {d_model}: another model's SAE"
+        )
+    if layer is None or not loaded.hook:
+        return
+    if hook_layer(loaded.hook) != layer:
+        raise SaeError(f"{loaded.name} belongs to {loaded.hook}, but {resid_post(layer)} was asked for")
+
+
+def hook_layer(hook: str) -> int | None:
+    """The layer L whose residual stream after block L a hook name means (`hook_resid_pre` of L + 1 is the same); else None."""
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hook)
+    return int(found[1]) - (found[2] == "pre") if found else None
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------
+
+
+class Evaluation(NamedTuple):
+    """Explained variance = 1 - sum|x - x_hat|^2 / sum|x - mean|^2 over all samples and dimensions; mean L0; share of
+    latents that never fired; each latent's share of samples it fired on, `frequency` (latents,); number of samples."""
+
+    explained_variance: float
+    l0: float
+    dead: float
+    frequency: Tensor
+    samples: int
+
+
+def explained_variance(x: Tensor, x_hat: Tensor) -> float:
+    """1 - sum|x - x_hat|^2 / sum|x - mean(x)|^2 over all samples and dimensions of (n, d_model), in float64."""
+    x, x_hat = x.double(), x_hat.double()
+    return 1 - float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+
+
+def evaluate(sae: Any, samples: Samples, limit: int = 0, batch: int = 4096) -> Evaluation:
+    """How well an SAE fits `samples` (the first `limit` if given); sums in float64."""
+    n = min(limit or len(samples), len(samples))
+    if samples.d_model != sae.cfg.d_in:
+        raise SaeError(f"the SAE is for width {sae.cfg.d_in}, the samples have {samples.d_model}")
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.long)
+    total, square, error = torch.zeros(samples.d_model, dtype=torch.float64), 0.0, 0.0
+    for first in range(0, n, batch):
+        x = samples.rows(torch.arange(first, min(first + batch, n)))
+        with torch.no_grad():
+            codes = sae.encode(x.to(sae.device))
+            x_hat = sae.decode(codes).cpu()
+        fired += (codes > 0).sum(0).cpu()
+        x = x.double()
+        total += x.sum(0)
+        square += float(x.square().sum())
+        error += float((x - x_hat.double()).square().sum())
+    variance = square - float(total.square().sum()) / n
+    return Evaluation(1 - error / variance, float(fired.sum()) / n, float((fired == 0).double().mean()), fired / n, n)
+
+
+class LossRecovered(NamedTuple):
+    """Next-token cross-entropy (nats) a row: of the model, with the SAE, with the mean, spliced in; each (rows,) float64."""
+
+    model: Tensor
+    sae: Tensor
+    mean: Tensor
+
+    @property
+    def recovered(self) -> float:
+        """(mean - SAE) / (mean - model): 1 if the SAE costs nothing, 0 if it is no better than the mean activation."""
+        return float((self.mean.sum() - self.sae.sum()) / (self.mean.sum() - self.model.sum()))
+
+
+@contextmanager
+def _spliced(weights: Any, layer: int, replace: Any) -> Iterator[None]:
+    """Context: after block `layer` the residual stream is replace(x)."""
+
+    def write(module: Any, inputs: Any, out: Any) -> Any:
+        return (replace(out[0]), *out[1:]) if isinstance(out, tuple) else replace(out)
+
+    handle = models.blocks(weights)[layer].register_forward_hook(write)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def loss_recovered(
+    model: Plain, sae: Any, layer: int, ids: Tensor, kept: Tensor, mean: Tensor, batch: int = 8, outlier: float = 10.0
+) -> LossRecovered:
+    """What the language model loses when the SAE, or the `mean` activation (d_model,), stands in for the residual stream.
+
+    `ids`, `kept` (rows, context): token rows and the positions that are replaced; special tokens, the first of a row, and residuals
+    longer than `outlier` medians pass through, as the SAE was not trained on them. Loss is taken where a kept
+    position predicts a kept one.
+    """
+    weights, found = model.weights, ([], [], [])
+    for first in range(0, len(ids), batch):
+        rows, keep = (
+            ids[first : first + batch].long().to(weights.device),
+            kept[first : first + batch].to(weights.device),
+        )
+
+        def instead(x: Tensor, new: Any, keep: Tensor = keep) -> Tensor:
+            norms = x.float().norm(dim=-1)
+            here = keep & (norms <= outlier * norms[keep].median())
+            return x.masked_scatter(here[..., None], new(x[here].float()).to(x.dtype))
+
+        ways = (
+            None,
+            lambda x: instead(x, lambda a: sae.decode(sae.encode(a.to(sae.device))).to(a.device)),
+            lambda x: instead(x, lambda a: mean.to(a.device).expand(len(a), -1)),
+        )
+        for losses, way in zip(found, ways, strict=True):
+            with torch.no_grad():
+                if way is None:
+                    logits = weights(input_ids=rows, use_cache=False).logits
+                else:
+                    with _spliced(weights, layer, way):
+                        logits = weights(input_ids=rows, use_cache=False).logits
+            for i in range(len(rows)):  # a row at a time: vocabularies are large
+                where = keep[i, :-1] & keep[i, 1:]
+                loss = cross_entropy(logits[i, :-1][where].float(), rows[i, 1:][where], reduction="none")
+                losses.append(loss.double().mean().cpu())
+    return LossRecovered(*(torch.stack(losses) for losses in found))
