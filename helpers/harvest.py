@@ -689,6 +689,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--part", default="train", choices=corpus.PARTS)
     parser.add_argument("--batch", type=int, default=0, help="rows a forward pass; 0: found by trying")
+    parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="token rows a shard")
     o = parser.parse_args()
     profile = session.load_profile(o.profile)
     device, dtype = session.device_and_dtype(profile)
@@ -697,7 +698,7 @@ def main() -> None:
             device = f"cuda:{session.setting('LOCAL_RANK', '0')}"
         model = models.plain(o.model or profile["chat"], device, dtype)
         source = o.source if len(o.source) > 1 else o.source[0]
-        found = run(model, source, o.layers or [profile["layer"]], o.tokens, o.context, o.part, batch=o.batch)
+        found = run(model, source, o.layers or [profile["layer"]], o.tokens, o.context, o.part, o.shard_rows, o.batch)
         if _ranks()[0] == 0:
             counts = ", ".join(f"{n:,} {why}" for why, n in found.note["counts"].items())
             print(

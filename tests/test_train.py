@@ -158,13 +158,13 @@ def test_dead_latents_come_back_by_the_auxiliary_loss_and_not_without():
     alive = {}
     for alpha in (0.0, 1.0):
         start = topk.initial(64, 128, x.mean(0))
-        start.b_enc[:64] = -0.5  # half of them below what would be chosen
+        start.b_enc[:64] = -2.0  # half of them below what would be chosen
         config = SMALL._replace(latents=128, alpha=alpha, k_aux=8, dead_after=1000, warm_up=0.0, decay=0.0)
         state = train.State.new(start)
         for i in range(300):
             train.update(state, x[(i * 256) % 39_936 :][:256], config)
         alive[alpha] = int((state.since_fired[:64] < 1000).sum())
-    assert alive[0.0] == 0 and alive[1.0] > 40
+    assert alive[0.0] == 0 and alive[1.0] > 40, alive
 
 
 def test_decoder_rows_stay_unit_when_asked():

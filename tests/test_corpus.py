@@ -1,0 +1,140 @@
+"""Token rows: packing, what is kept and why not, sources, parts, errors."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from helpers import corpus, prompts
+from helpers.behaviors import DataError
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_packing_loses_no_token_and_marks_separators(smol, tmp_path):
+    texts = [f"Document {i} speaks of {'rivers and ' * (i % 7)}hills." for i in range(60)]
+    source = write(tmp_path / "a.jsonl", *(json.dumps({"text": t}) for t in texts))
+    count = Counter()
+    rows = list(corpus.rows(smol.tokenizer, source, 32, count=count))
+    stream = [i for t in texts for i in [*smol.tokenizer(t)["input_ids"], smol.tokenizer.eos_token_id]]
+    ids = np.concatenate([r.ids for r in rows])
+    assert ids.tolist() == stream[: len(ids)] and count["left over"] == len(stream) - len(ids) < 32
+    kept = np.concatenate([r.kept for r in rows])
+    special = np.isin(ids, list(prompts.special_ids(smol.tokenizer)))
+    assert not kept[::32].any() and not (kept & special).any()
+    assert kept.sum() == count["kept"] == len(ids) - special.sum() - count["first"]
+    assert count["special"] == special.sum() and count["padding"] == 0
+    of = np.concatenate([r.documents for r in rows])
+    assert (np.diff(of) >= 0).all() and smol.tokenizer.decode(ids[of == 3][:-1]) == texts[3]
+
+
+def test_a_tokenizer_with_a_first_token_puts_it_before_every_row(tmp_path):
+    class Letters:
+        bos_token_id, eos_token_id, pad_token_id, all_special_ids = 1, 2, 2, [1, 2]
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
+
+    source = write(tmp_path / "a.txt", "abcdefgh", "", "ijkl")
+    rows = list(corpus.rows(Letters(), source, 5))
+    assert ["".join(chr(i) if i > 2 else str(i) for i in r.ids) for r in rows] == ["1abcd", "1efgh", "12ijk"]
+    assert [r.kept.tolist() for r in rows] == [[False] + [True] * 4] * 2 + [[False, False, True, True, True]]
+
+
+def test_a_conversation_has_a_row_of_its_own_with_user_and_answer_kept(smol, tmp_path):
+    source = write(tmp_path / "c.jsonl", json.dumps({"question": "Who are you?", "answer": "A small model."}))
+    count = Counter()
+    (row,) = corpus.rows(smol.tokenizer, source, 64, count=count)
+    assert smol.tokenizer.decode(row.ids[row.kept]) == "Who are you?A small model."
+    assert count["padding"] == 64 - len(prompts.chat(smol.tokenizer, "Who are you?", answer="A small model.").ids)
+    assert (
+        count["template"] > 0
+        and count["special"] > 0
+        and sum(count[k] for k in ("kept", "template", "special", "first", "padding")) == 64
+    )
+
+
+def test_parts_divide_documents_and_do_not_depend_on_order(smol, tmp_path):
+    texts = [f"Text number {i} about nothing in particular, word {i * i}." for i in range(300)]
+    forward = write(tmp_path / "a.jsonl", *(json.dumps({"text": t}) for t in texts))
+    train = {t for t in texts if not corpus.held_out(t)}
+    assert 15 < 300 - len(train) < 50
+    count = {part: Counter() for part in corpus.PARTS}
+    decoded = {}
+    for part in corpus.PARTS:
+        rows = corpus.rows(smol.tokenizer, forward, 16, part, count[part])
+        decoded[part] = smol.tokenizer.decode(np.concatenate([r.ids for r in rows]), skip_special_tokens=True)
+    assert count["train"]["rows"] + count["held-out"]["rows"] in (count["all"]["rows"], count["all"]["rows"] - 1)
+    kept_out = next(t for t in texts if t not in train)
+    assert kept_out in decoded["held-out"] and kept_out not in decoded["train"] and kept_out in decoded["all"]
+
+
+def test_several_sources_are_taken_in_turn(tmp_path):
+    a = write(tmp_path / "a.txt", "one", "", "two", "", "three")
+    b = write(tmp_path / "b.txt", "uno")
+    assert list(corpus.documents([a, b])) == ["one", "uno", "two", "three"]
+
+
+def test_packaged_text_is_many_documents_in_a_fixed_order():
+    first, again = (list(corpus.documents("packaged:wiki+stories")) for _ in range(2))
+    assert first == again and len(first) > 500 and not any("<doc" in d for d in first)
+    assert len(set(map(len, first[:20]))) > 5
+
+
+def test_the_fingerprint_of_a_local_file_is_its_content(tmp_path):
+    source = write(tmp_path / "a.txt", "some words")
+    before = corpus.fingerprint(source)
+    write(tmp_path / "a.txt", "other words")
+    assert corpus.fingerprint(source) != before and str(tmp_path) not in before[0]
+    assert corpus.fingerprint(["packaged:wiki", "hub:a/b"]) == ["packaged:wiki", "hub:a/b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "word"),
+    [("a.txt", "", "empty"), ("a.txt", "too short", "less than one row of 64"), ("a.jsonl", '{"text": "x"}\nnot json', "line 2"),
+     ("a.jsonl", '{"body": "x"}', "line 1.*body"), ("a.jsonl", '["x"]', "list"), ("a.jsonl", '{"question": "x", "answer": 3}', "question and answer")],
+)  # fmt: skip
+def test_bad_files_are_refused(smol, tmp_path, name, text, word):
+    with pytest.raises(DataError, match=word):
+        list(corpus.rows(smol.tokenizer, write(tmp_path / name, text), 64))
+
+
+def test_bad_names_are_refused(smol):
+    for source, word in (("nowhere.txt", "existing"), ("packaged:poems", "wiki"), ("FineWeb", "hub:OWNER")):
+        with pytest.raises(DataError, match=word):
+            list(corpus.rows(smol.tokenizer, source, 64))
+    with pytest.raises(ValueError, match="part"):
+        next(corpus.rows(smol.tokenizer, "packaged:wiki", 64, "test"))
+    with pytest.raises(ValueError, match="context"):
+        next(corpus.rows(smol.tokenizer, "packaged:wiki", 1))
+
+
+def test_a_hub_data_set_is_streamed_with_its_subset_and_revision(monkeypatch, smol):
+    import datasets
+
+    asked = {}
+
+    def load(name, subset, **options):
+        asked.update(name=name, subset=subset, **options)
+        return ({"text": f"page {i} with words"} for i in range(30))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecret")
+    rows = list(corpus.rows(smol.tokenizer, "hub:HuggingFaceFW/fineweb:sample-10BT@v1.0.0", 16))
+    assert len(rows) > 5 and asked["streaming"] and asked["split"] == "train"
+    assert (asked["name"], asked["subset"], asked["revision"]) == ("HuggingFaceFW/fineweb", "sample-10BT", "v1.0.0")
+
+    def broken(*_, **__):
+        raise OSError("no network for hf_secretsecretsecretsecret")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(DataError, match="packaged:wiki") as error:
+        next(corpus.documents("hub:a/b"))
+    assert "secretsecret" not in str(error.value)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"body": "x"}]))
+    with pytest.raises(DataError, match="no field text; it has body"):
+        next(corpus.documents("hub:a/b"))

@@ -1,0 +1,475 @@
+"""Harvest: the right residuals, the same bits after any interruption or split, damage found, pairs aligned, shuffles exact."""
+
+import errno
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CACHE
+
+from helpers import corpus, harvest, models, store, train
+from helpers.behaviors import DataError
+from helpers.harvest import Array, HarvestError
+from helpers.models import Plain
+from helpers.session import ROOT
+
+MODEL = models.packaged_names()[0]
+HOW = dict(context=32, shard_rows=8, batch=4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A small local source."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = [
+        "the",
+        "river",
+        "ran",
+        "past",
+        "seven",
+        "grey",
+        "stones",
+        "and",
+        "a",
+        "mill",
+        "where",
+        "nobody",
+        "had",
+        "worked",
+        "since",
+        "the",
+        "war",
+    ]
+    g = torch.Generator().manual_seed(0)
+    lines = []
+    for _ in range(80):
+        chosen = torch.randint(len(words), (40,), generator=g).tolist()
+        lines.append(json.dumps({"text": " ".join(words[i] for i in chosen)}))
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def small(seed=1, width=48, layers=4, kind="llama"):
+    """A bare random transformers model with the packaged tokenizer."""
+    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+
+    tokenizer = models.tokenizer(MODEL)
+    shared = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=96, num_hidden_layers=layers,
+                  num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, max_position_embeddings=512)  # fmt: skip
+    config = {
+        "llama": lambda: LlamaConfig(**shared),
+        "gemma2": lambda: Gemma2Config(**shared, sliding_window=64),
+        "gpt2": lambda: GPT2Config(vocab_size=len(tokenizer), n_embd=width, n_layer=layers, n_head=4),
+    }[kind]()
+    torch.manual_seed(seed)
+    weights = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in weights.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return Plain(weights, tokenizer, f"small-{kind}-{seed}")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small()
+
+
+def every_byte(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("shard-*"))}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_residuals_are_transformers_own_and_nothing_above_runs(kind):
+    model = small(kind=kind)
+    ids = torch.randint(100, 5000, (3, 20))
+    whole = model.weights(ids, output_hidden_states=True).hidden_states
+    ran = []
+    handles = [
+        b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(models.blocks(model.weights))
+    ]
+    acts = harvest.residuals(model.weights, ids, [0, 2])
+    assert ran == [0, 1, 2] and sorted(acts) == [0, 2]
+    for k in acts:
+        torch.testing.assert_close(acts[k], whole[k + 1], rtol=0, atol=0)
+    for handle in handles:
+        handle.remove()
+    before = [len(b._forward_hooks) for b in models.blocks(model.weights)]
+    harvest.residuals(model.weights, ids, [1])
+    assert [len(b._forward_hooks) for b in models.blocks(model.weights)] == before
+    with pytest.raises(HarvestError, match="0 to 3"):
+        harvest.residuals(model.weights, ids, [4])
+
+
+def test_samples_are_the_residuals_of_the_kept_tokens(model, text, cache):
+    samples = harvest.run(model, text, [1, 2], 1500, **HOW)
+    ids, row = samples.token_rows()
+    acts = harvest.residuals(model.weights, ids.long(), [1, 2])
+    for k in (1, 2):
+        there = samples.at(k)
+        assert len(there) + there.dropped >= 1500
+        torch.testing.assert_close(
+            there.rows(torch.arange(len(there))), acts[k][row.long(), there.named("position").long()]
+        )
+    kept = np.concatenate([r.kept for r in corpus.rows(model.tokenizer, text, 32, "train")][: len(ids)])
+    assert kept.sum() == len(samples) + samples.dropped == samples.note["counts"]["kept"]
+    assert samples.about()["hook_name"] == "blocks.1.hook_resid_post" and str(cache) not in json.dumps(samples.about())
+
+
+def test_massive_activations_are_left_out_and_counted(model, text, cache):
+    plain = harvest.run(model, text, [1], 1000, **HOW)
+    block = models.blocks(model.weights)[1]
+    handle = block.register_forward_hook(
+        lambda m, i, out: out.index_fill(1, torch.tensor([5]), 300.0), always_call=False
+    )
+    try:
+        loud = harvest.run(model._replace(identity="loud"), text, [1], 1000, **HOW)
+    finally:
+        handle.remove()
+    assert plain.dropped == 0 and loud.dropped == (plain.named("position") == 5).sum()
+    assert not (loud.named("position") == 5).any()
+    assert float(harvest.Samples(loud.folder, 1, outlier=1e9).rows(torch.arange(500)).norm(dim=1).max()) > 1000
+
+
+def test_a_second_call_runs_nothing_and_another_parameter_runs_anew(model, text, cache, monkeypatch):
+    first = harvest.run(model, text, [1], 800, **HOW)
+    monkeypatch.setattr(harvest, "_forward", lambda *_: pytest.fail("ran again"))
+    again = harvest.run(model, text, [1], 800, **HOW)
+    assert again.folder == first.folder
+    with pytest.raises(pytest.fail.Exception):
+        harvest.run(model, text, [2], 800, **HOW)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+from helpers import harvest
+sys.path.insert(0, {tests!r})
+from test_harvest import small, HOW
+real, made = harvest._write, []
+def write(folder, chunk, acts):
+    if len(made) == {after}:
+        real(folder, chunk, acts) if {late} else (folder / f"shard-{{chunk.index:05d}}.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.append(1)
+    real(folder, chunk, acts)
+harvest._write = write
+harvest.run(small(), {text!r}, [1], 1500, **HOW)
+"""
+
+
+@pytest.mark.parametrize(("after", "late"), [(0, False), (3, False), (3, True)])
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(model, text, tmp_path, monkeypatch, after, late):
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "whole"))
+    store_packaged(tmp_path / "whole")
+    whole = every_byte(harvest.run(model, text, [1], 1500, **HOW).folder)
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "killed"))
+    store_packaged(tmp_path / "killed")
+    code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), after=after, late=late, text=text)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    calls = []
+    real = harvest._forward
+    monkeypatch.setattr(harvest, "_forward", lambda *a: calls.append(1) or real(*a))
+    resumed = harvest.run(model, text, [1], 1500, **HOW)
+    assert every_byte(resumed.folder) == whole and len(whole) > 8
+    assert len(calls) == len(whole) // 2 - after - late
+
+
+def store_packaged(cache):
+    """The packaged model of the real cache, seen from another one."""
+    real = Path(CACHE) if CACHE else ROOT / "data" / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    for kind in ("models", "assets"):
+        if not (cache / kind).exists():
+            (cache / kind).symlink_to(real / kind)
+
+
+def test_a_damaged_shard_is_named_and_made_again(model, text, cache, capsys):
+    first = harvest.run(model, text, [1], 1500, **HOW)
+    before = every_byte(first.folder)
+    for damage in ("truncated", "flipped", "gone", "sidecar"):
+        shard = first.folder / "shard-00002.safetensors"
+        data = bytearray(shard.read_bytes())
+        if damage == "truncated":
+            shard.write_bytes(data[:-10])
+        elif damage == "flipped":
+            data[-5] ^= 1
+            shard.write_bytes(data)
+        elif damage == "gone":
+            shard.unlink()
+        else:
+            (first.folder / "shard-00002.json").write_text("{")
+        with pytest.raises(HarvestError, match="shard 2"):
+            harvest.Samples(first.folder, 1)
+        again = harvest.run(model, text, [1], 1500, **HOW)
+        assert "shard 2" in capsys.readouterr().out and every_byte(again.folder) == before, damage
+
+
+def test_nan_is_named_by_shard_and_row_and_earlier_shards_stay(text, cache):
+    broken = small(seed=7)
+    block, seen = models.blocks(broken.weights)[1], []
+
+    def poison(module, inputs, out):
+        seen.append(1)
+        return out.index_fill(1, torch.tensor([9]), float("nan")) if len(seen) == 6 else out
+
+    handle = block.register_forward_hook(poison)
+    with pytest.raises(HarvestError, match=r"shard 2, sample \d+ \(row 4, document \d+\) holds NaN"):
+        harvest.run(broken, text, [1], 1500, **HOW)
+    handle.remove()
+    folder = next((cache / "harvest").iterdir())
+    assert len(list(folder.glob("shard-*.json"))) == 2
+    assert len(harvest.run(broken, text, [1], 1500, **HOW)) > 1400
+
+
+def test_a_full_disk_stops_cleanly(model, text, cache, monkeypatch):
+    real = store.write_file
+
+    def full(path, data):
+        if path.name == "shard-00002.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
+
+    monkeypatch.setattr(store, "write_file", full)
+    with pytest.raises(OSError, match="space"):
+        harvest.run(model, text, [1], 1500, **HOW)
+    folder = next((cache / "harvest").iterdir())
+    assert len(list(folder.glob("shard-*.json"))) == 2 and not list(folder.glob(".tmp*"))
+    monkeypatch.setattr(store, "write_file", real)
+    assert len(harvest.run(model, text, [1], 1500, **HOW)) > 1400
+    monkeypatch.setattr(store, "free_bytes", lambda _: 1000)
+    with pytest.raises(OSError, match="GB are free"):
+        harvest.run(model, text, [2], 1500, **HOW)
+
+
+def test_two_ranks_write_what_one_writes(model, text, tmp_path, monkeypatch):
+    """torchrun with gloo on two CPU ranks, against one process, on the packaged model."""
+    command = [
+        "-m",
+        "helpers.harvest",
+        "--source",
+        text,
+        "--layers",
+        "1",
+        "2",
+        "--tokens",
+        "2000",
+        "--context",
+        "32",
+        "--batch",
+        "8",
+    ]
+    found = {}
+    for name, run in (
+        ("one", [sys.executable]),
+        ("two", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]),
+    ):
+        store_packaged(tmp_path / name)
+        environment = {
+            **os.environ,
+            "CACHE_DIR": str(tmp_path / name),
+            "DTYPE": "float32",
+            "OMP_NUM_THREADS": "1",
+            "TQDM_DISABLE": "1",
+        }
+        done = subprocess.run(
+            [*run, *command, "--shard-rows", "8"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "samples at layer(s) [1, 2]" in done.stdout
+        (folder,) = (tmp_path / name / "harvest").iterdir()
+        found[name] = every_byte(folder)
+    assert found["one"] == found["two"] and len(found["one"]) >= 14
+
+
+def test_the_batch_is_chosen_once_and_remembered(model, cache, monkeypatch):
+    calls = []
+    real = harvest.residuals
+    monkeypatch.setattr(harvest, "residuals", lambda w, ids, layers: calls.append(len(ids)) or real(w, ids, layers))
+    chosen = harvest.choose_batch(model, [1], 32)
+    assert chosen in calls and harvest.choose_batch(model, [1], 32) == chosen and len(calls) >= 6
+    del calls[:]
+
+    def tight(w, ids, layers):
+        if len(ids) > 16:
+            raise torch.OutOfMemoryError("no")
+        return real(w, ids, layers)
+
+    monkeypatch.setattr(harvest, "residuals", tight)
+    assert harvest.choose_batch(model, [2], 32) == 16
+
+    def hopeless(w, ids, layers):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(harvest, "residuals", hopeless)
+    with pytest.raises(HarvestError, match="does not fit"):
+        harvest.choose_batch(model, [3], 32)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_a_seeded_shuffle_without_repeats_that_can_start_anywhere():
+    x = torch.arange(1000.0)[:, None].expand(-1, 3).contiguous()
+    source = Array(x)
+
+    def take(n, **how):
+        return [b[:, 0] for _, b in zip(range(n), source.batches(100, block=16, pool=3, **how), strict=False)]
+
+    two = take(18, seed=1)
+    for epoch in (torch.cat(two[:9]), torch.cat(two[9:])):
+        assert len(epoch.unique()) == 900  # the last, partial block and batch are left out
+    assert not torch.equal(torch.cat(two[:9]), torch.cat(two[9:]))
+    assert not torch.equal(two[0], two[0].sort().values)
+    for start in (1, 5, 9, 13):
+        assert all(torch.equal(a, b) for a, b in zip(take(4, seed=1, start=start), two[start:], strict=False))
+    assert not torch.equal(torch.cat(take(9, seed=2)), torch.cat(two[:9]))
+    spread = torch.stack([b.std() for b in two])
+    assert float(spread.min()) > 150  # each batch is drawn from all over (288 if uniform)
+    with pytest.raises(ValueError, match="cannot fill"):
+        next(source.batches(1001))
+
+
+def test_reading_is_memory_mapped(model, text, cache):
+    samples = harvest.run(model, text, [1], 1500, **HOW)
+    whole = samples.rows(torch.arange(len(samples)))
+    batches = torch.cat([b for _, b in zip(range(len(samples) // 64), samples.batches(64, block=8), strict=False)])
+    known = {tuple(r) for r in whole.tolist()}
+    assert {tuple(r) for r in batches.tolist()} <= known
+    assert (
+        torch.equal(samples.sample(50, seed=3), samples.sample(50, seed=3))
+        and samples.sample(10**6).shape == whole.shape
+    )
+    assert samples.place(0).startswith("shard 0, row 0")
+
+
+def test_streaming_gives_the_harvested_rows_and_can_start_anywhere(model, text, cache):
+    on_disk = harvest.run(model, text, [1], 10**6, **HOW)
+    stream = harvest.Stream(model, text, 1, context=32, pool_rows=16, batch_rows=4)
+    per_epoch = sum(int(0.99 * c.kept.sum()) // 64 for c in stream._chunks())
+    batches = [b for _, b in zip(range(per_epoch + 4), stream.batches(64, seed=1), strict=False)]
+    known = {tuple(np.round(r, 3)) for r in on_disk.rows(torch.arange(len(on_disk))).tolist()}
+    got = [tuple(np.round(r, 3)) for r in torch.cat(batches[:per_epoch]).tolist()]
+    assert set(got) <= known and len(set(got)) > 0.9 * len(got)
+    assert not torch.equal(batches[0], batches[per_epoch])  # the second epoch is shuffled anew
+    for start in (1, per_epoch - 1, per_epoch + 1):
+        again = [b for _, b in zip(range(3), stream.batches(64, seed=1, start=start), strict=False)]
+        assert all(torch.equal(a, b) for a, b in zip(again, batches[start:], strict=False))
+    done = train.fit(stream, train.Config(96, 4, 64 * 10, 64, low=False))
+    assert len(done.log) == 1 and done.weights.W_enc.shape == (96, 48)
+    with pytest.raises(ValueError, match="fills one batch"):
+        next(stream.batches(10**6))
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_is_aligned_token_by_token(model, text, cache):
+    other = small(seed=2)
+    both = harvest.pair(model, other, text, [1, 2], 1200, **HOW)
+    ids, row = both.base.token_rows()
+    position = both.base.named("position").long()
+    a, b = (harvest.residuals(m.weights, ids.long(), [1])[1][row.long(), position] for m in (model, other))
+    everything = torch.arange(len(both.base))
+    torch.testing.assert_close(both.difference.rows(everything), b - a)
+    torch.testing.assert_close(both.chat.rows(everything), b)
+    assert len(both.at(2).difference) == len(both.base)
+    assert "difference" in both.difference.about() and both.difference.about()["base_harvest"] == both.base.folder.name
+    stream = harvest.Stream(model, text, 1, chat=other, context=32, pool_rows=16, batch_rows=4)
+    known = {tuple(np.round(r, 3)) for r in both.difference.rows(everything).tolist()}
+    assert {tuple(np.round(r, 3)) for r in next(stream.batches(64)).tolist()} <= known
+
+
+def test_an_outlier_in_either_model_leaves_both(model, text, cache):
+    other = small(seed=2)
+    handle = models.blocks(other.weights)[1].register_forward_hook(
+        lambda m, i, out: out.index_fill(1, torch.tensor([5]), 300.0)
+    )
+    try:
+        both = harvest.pair(model, other, text, [1], 1000, **HOW)
+    finally:
+        handle.remove()
+    assert len(both.base) == len(both.chat) == len(both.difference)
+    assert both.base.dropped > 0 and not (both.base.named("position") == 5).any()
+
+
+def test_a_pair_by_name_is_loaded_one_after_the_other(model, text, cache, monkeypatch):
+    earlier = []
+
+    def load(name, *_):
+        gc.collect()
+        assert all(ref() is None for ref in earlier)  # the first model is gone before the second is loaded
+        loaded = small(seed={"a": 1, "b": 2}[name])
+        earlier.append(weakref.ref(loaded.weights))
+        return loaded
+
+    tokenizer = model.tokenizer
+    real = models.tokenizer
+    monkeypatch.setattr(models, "plain", load)
+    monkeypatch.setattr(models, "tokenizer", lambda name: tokenizer if name in "ab" else real(name))
+    both = harvest.pair("a", "b", text, [1], 800, **HOW)
+    assert len(earlier) == 2 and len(both.difference) > 700
+
+
+class Words:
+    """A tokenizer of given words."""
+
+    def __init__(self, *words, split=1):
+        self.words, self.split = words, split
+
+    def get_vocab(self):
+        return {w: i for i, w in enumerate(self.words)}
+
+    def __call__(self, text, **_):
+        return {"input_ids": list(range(0, len(text), self.split))}
+
+
+def test_a_pair_that_does_not_fit_is_refused(model, text):
+    for other, word in (
+        (small(width=64), "d_model 48"),
+        (small(layers=3), "4 layers"),
+        (model._replace(tokenizer=Words("a")), "tokenizer"),
+    ):
+        with pytest.raises(HarvestError, match=word):
+            harvest.pair(model, other, text, [1], 500)
+    harvest.check_tokenizers(Words("a", "b"), Words("a", "b"))
+    with pytest.raises(HarvestError, match="token 1 is 'b' in the base and 'c'"):
+        harvest.check_tokenizers(Words("a", "b"), Words("a", "c"))
+    with pytest.raises(HarvestError, match="token 2 is None in the base and 'c'"):
+        harvest.check_tokenizers(Words("a", "b"), Words("a", "b", "c"))
+    with pytest.raises(HarvestError, match="from token 1 on"):
+        harvest.check_tokenizers(Words("a"), Words("a", split=2))
+
+
+def test_text_that_cannot_be_harvested_leaves_nothing_behind(model, tmp_path, cache):
+    for content, word in (("", "empty"), ("short", "less than one row")):
+        (tmp_path / "a.txt").write_text(content)
+        with pytest.raises(DataError, match=word):
+            harvest.run(model, str(tmp_path / "a.txt"), [1], 100, part="all", **HOW)
+    assert not list((cache / "harvest").rglob("shard-*"))
+
+
+def test_chats_are_the_models_own_and_a_source(model, cache):
+    path = harvest.chats(model, ["Who are you?", "What is rain?"], max_new_tokens=8)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {line["question"] for line in lines} <= {"Who are you?", "What is rain?"} and lines
+    before = path.stat().st_mtime_ns
+    assert (
+        harvest.chats(model, ["Who are you?", "What is rain?"], max_new_tokens=8) == path
+        and path.stat().st_mtime_ns == before
+    )
+    assert len(harvest.run(model, str(path), [1], 5, context=64, part="all")) >= 5

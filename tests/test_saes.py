@@ -1,0 +1,297 @@
+"""SAEs: SAELens's layout read back by SAELens, what loaders do made visible, evaluation with known answers, tables of latents."""
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from test_harvest import HOW, small, text  # noqa: F401
+
+from helpers import harvest, latents, models, saes, topk
+from helpers.harvest import Array
+from helpers.saes import SaeError
+from helpers.topk import Weights
+
+KNOWN = {"model_name": "small", "hook_name": "blocks.1.hook_resid_post", "context_size": 32}
+
+
+def some_weights(d=48, n=96, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    w = topk.initial(d, n, torch.randn(d, generator=g), seed)
+    return Weights(
+        w.W_enc + 0.1 * torch.randn(n, d, generator=g), 0.1 * torch.randn(n, generator=g), 2.5 * w.W_dec, w.b_dec
+    )
+
+
+def test_sae_lens_reads_the_same_codes_from_disk(tmp_path):
+    from sae_lens import SAE
+
+    w, x = some_weights(), torch.randn(300, 48)
+    folder = saes.save(tmp_path / "sae", w, 8, KNOWN, notes={"log": [1]})
+    theirs = SAE.load_from_disk(folder)
+    ours = topk.encode(x, topk.unit_decoder(w), 8)
+    torch.testing.assert_close(theirs.encode(x), ours.dense(96), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(theirs(x), topk.decode(topk.encode(x, w, 8), w), rtol=1e-5, atol=1e-5)
+    assert (
+        theirs.cfg.architecture() == "topk"
+        and theirs.cfg.k == 8
+        and theirs.cfg.metadata.hook_name == KNOWN["hook_name"]
+    )
+    assert json.loads((folder / "training.json").read_text()) == {"log": [1]}
+    loaded = saes.load(folder, d_model=48, layer=1)
+    assert (loaded.k, loaded.b_dec_on_input, loaded.normalisation, loaded.context) == (8, True, "none", 32)
+    assert torch.equal(loaded.sae.W_enc, theirs.W_enc)
+
+
+def test_saving_is_whole_and_refuses_what_nobody_could_use(tmp_path):
+    w = some_weights()
+    saes.save(tmp_path / "sae", w, 8, KNOWN)
+    saes.save(tmp_path / "sae", some_weights(seed=1), 8, KNOWN)  # replaces
+    with pytest.raises(SaeError, match="hook_name"):
+        saes.save(tmp_path / "other", w, 8, {"model_name": "x"})
+    with pytest.raises(SaeError, match="NaN"):
+        saes.save(tmp_path / "other", w._replace(b_enc=w.b_enc * float("nan")), 8, KNOWN)
+    with pytest.raises(ValueError, match="exceed"):
+        saes.save(tmp_path / "other", w, 97, KNOWN)
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+def test_an_sae_for_something_else_is_refused(tmp_path):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    with pytest.raises(SaeError, match="width 48, but these have 64"):
+        saes.load(folder, d_model=64)
+    with pytest.raises(SaeError, match=r"belongs to blocks.1.hook_resid_post, but blocks.2.hook_resid_post"):
+        saes.load(folder, layer=2)
+    with pytest.raises(SaeError, match="no SAE in"):
+        saes.load(tmp_path)
+    with pytest.raises(SaeError, match="width"):
+        saes.evaluate(saes.load(folder).sae, Array(torch.randn(10, 40)))
+    (folder / "sae_weights.safetensors").write_bytes(b"broken")
+    with pytest.raises(SaeError, match="cannot be loaded"):
+        saes.load(folder)
+    assert saes.hook_layer("blocks.3.hook_resid_pre") == 2 and saes.hook_layer("blocks.3.hook_mlp_out") is None
+
+
+@pytest.mark.parametrize("on_input", [True, False])
+def test_where_b_dec_goes_is_respected_and_reported(tmp_path, capsys, on_input):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"apply_b_dec_to_input": on_input}))
+    loaded = saes.load(folder)
+    assert ("is subtracted" if on_input else "is not subtracted") in capsys.readouterr().out
+    x, sae = torch.randn(20, 48), loaded.sae
+    ranked = (x - sae.b_dec * on_input) @ sae.W_enc + sae.b_enc
+    torch.testing.assert_close(sae.encode(x).sum(), ranked.topk(8).values.relu().sum())
+
+
+def test_a_missing_norm_factor_is_an_error_and_a_given_one_is_folded(tmp_path, capsys):
+    w = some_weights()
+    folder = saes.save(tmp_path / "sae", w, 8, KNOWN)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"normalize_activations": "expected_average_only_in"}))
+    with pytest.raises(SaeError, match="factor is missing"):
+        saes.load(folder)
+    loaded = saes.load(folder, norm_factor=0.25)
+    assert "0.25" in loaded.normalisation and "0.25" in capsys.readouterr().out
+    x, unit = torch.randn(30, 48), topk.unit_decoder(w)
+    torch.testing.assert_close(loaded.sae.encode(4 * x), topk.encode(x, unit, 8).dense(96), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded.sae(4 * x), 4 * topk.decode(topk.encode(x, unit, 8), unit), rtol=1e-4, atol=1e-4)
+
+
+def registry(monkeypatch, folder, factor):
+    """sae_lens's registry with one release, served from a folder: its own from_pretrained runs, only the download is replaced."""
+    from sae_lens.loading import pretrained_saes_directory as directory
+    from sae_lens.saes import sae as module
+
+    entry = directory.PretrainedSAELookup(
+        "rel", "owner/repo", "m", None, {"id": "path"}, {"id": 1.0}, {"id": 1.0}, {"id": None}, {"id": factor} if factor else {}, None
+    )  # fmt: skip
+    for where in (directory, module):
+        monkeypatch.setattr(where, "get_pretrained_saes_directory", lambda: {"rel": entry})
+
+    def loader(repo_id, folder_name, device, force_download, cfg_overrides):
+        cfg, state = module.sae_lens_disk_loader(folder, device, cfg_overrides)
+        return cfg, state, None
+
+    monkeypatch.setitem(module.NAMED_PRETRAINED_SAE_LOADERS, "sae_lens", loader)
+    monkeypatch.setattr(module, "get_conversion_loader_name", lambda *_: "sae_lens")
+
+
+def test_a_registry_sae_says_which_factor_was_folded_and_one_without_is_refused(tmp_path, monkeypatch):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"normalize_activations": "expected_average_only_in"}))
+    registry(monkeypatch, folder, 0.2138)
+    loaded = saes.load("rel", "id", d_model=48, layer=1)
+    assert "0.2138" in loaded.normalisation and "registry" in loaded.normalisation and loaded.name == "rel/id"
+    registry(monkeypatch, folder, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is merely warned about
+        with pytest.raises(SaeError, match="factor is missing"):
+            saes.load("rel", "id")
+    with pytest.raises(SaeError, match="rel/nowhere"):
+        saes.load("rel", "nowhere")
+
+
+def test_the_registry_entry_of_the_warning_example_is_what_the_pitfalls_say():
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
+
+    assert get_norm_scaling_factor("gemma-2b-res-jb", "blocks.12.hook_resid_post") == pytest.approx(0.2138, abs=1e-4)
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def test_explained_variance_as_defined():
+    x, x_hat = torch.tensor([[2.0, 0], [0, 4]]), torch.tensor([[2.0, 1], [0, 3]])
+    assert saes.explained_variance(x, x_hat) == pytest.approx(0.8)
+
+
+class Known:
+    """An SAE whose codes are the positive part of x's first two numbers and whose output is x_hat of the test above."""
+
+    class cfg:
+        d_in, d_sae = 2, 3
+
+    device = "cpu"
+
+    def encode(self, x):
+        return torch.stack([x[:, 0].relu(), x[:, 1].relu(), torch.zeros(len(x))], 1)
+
+    def decode(self, codes):
+        return torch.where(codes[:, :1] > 0, torch.tensor([2.0, 1]), torch.tensor([0.0, 3]))
+
+
+def test_evaluation_in_parts_is_the_definition():
+    got = saes.evaluate(Known(), Array(torch.tensor([[2.0, 0], [0, 4]])), batch=1)
+    assert got.explained_variance == pytest.approx(0.8) and got.l0 == 1 and got.dead == pytest.approx(1 / 3)
+    assert got.frequency.tolist() == [0.5, 0.5, 0]
+    w = some_weights()
+    x = torch.randn(500, 48) + 1000  # where sums in float32 would fail
+    codes = topk.encode(x, w, 8)
+    expected = saes.explained_variance(x, topk.decode(codes, w))
+
+    class Ours(Known):
+        class cfg:
+            d_in, d_sae = 48, 96
+
+        encode = staticmethod(lambda x: topk.encode(x, w, 8).dense(96))
+        decode = staticmethod(lambda z: z @ w.W_dec + w.b_dec)
+
+    assert saes.evaluate(Ours(), Array(x), batch=77).explained_variance == pytest.approx(expected, rel=1e-3)
+    assert saes.evaluate(Ours(), Array(x), limit=100).samples == 100
+
+
+class Copy:
+    """An SAE that loses nothing."""
+
+    device = "cpu"
+    encode = staticmethod(lambda x: x)
+    decode = staticmethod(lambda x: x)
+
+
+class Constant(Copy):
+    """One that gives the same answer always."""
+
+    def __init__(self, answer):
+        self.decode = lambda x: answer.expand(len(x), -1)
+
+
+def test_loss_recovered_is_one_for_a_copy_and_zero_for_the_mean():
+    model = small()
+    ids = torch.randint(100, 5000, (6, 20))
+    kept = torch.rand(6, 20) > 0.2
+    kept[:, 0] = False
+    mean = torch.randn(48)
+    copied = saes.loss_recovered(model, Copy(), 1, ids, kept, mean, batch=4)
+    assert copied.recovered == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(copied.sae, copied.model)
+    assert saes.loss_recovered(model, Constant(mean), 1, ids, kept, mean, batch=4).recovered == pytest.approx(
+        0, abs=1e-6
+    )
+    logits = model.weights(ids[:1]).logits[0, :-1].log_softmax(-1)
+    where = kept[0, :-1] & kept[0, 1:]
+    by_hand = -logits.gather(1, ids[0, 1:, None])[where].mean()
+    assert float(copied.model[0]) == pytest.approx(float(by_hand), rel=1e-5)
+    assert not any(len(b._forward_hooks) for b in models.blocks(model.weights))
+
+
+def test_what_is_not_kept_and_outliers_pass_through_the_splice():
+    model = small()
+    ids = torch.randint(100, 5000, (2, 20))
+    kept = torch.zeros(2, 20, dtype=torch.bool)
+    kept[:, 5:15] = True
+    seen = []
+
+    class Watch(Copy):
+        def encode(self, x):
+            seen.append(x)
+            return x
+
+    handle = models.blocks(model.weights)[1].register_forward_hook(
+        lambda m, i, out: out.index_fill(1, torch.tensor([7]), 500.0)
+    )
+    saes.loss_recovered(model, Watch(), 1, ids, kept, torch.zeros(48))
+    handle.remove()
+    assert len(seen[0]) == 2 * 9 and float(seen[0].norm(dim=1).max()) < 500
+
+
+# --- tables of latents -------------------------------------------------------------------------------------------------
+
+
+def test_the_table_finds_a_latent_that_stands_for_one_word(text, cache):  # noqa: F811
+    model = small()
+    samples = harvest.run(model, text, [1], 1500, **HOW)
+    ids, row = samples.token_rows()
+    position = samples.named("position").long()
+    token = model.tokenizer(" river")["input_ids"][0]
+    is_river = ids[row.long(), position] == token
+    assert 5 < int(is_river.sum()) < len(samples) // 4
+    values = torch.where(is_river, torch.arange(1.0, len(samples) + 1), torch.zeros(len(samples)))
+    lookup = {
+        tuple(r): v for r, v in zip(samples.rows(torch.arange(len(samples))).tolist(), values.tolist(), strict=True)
+    }
+
+    class Planted:
+        class cfg:
+            d_in, d_sae = 48, 2
+
+        device = "cpu"
+        W_dec = torch.eye(48)[:2]
+        encode = staticmethod(lambda x: torch.tensor([[lookup[tuple(r)], 0.0] for r in x.tolist()]))
+
+    top = latents.top_tokens(Planted(), samples, n=4, batch=5)
+    expected = sorted((float(values[row == r].max()) for r in row.unique()), reverse=True)[:4]
+    assert top.values[0].tolist() == expected and top.values[1].tolist() == [0.0] * 4
+    assert all(int(ids[r, p]) == token for r, p in zip(top.rows[0], top.positions[0], strict=True))
+    assert len(set(top.rows[0].tolist())) == 4  # one context a token row
+    assert float(top.frequency[0]) == pytest.approx(float(is_river.double().mean()))
+    river, dead = latents.table(model, Planted(), samples, n=4)
+    assert {c.token for c in river.contexts} == {" river"} and dead.contexts == []
+    assert model.tokenizer.decode(ids[top.rows[0, 0]]).find(river.contexts[0].before) >= 0
+
+
+def test_the_logit_lens_reads_the_unembedding():
+    model = small()
+    unembed, gain = model.weights.get_output_embeddings().weight, model.weights.model.norm.weight
+    gain.copy_(torch.rand(48) + 0.5)
+    promotes, suppresses = latents.logit_lens(model, unembed[[314, 2718]], n=3)
+    by_hand = (unembed[[314, 2718]] * gain) @ unembed.T
+    assert promotes == [[model.tokenizer.decode([i]) for i in r] for r in by_hand.topk(3).indices.tolist()]
+    assert suppresses == [[model.tokenizer.decode([i]) for i in r] for r in (-by_hand).topk(3).indices.tolist()]
+
+
+def test_a_table_is_kept_beside_the_sae_and_shown_on_a_page(tmp_path):
+    rows = [
+        latents.Latent(0, 0.25, [latents.Context("a <b>", " tok\n", "</script> end", 3.5)], [" yes"], [" no"]),
+        latents.Latent(1, 0.0, [], [" up"], [" down"]),
+    ]
+    latents.save(tmp_path, rows, "An SAE & its latents")
+    assert latents.load(tmp_path) == rows
+    html = (tmp_path / "latents.html").read_text()
+    assert "An SAE &amp; its latents" in html and html.count("</script>") == 2 and "http" not in html
+    data = re.search(r'type="application/json">(.*?)</script>', html, re.S)[1]
+    assert json.loads(data.replace("<\\/", "</"))[0][2] == [["a <b>", " tok\n", "</script> end", 3.5]]
+    with pytest.raises(FileNotFoundError, match="latents.table"):
+        latents.load(tmp_path / "nowhere")
