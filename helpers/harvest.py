@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers import corpus, models, prompts, session, store
+from helpers import behaviors, corpus, models, prompts, session, store
 from helpers.hooks import resid_post
 from helpers.models import Plain
 
@@ -660,6 +660,25 @@ def chats(model: Plain, questions: Sequence[str], max_new_tokens: int = 64, seed
             if answer:
                 lines.append(json.dumps({"question": question, "answer": answer}, ensure_ascii=False))
     return store.write_file(path, "\n".join(lines) + "\n")
+
+
+def of_profile(model: Plain, profile: dict[str, Any], part: str = "train", fast: bool = False) -> Samples:
+    """The harvest a profile's `sae: harvest:` section describes, at the profile's layer; `fast` takes a few thousand tokens.
+
+    `source` as in helpers/corpus.py; with `chats` (a number of new tokens) the model's own answers to the behaviours'
+    open prompts are one of its sources; `tokens` of the part train, `held_out` of the part held-out.
+    """
+    how = profile.get("sae", {}).get("harvest")
+    if not how:
+        raise HarvestError(
+            f"profile {profile['name']} has no section sae: harvest:; copy the one of notebooks/profiles/smollm2.yaml"
+        )
+    source = [how["source"]] if isinstance(how["source"], str) else list(how["source"])
+    if how.get("chats"):
+        questions = [q for name in profile["behaviors"] for q in behaviors.load_behavior(name).open]
+        source.append(str(chats(model, questions[:8] if fast else questions, 8 if fast else how["chats"])))
+    tokens = how["tokens"] if part == "train" else how["held_out"]
+    return run(model, source, [profile["layer"]], min(tokens, 6000) if fast else tokens, how["context"], part)
 
 
 # --- command line ------------------------------------------------------------------------------------------------------

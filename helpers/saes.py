@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -197,20 +198,19 @@ def hook_layer(hook: str) -> int | None:
 
 
 class Evaluation(NamedTuple):
-    """Explained variance = 1 - sum|x - x_hat|^2 / sum|x - mean|^2 over all samples and dimensions; mean L0; share of
-    latents that never fired; each latent's share of samples it fired on, `frequency` (latents,); number of samples."""
+    """How an SAE fits samples: mean L0; share of latents that never fired; each latent's share of samples it fired on,
+    `frequency` (latents,); and per sample |x - x_hat|^2 and |x - mean|^2, `error` and `total` (samples,) float64."""
 
-    explained_variance: float
     l0: float
     dead: float
     frequency: Tensor
-    samples: int
+    error: Tensor
+    total: Tensor
 
-
-def explained_variance(x: Tensor, x_hat: Tensor) -> float:
-    """1 - sum|x - x_hat|^2 / sum|x - mean(x)|^2 over all samples and dimensions of (n, d_model), in float64."""
-    x, x_hat = x.double(), x_hat.double()
-    return 1 - float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+    @property
+    def explained_variance(self) -> float:
+        """1 - sum|x - x_hat|^2 / sum|x - mean|^2 over all samples and dimensions."""
+        return 1 - float(self.error.sum() / self.total.sum())
 
 
 def evaluate(sae: Any, samples: Samples, limit: int = 0, batch: int = 4096) -> Evaluation:
@@ -218,20 +218,40 @@ def evaluate(sae: Any, samples: Samples, limit: int = 0, batch: int = 4096) -> E
     n = min(limit or len(samples), len(samples))
     if samples.d_model != sae.cfg.d_in:
         raise SaeError(f"the SAE is for width {sae.cfg.d_in}, the samples have {samples.d_model}")
-    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.long)
-    total, square, error = torch.zeros(samples.d_model, dtype=torch.float64), 0.0, 0.0
-    for first in range(0, n, batch):
-        x = samples.rows(torch.arange(first, min(first + batch, n)))
+    parts = torch.arange(n).split(batch)
+    mean = sum(samples.rows(part).double().sum(0) for part in parts) / n
+    fired, error, total = torch.zeros(sae.cfg.d_sae, dtype=torch.long), [], []
+    for part in parts:
+        x = samples.rows(part)
         with torch.no_grad():
             codes = sae.encode(x.to(sae.device))
             x_hat = sae.decode(codes).cpu()
-        fired += (codes > 0).sum(0).cpu()
-        x = x.double()
-        total += x.sum(0)
-        square += float(x.square().sum())
-        error += float((x - x_hat.double()).square().sum())
-    variance = square - float(total.square().sum()) / n
-    return Evaluation(1 - error / variance, float(fired.sum()) / n, float((fired == 0).double().mean()), fired / n, n)
+        fired += (codes != 0).sum(0).cpu()
+        error.append((x.double() - x_hat.double()).square().sum(1))
+        total.append((x.double() - mean).square().sum(1))
+    dead = float((fired == 0).double().mean())
+    return Evaluation(float(fired.sum()) / n, dead, fired.double() / n, torch.cat(error), torch.cat(total))
+
+
+class Principal:
+    """The k first principal components of rows (n, d_model) in the shape of an SAE: what as many dense numbers explain."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rows: Tensor, k: int):
+        x = rows.double()
+        self.mean = x.mean(0)
+        axes = torch.linalg.eigh((x - self.mean).T @ (x - self.mean)).eigenvectors.flip(1)[:, :k]
+        self.mean, self.axes = self.mean.float(), axes.float()
+        self.cfg = SimpleNamespace(d_in=rows.shape[1], d_sae=k)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Coordinates (n, k) of x (n, d_model)."""
+        return (x - self.mean) @ self.axes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The rows (n, d_model) with those coordinates."""
+        return codes @ self.axes.T + self.mean
 
 
 class LossRecovered(NamedTuple):

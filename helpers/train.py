@@ -63,6 +63,15 @@ class Config(NamedTuple):
     checkpoint_every: int = 200
 
 
+def of_profile(profile: dict[str, Any], d_model: int, seed: int = 0, fast: bool = False) -> Config:
+    """The configuration of a profile's `sae: train:` section; `expansion` there is latents over d_model. `fast`: seconds."""
+    given = dict(profile["sae"]["train"])
+    given["latents"] = d_model * given.pop("expansion")
+    if fast:
+        given |= {"latents": d_model, "samples": 40 * 1024, "batch": 1024}
+    return Config(**given, seed=seed)
+
+
 def check(config: Config) -> None:
     """ValueError for a configuration that cannot be run; says which field."""
     for name in ("latents", "k", "samples", "batch", "log_every", "checkpoint_every"):

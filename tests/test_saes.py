@@ -143,9 +143,10 @@ def test_the_registry_entry_of_the_warning_example_is_what_the_pitfalls_say():
 # --- evaluation --------------------------------------------------------------------------------------------------------
 
 
-def test_explained_variance_as_defined():
-    x, x_hat = torch.tensor([[2.0, 0], [0, 4]]), torch.tensor([[2.0, 1], [0, 3]])
-    assert saes.explained_variance(x, x_hat) == pytest.approx(0.8)
+def explained(x, x_hat):
+    """The definition, in one line."""
+    x, x_hat = x.double(), x_hat.double()
+    return 1 - float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
 
 
 class Known:
@@ -170,7 +171,7 @@ def test_evaluation_in_parts_is_the_definition():
     w = some_weights()
     x = torch.randn(500, 48) + 1000  # where sums in float32 would fail
     codes = topk.encode(x, w, 8)
-    expected = saes.explained_variance(x, topk.decode(codes, w))
+    expected = explained(x, topk.decode(codes, w))
 
     class Ours(Known):
         class cfg:
@@ -180,7 +181,14 @@ def test_evaluation_in_parts_is_the_definition():
         decode = staticmethod(lambda z: z @ w.W_dec + w.b_dec)
 
     assert saes.evaluate(Ours(), Array(x), batch=77).explained_variance == pytest.approx(expected, rel=1e-3)
-    assert saes.evaluate(Ours(), Array(x), limit=100).samples == 100
+    assert saes.evaluate(Ours(), Array(x), limit=100).error.shape == (100,)
+
+
+def test_principal_components_explain_their_eigenvalues():
+    x = torch.randn(400, 10) @ torch.randn(10, 10) + 5
+    values = torch.linalg.eigvalsh(torch.cov(x.double().T)).flip(0)
+    got = saes.evaluate(saes.Principal(x, 3), Array(x))
+    assert got.explained_variance == pytest.approx(float(values[:3].sum() / values.sum()), rel=1e-4) and got.l0 == 3
 
 
 class Copy:
