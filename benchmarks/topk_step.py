@@ -93,7 +93,9 @@ def dictionary_learning(start, sizes, device):
 
 def ours(start, sizes, low):
     """helpers.train's own step: bookkeeping of dead latents, clipping and Adam included."""
-    config = train.Config(sizes.latents, sizes.k, 10**12, sizes.batch, sizes.lr, warm_up=0.0, decay=0.0, low=low)
+    config = train.Config(
+        sizes.latents, sizes.k, 10**12, sizes.batch, sizes.lr, warm_up=0.0, decay=0.0, alpha=0.0, low=low
+    )
     state = train.State.new(start)
 
     def one(x):

@@ -20,7 +20,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,15 +68,25 @@ def _packaged(names: str) -> list[str]:
     return out
 
 
+def _decoded(lines: Any, path: Path) -> Iterator[str]:
+    """The lines of a text file; DataError if it is not UTF-8."""
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None
+
+
 def _local(path: Path) -> Iterator[str | Chat]:
     """The documents of a .txt or .jsonl file, in order."""
     if path.stat().st_size == 0:
         raise DataError(f"{path.name} is empty: give a file of text, or of JSON lines with a field text")
     if path.suffix == ".txt":
-        yield from (t for t in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")) if t.strip())
+        with open(path, encoding="utf-8") as lines:
+            whole = "".join(_decoded(lines, path))
+        yield from (t for t in re.split(r"\n\s*\n", whole) if t.strip())
         return
     with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_decoded(lines, path), 1):
             if not line.strip():
                 continue
             try:
@@ -98,28 +107,59 @@ def _local(path: Path) -> Iterator[str | Chat]:
 
 def _hub(address: str) -> Iterator[str]:
     """The field `text` of a hub data set's train split, streamed: OWNER/NAME[:SUBSET][@REVISION]."""
-    name, _, revision = address.partition("@")
-    name, _, subset = name.partition(":")
+    name, subset, revision = _address(address)
     try:
         from datasets import load_dataset
 
-        stream = iter(
-            load_dataset(
-                name, subset or None, split="train", streaming=True, revision=revision or None,
-                token=setting("HF_TOKEN") or None,
-            )
-        )  # fmt: skip
-        first = next(stream)
-    except StopIteration:
-        raise DataError(f"the hub data set {address} holds no rows") from None
+        stream = load_dataset(
+            name,
+            subset or None,
+            split="train",
+            streaming=True,
+            revision=revision or None,
+            token=setting("HF_TOKEN") or None,
+        )
+        empty = True
+        for entry in stream:
+            empty = False
+            if not isinstance(entry.get("text"), str):
+                raise DataError(f"the hub data set {address} has no field text; it has {', '.join(entry)}")
+            yield entry["text"]
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(
             f"the hub data set {address} cannot be streamed: {redact(str(error))[:200]}. Name it OWNER/NAME:SUBSET@REVISION; "
             "without a network use packaged:wiki+web+stories or a local file"
         ) from None
-    if not isinstance(first.get("text"), str):
-        raise DataError(f"the hub data set {address} has no field text; it has {', '.join(first)}")
-    return (entry["text"] for entry in chain([first], stream))
+    if empty:
+        raise DataError(f"the hub data set {address} holds no rows")
+
+
+def _address(address: str) -> tuple[str, str, str]:
+    """OWNER/NAME, subset, revision of a hub address."""
+    name, _, revision = address.partition("@")
+    name, _, subset = name.partition(":")
+    return name, subset, revision
+
+
+def resolved(source: Source) -> Source:
+    """The source with every hub data set pinned to the commit its revision means now, so that a later run reads the same."""
+    if not isinstance(source, str):
+        return [resolved(s) for s in source]
+    if not source.startswith("hub:"):
+        return source
+    name, subset, revision = _address(source.removeprefix("hub:"))
+    try:
+        from huggingface_hub import HfApi
+
+        info = HfApi(token=setting("HF_TOKEN") or None).dataset_info(name, revision=revision or None, timeout=20)
+    except Exception as error:
+        raise DataError(
+            f"the hub cannot be asked about the data set {name}: {redact(str(error))[:200]}. Without a network use "
+            "packaged:wiki+web+stories or a local file"
+        ) from None
+    return f"hub:{name}{':' * bool(subset)}{subset}@{info.sha}"
 
 
 def documents(source: Source) -> Iterator[str | Chat]:
@@ -148,11 +188,13 @@ def documents(source: Source) -> Iterator[str | Chat]:
 
 
 def fingerprint(source: Source) -> list[str]:
-    """What a source's rows depend on besides the tokenizer: its name, and of a local file the contents."""
+    """What a source's rows depend on besides the tokenizer: its name, of packaged text the wheel, of a file the contents."""
     out = []
     for name in [source] if isinstance(source, str) else source:
         path = Path(name).expanduser()
         local = not name.startswith(("packaged:", "hub:")) and path.is_file()
+        if name.startswith("packaged:"):
+            name = f"{name}@{assets.WHEELS['text'].sha256[:12]}"
         out.append(f"file:{path.name}@{file_digest(path)[:16]}" if local else name)
     return out
 
@@ -186,12 +228,18 @@ def _row(
     )
 
 
+def first_token(tokenizer: Any) -> list[int]:
+    """The BOS that begins every row, as a list of one id, or an empty list where the tokenizer adds none."""
+    return [i for i in tokenizer("", add_special_tokens=True)["input_ids"][:1] if i == tokenizer.bos_token_id]
+
+
 def rows(
     tokenizer: Any, source: Source, context: int, part: str = "all", count: Counter | None = None
 ) -> Iterator[Row]:
     """Rows of `context` tokens from the documents of `part` (all, train, or held-out: a tenth), in the source's order.
 
-    `count`, if given, is filled with the number of tokens kept, special, template, first, padding, and left over. DataError
+    `count`, if given, is filled with the number of tokens kept, special, template, first, padding, truncated
+    (of conversations longer than a row), and left over. DataError
     if the source does not fill one row.
     """
     if part not in PARTS:
@@ -200,14 +248,17 @@ def rows(
         raise ValueError(f"context = {context} given; a row needs 2 tokens at least, and 128 or more to be of use")
     count = Counter() if count is None else count
     special = prompts.special_ids(tokenizer)
-    bos = [i for i in tokenizer("", add_special_tokens=True)["input_ids"][:1] if i == tokenizer.bos_token_id]
+    bos = first_token(tokenizer)
     ids, of, seen = list(bos), [-1] * len(bos), 0
     for number, document in enumerate(documents(source)):
         if part != "all" and held_out(document) != (part == "held-out"):
             continue
         if isinstance(document, Chat):
-            seen += 1
             tokens = prompts.chat(tokenizer, document.question, answer=document.answer)
+            count["truncated"] += max(len(tokens.ids) - context, 0)
+            if ANSWER not in tokens.roles[:context]:
+                continue  # nothing of the answer is left
+            seen += 1
             yield _row(tokens, [number] * len(tokens.ids), context, tokenizer.pad_token_id, (USER, ANSWER), count)
             continue
         coded = tokenizer(document, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]

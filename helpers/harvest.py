@@ -13,7 +13,9 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +94,9 @@ def choose_batch(model: Plain, layers: Sequence[int], context: int) -> int:
                 began = time.perf_counter()
                 sum(float(acts[-1, -1, 0]) for acts in residuals(weights, ids, layers).values())  # waits for a GPU
                 seconds.append(time.perf_counter() - began)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if type(error) is RuntimeError and "memory" not in str(error):
+                raise
             if not best:
                 raise HarvestError(
                     f"a batch of {rows} x {context} tokens does not fit on {weights.device}: choose a shorter context, a "
@@ -140,35 +144,45 @@ def _chunks(tokenizer: Any, source: corpus.Source, context: int, part: str, toke
         yield chunk()
 
 
-def _forward(model: Plain, chunk: _Chunk, layers: Sequence[int], batch: int, bar: Any = None) -> dict[int, Tensor]:
-    """layer -> (kept tokens, d_model) of a chunk, on the CPU in the model's dtype; HarvestError names a row that is not finite."""
+class _Acts(NamedTuple):
+    """The kept tokens of a chunk at one layer, on the CPU: residuals (tokens, d_model) and their lengths (tokens,)."""
+
+    rows: Tensor
+    norms: Tensor
+
+
+def _forward(model: Plain, chunk: _Chunk, layers: Sequence[int], batch: int, bar: Any = None) -> dict[int, _Acts]:
+    """layer -> residuals of a chunk's kept tokens in the model's dtype; HarvestError names a row that is not finite."""
     weights = model.weights
     kept = torch.from_numpy(chunk.kept)
     ends = np.concatenate([[0], chunk.kept.sum(1).cumsum()])
-    out = {k: torch.empty(int(ends[-1]), _width(weights), dtype=weights.dtype) for k in layers}
+    n, width = int(ends[-1]), _width(weights)
+    out = {k: _Acts(torch.empty(n, width, dtype=weights.dtype), torch.empty(n)) for k in layers}
     for first in range(0, len(chunk.ids), batch):
         last = min(first + batch, len(chunk.ids))
         acts = residuals(weights, torch.from_numpy(chunk.ids[first:last]).long(), layers)
         for k in layers:
-            out[k][ends[first] : ends[last]] = acts[k][kept[first:last].to(acts[k].device)].cpu()
+            rows = acts[k][kept[first:last].to(acts[k].device)]
+            out[k].rows[ends[first] : ends[last]] = rows
+            out[k].norms[ends[first] : ends[last]] = rows.float().norm(dim=1)
         if bar is not None:
             bar.update(int(ends[last] - ends[first]))
-    for k, acts in out.items():
-        if not torch.isfinite(acts).all():
-            bad = int((~torch.isfinite(acts)).any(1).nonzero()[0])
+    for k, (_, norms) in out.items():
+        if not torch.isfinite(norms).all():
+            bad = int((~torch.isfinite(norms)).nonzero()[0])
             row = int(np.searchsorted(ends, bad, side="right") - 1)
+            document = chunk.documents[row][chunk.kept[row]][bad - ends[row]]
             raise HarvestError(
-                f"shard {chunk.index}, sample {bad} (row {row}, document {chunk.documents[row].max()}) holds NaN or infinity at "
+                f"shard {chunk.index}, sample {bad} (row {row}, document {document}) holds NaN or infinity at "
                 f"layer {k} in {str(weights.dtype).removeprefix('torch.')}: use bfloat16 or float32. Shards before it are kept"
             )
     return out
 
 
-def _write(folder: Path, chunk: _Chunk, acts: dict[int, Tensor]) -> None:
+def _write(folder: Path, chunk: _Chunk, acts: dict[int, _Acts]) -> None:
     """One shard and, after it, its sidecar: without the sidecar it does not count."""
     rows, positions = np.nonzero(chunk.kept)
-    tensors = {f"layer.{k}": a for k, a in acts.items()}
-    tensors |= {f"norm.{k}": a.float().norm(dim=1) for k, a in acts.items()}
+    tensors = {f"layer.{k}": a.rows for k, a in acts.items()} | {f"norm.{k}": a.norms for k, a in acts.items()}
     tensors |= {"ids": torch.from_numpy(chunk.ids), "row": torch.from_numpy(rows.astype(np.int32))}
     tensors |= {"position": torch.from_numpy(positions.astype(np.int32))}
     tensors |= {"document": torch.from_numpy(chunk.documents[rows, positions])}
@@ -178,17 +192,22 @@ def _write(folder: Path, chunk: _Chunk, acts: dict[int, Tensor]) -> None:
     store.write_file(folder / f"shard-{chunk.index:05d}.json", json.dumps(note))
 
 
+def _note(path: Path) -> dict[str, Any] | None:
+    """A JSON file of ours, or None if it is not there or was cut short."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _whole(folder: Path, index: int) -> bool:
     """Whether a shard is there and matches its count and checksum; one that does not is named and removed."""
     shard, sidecar = (folder / f"shard-{index:05d}.{end}" for end in ("safetensors", "json"))
     if not sidecar.exists():
         return False
-    try:
-        note = json.loads(sidecar.read_text())
-        if shard.stat().st_size == note["bytes"] and store.file_digest(shard) == note["sha256"]:
-            return True
-    except (OSError, ValueError, KeyError):
-        pass
+    note = _note(sidecar)
+    if note and shard.exists() and shard.stat().st_size == note["bytes"] and store.file_digest(shard) == note["sha256"]:
+        return True
     print(f"shard {index} of harvest {folder.name} is damaged; it is made again")
     for path in (sidecar, shard):
         path.unlink(missing_ok=True)
@@ -205,14 +224,29 @@ def _ranks() -> tuple[int, int]:
     return 0, 1
 
 
+def _total(number: int) -> int:
+    """The sum of `number` over all ranks, once all have come so far."""
+    if _ranks()[1] == 1:
+        return number
+    shared = torch.tensor(number)
+    torch.distributed.all_reduce(shared)
+    return int(shared)
+
+
 def _barrier() -> None:
     if _ranks()[1] > 1:
         torch.distributed.barrier()
 
 
 def _plan(
-    model: Plain, source: Any, layers: list[int], tokens: int, context: int, part: str, size: int
+    model: Plain, tokenizer: Any, source: Any, layers: list[int], tokens: int, context: int, part: str, size: int
 ) -> dict[str, Any]:
+    template = [
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        sorted(prompts.special_ids(tokenizer)),
+        tokenizer.chat_template,
+    ]
     return {
         "model": model.identity,
         "convention": models.CONVENTION,
@@ -220,6 +254,8 @@ def _plan(
         "layers": layers,
         "tokens": tokens,
         "context": context,
+        "prepend bos": bool(corpus.first_token(tokenizer)),
+        "template": store.digest(template)[:16],
         "part": part,
         "rows a shard": size,
         "dtype": str(model.weights.dtype).removeprefix("torch."),
@@ -227,6 +263,20 @@ def _plan(
         "format": FORMAT,
         "libraries": store.versions(),
     }
+
+
+def _check(model: Plain, layers: Sequence[int], **sizes: int) -> None:
+    """HarvestError or ValueError for layers that are not there, or sizes that make no sense."""
+    for name, value in sizes.items():
+        least = 0 if name == "batch" else 2 if name == "context" else 1
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} = {value!r} given; it must be a whole number of at least {least}")
+    depth = len(models.blocks(model.weights))
+    if not layers or any(not 0 <= k < depth for k in layers):
+        raise HarvestError(f"layers {list(layers)} were asked for; the model has layers 0 to {depth - 1}")
+    longest = getattr(model.weights.config.get_text_config(), "max_position_embeddings", None)
+    if longest and sizes["context"] > longest:
+        raise ValueError(f"context = {sizes['context']} given; the model takes at most {longest} tokens")
 
 
 def _room(folder: Path, tokens: int, layers: int, width: int, itemsize: int) -> None:
@@ -238,6 +288,16 @@ def _room(folder: Path, tokens: int, layers: int, width: int, itemsize: int) -> 
         )
 
 
+def _batch(folder: Path, plan: dict[str, Any], chosen: int, model: Plain) -> int:
+    """Rows a forward pass of this harvest: a harvest keeps the batch its first shard was made with."""
+    path = folder / "plan.json"
+    if (kept := _note(path)) and (not chosen or list(folder.glob("shard-*.json"))):
+        return kept["batch"]
+    batch = chosen or choose_batch(model, plan["layers"], plan["context"])
+    store.write_file(path, json.dumps({**plan, "batch": batch}, indent=1))
+    return batch
+
+
 def run(
     model: Plain,
     source: corpus.Source,
@@ -247,49 +307,64 @@ def run(
     part: str = "train",
     shard_rows: int = SHARD_ROWS,
     batch: int = 0,
+    tokenizer: Any = None,
 ) -> "Samples":
     """Residuals after `layers` for the first `tokens` kept tokens of `source`, kept on disk; at the first of `layers`.
 
-    What is there already is checked and not made again. `batch`: rows a forward pass, 0 to choose. With torch.distributed
-    initialised each rank makes its share of the shards and all return the same. HarvestError, DataError or OSError say what
-    stood in the way; whole shards stay.
+    What is there already is checked and not made again; a source with fewer tokens gives them all and says so. `batch`: rows
+    a forward pass, 0 to choose. `tokenizer` makes the rows instead of the model's own (of a pair, the chat model's).
+    With torch.distributed initialised each rank makes its share of the shards and all return the same. HarvestError,
+    DataError, ValueError or OSError say what stood in the way; whole shards stay.
     """
+    tokenizer = tokenizer or model.tokenizer
+    _check(model, layers, tokens=tokens, context=context, shard_rows=shard_rows, batch=batch)
+    source, wanted = corpus.resolved(source), layers[0]
     layers = sorted(set(layers))
-    plan = _plan(model, source, layers, tokens, context, part, shard_rows)
+    plan = _plan(model, tokenizer, source, layers, tokens, context, part, shard_rows)
     folder = session.cache_dir() / "harvest" / store.digest(plan)[:24]
-    finished = folder / "sidecar.json"
-    if finished.exists():
-        shards = json.loads(finished.read_text())["shards"]
-        if all(_whole(folder, i) for i in range(shards)):
-            return Samples(folder, layers[0], verify=False)
-        finished.unlink()
-    rank, world = _ranks()
+    finished, (rank, world) = folder / "sidecar.json", _ranks()
+    if note := _note(finished):
+        if all(_whole(folder, i) for i in range(note["shards"])):
+            return Samples(folder, wanted, verify=False)
+        finished.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+    store.sweep(folder)
     if not list(folder.glob("shard-*.json")):
         _room(folder, tokens, len(layers), _width(model.weights), model.weights.dtype.itemsize)
-    if rank == 0 and not (folder / "plan.json").exists():
-        chosen = batch or choose_batch(model, layers, context)
-        store.write_file(folder / "plan.json", json.dumps({**plan, "batch": chosen}, indent=1))
+    _barrier()  # nobody looks for shards while another still removes damaged ones
+    if rank == 0:
+        batch = _batch(folder, plan, batch, model)
     _barrier()
-    batch = json.loads((folder / "plan.json").read_text())["batch"]  # a harvest keeps the batch it began with
+    batch = _note(folder / "plan.json")["batch"]
     began, count, shards, made = time.perf_counter(), Counter(), 0, 0
     name = f"harvest {'+'.join(map(str, layers))}"
-    with tqdm(total=tokens, desc=name, unit="token", unit_scale=True, disable=rank > 0 or None) as bar:
-        for chunk in _chunks(model.tokenizer, source, context, part, tokens, shard_rows):
+    with (
+        tqdm(total=tokens, desc=name, unit="token", unit_scale=True, disable=rank > 0 or None) as bar,
+        ThreadPoolExecutor(1) as writer,  # a shard is written while the next one is made
+    ):
+        written = writer.submit(lambda: None)
+        for chunk in _chunks(tokenizer, source, context, part, tokens, shard_rows):
             count, shards = count + chunk.count, shards + 1
             if chunk.index % world != rank or _whole(folder, chunk.index):
                 bar.update(int(chunk.kept.sum()))
-            else:
-                _write(folder, chunk, _forward(model, chunk, layers, batch, bar))
-                made += int(chunk.kept.sum())
-    _barrier()
+                continue
+            acts = _forward(model, chunk, layers, batch, bar)
+            written.result()
+            written = writer.submit(_write, folder, chunk, acts)
+            made += int(chunk.kept.sum())
+        written.result()
+    made = _total(made)
     if rank == 0:
+        if count["kept"] < tokens:
+            print(
+                f"the source holds {count['kept']:,} tokens in part {part!r}, fewer than the {tokens:,} asked for: all are used"
+            )
         seconds = time.perf_counter() - began
         note = {"parameters": {**plan, "batch": batch}, "shards": shards, "counts": dict(count)}
         note |= {"seconds": round(seconds, 2), "tokens per second": round(made / seconds)}
         store.write_file(finished, json.dumps(note, indent=1))
     _barrier()
-    return Samples(folder, layers[0], verify=False)
+    return Samples(folder, wanted, verify=False)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -314,13 +389,13 @@ class Rows:
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """n samples (or all there are), drawn without repeats: (n, d_model) float32."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n]
-        return self.rows(order.sort().values)
+        return self._finite(self.rows(index := order.sort().values), index)
 
     def batches(self, batch: int, seed: int = 0, start: int = 0, block: int = 64, pool: int = 16) -> Iterator[Tensor]:
         """Batches (batch, d_model) without end, epoch after epoch, from batch number `start` on.
 
-        Blocks of `block` neighbouring samples are permuted, and samples within every `pool` batches: a seeded shuffle that reads
-        long runs and holds one batch. What does not fill a batch at the end of an epoch is left out. ValueError for fewer
+        Blocks of `block` neighbouring samples are permuted, and samples within every `pool` batches: a seeded shuffle that
+        touches pool * batch / block places of the disk at a time and holds one batch. What does not fill a batch at the end of an epoch is left out. ValueError for fewer
         samples than a batch, or with sample and shard if one is not finite.
         """
         per_epoch = (len(self) // block * block) // batch
@@ -354,16 +429,16 @@ class Rows:
         return f"row {index}"
 
 
-def _about(model: str, source: Any, layer: int, context: int, **more: Any) -> dict[str, Any]:
+def _about(model: str, source: Any, layer: int, context: int, outlier: float, **more: Any) -> dict[str, Any]:
     return {
         "model_name": model.split("@")[0],
         "model_revision": model.split("@")[-1],
         "hook_name": resid_post(layer),
         "context_size": context,
-        "dataset": source,
+        "dataset_path": source,
         "exclude_special_tokens": True,
         "exclude_first_token": True,
-        "exclude_outliers_beyond_medians": OUTLIER,
+        "exclude_outliers_beyond_medians": outlier,
         "convention": models.CONVENTION,
         **more,
     }
@@ -419,11 +494,18 @@ class Samples(Rows):
         self.starts = torch.tensor([0, *(len(p) for p in self.parts)]).cumsum(0)
         self.d_model = self.parts[0].shape[1]
         norms = torch.cat([f.get_tensor(f"norm.{layer}") for f in self.files])
-        self.keep_only(norms <= outlier * norms.median())
+        self.limit = float(outlier * norms.median())
+        self.keep_only(norms <= self.limit)
 
     def about(self) -> dict[str, Any]:
         p = self.note["parameters"]
-        return _about(p["model"], p["source"], self.layer, p["context"], harvest=self.folder.name, samples=len(self))
+        known = {
+            "prepend_bos": p["prepend bos"],
+            "model_dtype": p["dtype"],
+            "harvest": self.folder.name,
+            "samples": len(self),
+        }
+        return _about(p["model"], p["source"], self.layer, p["context"], self.outlier, **known)
 
     def keep_only(self, mask: Tensor) -> None:
         """Use the harvested tokens of `mask` (all harvested,) and no others."""
@@ -438,12 +520,12 @@ class Samples(Rows):
         return Samples(self.folder, layer, verify=False, outlier=self.outlier)
 
     def rows(self, index: Tensor) -> Tensor:
-        index = self.used[index]
-        shard = torch.bucketize(index, self.starts[1:], right=True)
+        ordered, back = self.used[index].sort()
+        cuts = torch.searchsorted(ordered, self.starts).tolist()
         out = torch.empty(len(index), self.d_model)
-        for i in shard.unique().tolist():
-            here = shard == i
-            out[here] = self.parts[i][index[here] - self.starts[i]].float()
+        for i in torch.bucketize(ordered, self.starts[1:], right=True).unique_consecutive().tolist():
+            here = slice(cuts[i], cuts[i + 1])
+            out[back[here]] = self.parts[i][ordered[here] - self.starts[i]].float()
         return out
 
     def named(self, name: str) -> Tensor:
@@ -498,15 +580,21 @@ class Pair(NamedTuple):
         return Difference(self.base, self.chat)
 
 
-def check_pair(base: Plain, chat: Plain) -> None:
-    """HarvestError if two models differ in width or depth, or their tokenizers in any token; names the first."""
-    sizes = [(_width(m.weights), len(models.blocks(m.weights))) for m in (base, chat)]
-    if sizes[0] != sizes[1]:
+def check_pair(base: Model, chat: Model) -> None:
+    """HarvestError if two models, loaded or by name, differ in width or depth, or their tokenizers in any token; names the first."""
+    outlines = []
+    for m in (base, chat):
+        if isinstance(m, Plain):
+            outlines.append(models.Outline(m.tokenizer, _width(m.weights), len(models.blocks(m.weights))))
+        else:
+            outlines.append(models.outline(m))
+    a, b = outlines
+    if a[1:] != b[1:]:
         raise HarvestError(
-            f"{base.identity} has d_model {sizes[0][0]} and {sizes[0][1]} layers, {chat.identity} {sizes[1][0]} and {sizes[1][1]}: "
-            "differences need a pair of one shape"
+            f"the base has d_model {a.d_model} and {a.layers} layers, the chat model {b.d_model} and {b.layers}: differences need a "
+            "pair of one shape"
         )
-    check_tokenizers(base.tokenizer, chat.tokenizer)
+    check_tokenizers(a.tokenizer, b.tokenizer)
 
 
 def check_tokenizers(base: Any, chat: Any) -> None:
@@ -533,23 +621,15 @@ def check_tokenizers(base: Any, chat: Any) -> None:
 def pair(base: Model, chat: Model, source: corpus.Source, layers: Sequence[int], tokens: int, **how: Any) -> Pair:
     """A harvest of `base` and one of `chat` over the same tokens, as `run` makes them, at the first of `layers`.
 
-    A model given by name is loaded, run and freed before the other is loaded, so that a card need only hold one.
-    HarvestError if the two do not fit together.
+    The rows are those of the chat model's tokenizer: its template, its end-of-text token. A model given by name is
+    loaded, run and freed before the other is loaded, so that a card need only hold one. HarvestError if the two do not fit.
     """
-    settings = session.device_and_dtype()
-    held = [m if isinstance(m, Plain) else None for m in (base, chat)]
-    if None in held:  # the shapes and tokenizers are compared before anything is run
-        check_tokenizers(*(m.tokenizer if isinstance(m, Plain) else models.tokenizer(m) for m in (base, chat)))
-    else:
-        check_pair(*held)
-    out = []
+    check_pair(base, chat)
+    tokenizer = chat.tokenizer if isinstance(chat, Plain) else models.outline(chat).tokenizer
+    settings, out = session.device_and_dtype(), []
     for given in (base, chat):
         model = given if isinstance(given, Plain) else models.plain(given, *settings)
-        out.append(run(model, source, layers, tokens, **how))
-        if out[0].d_model != out[-1].d_model:
-            raise HarvestError(
-                f"the base has d_model {out[0].d_model} and the chat model {out[-1].d_model}: not a pair"
-            )
+        out.append(run(model, source, layers, tokens, tokenizer=tokenizer, **how))
         del model
         if settings[0].startswith("cuda"):
             torch.cuda.empty_cache()
@@ -558,9 +638,11 @@ def pair(base: Model, chat: Model, source: corpus.Source, layers: Sequence[int],
 
 def _aligned(base: Samples, chat: Samples) -> Pair:
     """The pair, each side reduced to the tokens that are outliers in neither."""
+    if len(base.files) != len(chat.files) or len(base.parts[0]) != len(chat.parts[0]):
+        raise HarvestError("the two harvests do not hold the same tokens: they were not made by harvest.pair")
     for part in zip(base.files, chat.files, strict=True):
         if any(not torch.equal(*(f.get_tensor(name) for f in part)) for name in ("ids", "row", "position")):
-            raise HarvestError("the two harvests do not hold the same tokens: remove both and harvest again")
+            raise HarvestError("the two harvests do not hold the same tokens: they were not made by harvest.pair")
     both = torch.zeros(2, int(base.starts[-1]), dtype=torch.bool)
     both[0, base.used], both[1, chat.used] = True, True
     base.keep_only(both.all(0))
@@ -571,37 +653,50 @@ def _aligned(base: Samples, chat: Samples) -> Pair:
 class Stream(Rows):
     """Batches straight from the model, nothing on disk: harvest and train in one go.
 
-    `chat` given, rows are chat - base. Token rows come in pools of `pool_rows`; a pool's samples are shuffled and cut into
-    batches, what is left of it is not used. Batch number `start` is found again without running what lies before its pool.
+    `chat` given, rows are chat - base, of the chat tokenizer's token rows. Rows come in pools of about `pool_tokens` tokens; a
+    pool's samples are shuffled and cut into batches, what is left of it is not used. Batch number `start` is found again
+    without running what lies before its pool.
     """
 
     def __init__(
         self, model: Plain, source: corpus.Source, layer: int, chat: Plain | None = None, context: int = 128,
-        part: str = "train", pool_rows: int = 2048, batch_rows: int = 0,
+        part: str = "train", pool_tokens: int = 131_072, batch_rows: int = 0,
     ):  # fmt: skip
         if chat is not None:
             check_pair(model, chat)
+        _check(model, [layer], context=context, pool_tokens=pool_tokens, batch=batch_rows)
         self.models = [m for m in (model, chat) if m is not None]
-        self.source, self.layer, self.context, self.part, self.pool_rows = source, layer, context, part, pool_rows
+        self.tokenizer = self.models[-1].tokenizer
+        self.source, self.layer, self.context, self.part = corpus.resolved(source), layer, context, part
+        self.pool_rows = max(pool_tokens // context, 1)
         self.batch_rows = batch_rows or choose_batch(model, [layer], context)
         self.d_model = _width(model.weights)
 
     def about(self) -> dict[str, Any]:
-        known = {"streamed_pool_rows": self.pool_rows, "batch_rows": self.batch_rows, "part": self.part}
+        plans = [
+            _plan(m, self.tokenizer, self.source, [self.layer], 0, self.context, self.part, self.pool_rows)
+            for m in self.models
+        ]
+        known = {
+            "prepend_bos": plans[0]["prepend bos"],
+            "model_dtype": plans[0]["dtype"],
+            "batch_rows": self.batch_rows,
+        }
+        known["stream"] = store.digest(plans)[:24]
         if len(self.models) == 2:
             known["difference"] = " - ".join(m.identity for m in reversed(self.models))
-        source = corpus.fingerprint(self.source)
-        return _about(self.models[-1].identity, source, self.layer, self.context, **known)
+        return _about(self.models[-1].identity, plans[0]["source"], self.layer, self.context, OUTLIER, **known)
 
     def _chunks(self) -> Iterator[_Chunk]:
-        return _chunks(self.models[0].tokenizer, self.source, self.context, self.part, 1 << 62, self.pool_rows)
+        return _chunks(self.tokenizer, self.source, self.context, self.part, 1 << 62, self.pool_rows)
 
     def _rows(self, chunk: _Chunk) -> Tensor:
-        """The samples of a pool, outliers of either model left out."""
-        acts = [_forward(m, chunk, [self.layer], self.batch_rows)[self.layer].float() for m in self.models]
-        norms = [a.norm(dim=1) for a in acts]
-        fine = torch.stack([n <= OUTLIER * n.median() for n in norms]).all(0)
-        return (acts[0] if len(acts) == 1 else acts[1] - acts[0])[fine]
+        """The samples of a pool, outliers of either model left out; in the model's dtype, a difference in float32."""
+        acts = [_forward(m, chunk, [self.layer], self.batch_rows)[self.layer] for m in self.models]
+        fine = torch.stack([a.norms <= OUTLIER * a.norms.median() for a in acts]).all(0)
+        if len(acts) == 1:
+            return acts[0].rows[fine]
+        return acts[1].rows[fine].float().sub_(acts[0].rows[fine])
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """n samples out of the first pools: (n, d_model) float32."""
@@ -611,7 +706,7 @@ class Stream(Rows):
             if sum(map(len, found)) >= n:
                 break
         rows = torch.cat(found)
-        return rows[torch.randperm(len(rows), generator=_seeded(seed))[:n]]
+        return rows[torch.randperm(len(rows), generator=_seeded(seed))[:n]].float()
 
     def batches(self, batch: int, seed: int = 0, start: int = 0, **_: Any) -> Iterator[Tensor]:
         number, epoch = 0, 0
@@ -624,7 +719,7 @@ class Stream(Rows):
                     order = torch.randperm(len(rows), generator=_seeded(seed, epoch, chunk.index))
                     order = order[torch.arange(n * batch) % len(order)]
                     for i in range(max(start - number, 0), n):
-                        yield rows[order[i * batch : (i + 1) * batch]]
+                        yield rows[order[i * batch : (i + 1) * batch]].float()
                 number += n
             if number == before:
                 raise ValueError(
@@ -643,22 +738,22 @@ def chats(model: Plain, questions: Sequence[str], max_new_tokens: int = 64, seed
     path = session.cache_dir() / "chats" / f"{store.digest(key)[:24]}.jsonl"
     if path.exists():
         return path
-    torch.manual_seed(seed)
     lines, specials = [], sorted(prompts.special_ids(tokenizer))
-    for first in tqdm(range(0, len(questions), batch), desc="chats"):
-        asked = questions[first : first + batch]
-        rows = prompts.pad([prompts.chat(tokenizer, q) for q in asked], tokenizer.pad_token_id, "left")
-        with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for first in tqdm(range(0, len(questions), batch), desc="chats"):
+            asked = questions[first : first + batch]
+            rows = prompts.pad([prompts.chat(tokenizer, q) for q in asked], tokenizer.pad_token_id, "left")
             ids = weights.generate(
                 input_ids=rows.ids.to(weights.device), attention_mask=rows.mask.long().to(weights.device),
                 max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_k=0, top_p=1.0,
                 pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
-        for question, reply in zip(asked, ids[:, rows.ids.shape[1] :].cpu(), strict=True):
-            ended = torch.isin(reply, torch.tensor(specials)).long().cumsum(0) > 0
-            answer = tokenizer.decode(reply[~ended]).strip()
-            if answer:
-                lines.append(json.dumps({"question": question, "answer": answer}, ensure_ascii=False))
+            for question, reply in zip(asked, ids[:, rows.ids.shape[1] :].cpu(), strict=True):
+                ended = torch.isin(reply, torch.tensor(specials)).long().cumsum(0) > 0
+                answer = tokenizer.decode(reply[~ended]).strip()
+                if answer:
+                    lines.append(json.dumps({"question": question, "answer": answer}, ensure_ascii=False))
     return store.write_file(path, "\n".join(lines) + "\n")
 
 
@@ -690,7 +785,7 @@ def _distributed() -> Iterator[None]:
     if int(session.setting("WORLD_SIZE", "1")) < 2:
         yield
         return
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may be slow
     try:
         yield
     finally:

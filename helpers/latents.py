@@ -73,17 +73,36 @@ def top_tokens(sae: Any, samples: Samples, n: int = 6, limit: int = 0, batch: in
     return Top(values, where[0], where[1], fired.double() / max(seen, 1))
 
 
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+
+
+def _final_norm(weights: Any) -> tuple[Tensor, float]:
+    """The gain (d_model,) of the norm before the unembedding, and 1.0 if it centres (LayerNorm), else 0.0."""
+    width = weights.config.get_text_config().hidden_size
+    for name, module in reversed(list(weights.named_modules())):
+        if name.split(".")[-1] in FINAL_NORMS and not any(part.isdigit() for part in name.split(".")):
+            if isinstance(module, torch.nn.LayerNorm):
+                return module.weight.float(), 1.0
+            ones = torch.ones(1, 1, width, dtype=weights.dtype, device=weights.device)
+            return module(ones)[
+                0, 0
+            ].float(), 0.0  # a row of length sqrt(d) comes out as the gain, 1 + weight in Gemma's
+    raise ValueError(
+        f"{type(weights).__name__} has no final norm named {', '.join(FINAL_NORMS)}: its logit lens is not known"
+    )
+
+
+@torch.no_grad()
 def logit_lens(model: Plain, W_dec: Tensor, n: int = 8, batch: int = 512) -> tuple[list[list[str]], list[list[str]]]:
     """The n words each decoder row (latents, d_model) raises most and lowers most, read through the final norm's weight and
-    the unembedding; the norm's own scaling, which differs from token to token, is left out."""
-    norm = next(
-        (m for name, m in reversed(list(model.weights.named_modules())) if name.endswith((".norm", ".ln_f"))), None
-    )
-    gain = 1.0 if norm is None else norm.weight.float() + ("Gemma" in type(norm).__name__)
+    the unembedding (centred first where that norm is a LayerNorm); the norm's scaling of each token is left out.
+    ValueError if the model's final norm is not found."""
+    gain, centre = _final_norm(model.weights)
     unembed = model.weights.get_output_embeddings().weight.float()
     out: tuple[list[list[str]], list[list[str]]] = ([], [])
     for first in range(0, len(W_dec), batch):
-        logits = (W_dec[first : first + batch].to(unembed.device).float() * gain) @ unembed.T
+        rows = W_dec[first : first + batch].to(unembed.device).float()
+        logits = ((rows - centre * rows.mean(1, keepdim=True)) * gain) @ unembed.T
         for words, sign in zip(out, (1, -1), strict=True):
             chosen = (sign * logits).topk(n, dim=1).indices.cpu()
             words.extend([[model.tokenizer.decode([i]) for i in row] for row in chosen.tolist()])
@@ -110,12 +129,23 @@ def table(model: Plain, sae: Any, samples: Samples, n: int = 6, window: int = 12
 
 
 def save(folder: Path, rows: list[Latent], title: str) -> None:
-    """The table as latents.jsonl and the page latents.html, beside the SAE."""
+    """The page as latents.html and the table as latents.jsonl, beside the SAE."""
     lines = [
         json.dumps(row._asdict() | {"contexts": [list(c) for c in row.contexts]}, ensure_ascii=False) for row in rows
     ]
-    store.write_file(folder / "latents.jsonl", "\n".join(lines) + "\n")
     store.write_file(folder / "latents.html", page(rows, title))
+    store.write_file(folder / "latents.jsonl", "\n".join(lines) + "\n")
+
+
+def of(folder: Path, model: Plain, sae: Any, samples: Samples, limit: int = 0) -> list[Latent]:
+    """The table of the SAE in `folder`, made and kept there on first use, or when how it is made has changed."""
+    made_with = json.dumps({"code": store.code_digest("latents"), "samples": samples.about(), "limit": limit})
+    mark = folder / "latents.json"
+    if not (mark.exists() and mark.read_text() == made_with):
+        about = samples.about()
+        save(folder, table(model, sae, samples, limit=limit), f"Latents of {about['hook_name']}, {about['model_name']}")
+        store.write_file(mark, made_with)
+    return load(folder)
 
 
 def load(folder: Path) -> list[Latent]:
@@ -126,7 +156,7 @@ def load(folder: Path) -> list[Latent]:
             f"no table of latents in {folder.name}: make it with latents.table and latents.save (notebook 00 does)"
         )
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         entry = json.loads(line)
         rows.append(Latent(**(entry | {"contexts": [Context(*c) for c in entry["contexts"]]})))
     return rows
@@ -164,4 +194,4 @@ def page(rows: list[Latent], title: str) -> str:
         [[r.index, r.frequency, [list(c) for c in r.contexts], r.promotes, r.suppresses] for r in rows],
         ensure_ascii=False,
     )
-    return PAGE.format(title=html.escape(title), data=data.replace("</", "<\\/"))
+    return PAGE.format(title=html.escape(title), data=data.replace("<", "\\u003c"))

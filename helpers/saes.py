@@ -5,6 +5,7 @@ belongs to. Knows SAEs and models, not how activations were harvested.
 """
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -42,22 +44,24 @@ class Samples(Protocol):
 # --- save and load -----------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, w: Weights, k: int, metadata: dict[str, Any], threshold: float = 0.0, notes: Any = None) -> Path:
+def save(
+    folder: Path, w: Weights, k: int, metadata: dict[str, Any], threshold: float | None = None, notes: Any = None
+) -> Path:
     """An SAE in SAELens's own layout, whole or not there; `sae_lens.SAE.load_from_disk` reads it.
 
     A BatchTopK SAE is given by its `threshold` and saved as a JumpReLU one, as SAELens does. `metadata`: model_name,
     hook_name, context_size and what else is known; `notes` (JSON) go beside it as training.json. An SAE that is already there is
-    replaced.
+    exchanged; a folder of anything else is refused.
     """
-    import shutil
-
     topk.check_sizes(w.W_enc.shape[1], len(w.b_enc), k)
     if missing := {"model_name", "hook_name"} - set(metadata):
         raise SaeError(
             f"an SAE cannot be saved without {' and '.join(sorted(missing))} in its metadata: nobody could use it"
         )
+    if folder.exists() and not (folder / "cfg.json").exists() and any(folder.iterdir()):
+        raise SaeError(f"the folder {folder.name} holds something that is not an SAE: choose another")
     w = topk.unit_decoder(Weights(*(t.detach().float().cpu() for t in w)))
-    if not all(bool(torch.isfinite(t).all()) for t in w):
+    if not all(bool(torch.isfinite(t).all()) for t in w) or not math.isfinite(threshold or 0.0):
         raise SaeError("the SAE holds NaN or infinity and is not saved")
     state = {"W_enc": w.W_enc.T.contiguous(), "b_enc": w.b_enc, "W_dec": w.W_dec.contiguous(), "b_dec": w.b_dec}
     cfg: dict[str, Any] = {
@@ -73,18 +77,25 @@ def save(folder: Path, w: Weights, k: int, metadata: dict[str, Any], threshold: 
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": version("sae_lens"), **metadata},
     }
-    if threshold:
+    if threshold is not None:
         cfg["architecture"], state["threshold"] = "jumprelu", torch.full_like(w.b_enc, threshold)
         cfg["metadata"]["average_k"] = cfg.pop("k")
         del cfg["rescale_acts_by_decoder_norm"]
-    if folder.exists():
-        shutil.rmtree(folder)
-    with store.writing(folder) as temporary:
+    with store.writing(folder, replace=True) as temporary:
         save_file({name: t.clone() for name, t in state.items()}, temporary / "sae_weights.safetensors")
         (temporary / "cfg.json").write_text(json.dumps(cfg, indent=1))
         if notes is not None:
             (temporary / "training.json").write_text(json.dumps(notes, indent=1))
     return folder
+
+
+def whole(folder: Path) -> bool:
+    """Whether a folder holds an SAE whose weights file is complete."""
+    try:
+        with safe_open(folder / "sae_weights.safetensors", "pt") as weights:
+            return (folder / "cfg.json").exists() and "W_dec" in weights.keys()  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
 
 
 class Loaded(NamedTuple):
@@ -116,7 +127,8 @@ def load(
 ) -> Loaded:  # fmt: skip
     """An SAE of sae_lens's registry (`release`, `sae_id`) or of a folder in its layout, float32, with what to know of it.
 
-    `d_model` and `layer`, where given, must be its own. An SAE that wants its inputs scaled and whose scale is not known is
+    `d_model` and `layer`, where given, must be its own. What sae_lens warns about is printed. A transcoder, or an SAE whose
+    inputs must be whitened, is refused. An SAE that wants its inputs scaled and whose scale is not known is
     refused (sae_lens only warns, and every code is then wrong); `norm_factor` supplies it: mean norm of the scaled
     inputs over that of the raw ones. SaeError says what is wrong.
     """
@@ -129,7 +141,9 @@ def load(
         warnings.simplefilter("always")
         try:
             if sae_id:
-                sae, cfg, _ = SAE.from_pretrained_with_cfg_and_sparsity(str(release), sae_id, device=device)
+                sae, cfg, _ = SAE.from_pretrained_with_cfg_and_sparsity(
+                    str(release), sae_id, device=device, dtype="float32"
+                )
                 normalisation = _folded(str(release), sae_id, sae, cfg)
             elif not (folder / "cfg.json").exists():
                 raise SaeError(
@@ -137,7 +151,7 @@ def load(
                     "an id of sae_lens's registry"
                 )
             else:
-                sae = SAE.load_from_disk(folder, device=device)
+                sae = SAE.load_from_disk(folder, device=device, dtype="float32")
         except SaeError:
             raise
         except Exception as error:
@@ -154,6 +168,24 @@ def load(
             )
         sae.fold_activation_norm_scaling_factor(norm_factor)
         normalisation = f"expected average, factor {norm_factor:g} given and folded"
+    elif norm_factor:
+        raise SaeError(
+            f"norm_factor = {norm_factor:g} was given, but {name} wants none (normalisation: {normalisation}): leave it out"
+        )
+    if (
+        sae.cfg.normalize_activations == "covariance_whitening"
+        or getattr(sae.cfg, "d_out", sae.cfg.d_in) != sae.cfg.d_in
+    ):
+        raise SaeError(
+            f"{name} whitens its inputs when trained and its folding is missing, or writes to another width: not used here"
+        )
+    if "transcoder" in sae.cfg.architecture():
+        raise SaeError(
+            f"{name} is a transcoder: it predicts another place in the model and does not reconstruct its input"
+        )
+    for warning in said:
+        if issubclass(warning.category, UserWarning):
+            print(f"sae_lens warns of {name}: {' '.join(str(warning.message).split())[:300]}")
     meta = sae.cfg.metadata
     out = Loaded(
         sae.eval(), name, sae.cfg.architecture(), sae.cfg.d_in, sae.cfg.d_sae, getattr(sae.cfg, "k", None), meta.hook_name,
@@ -182,8 +214,10 @@ def check(loaded: Loaded, d_model: int = 0, layer: int | None = None) -> None:
         raise SaeError(
             f"{loaded.name} is for activations of width {loaded.d_model}, but these have {d_model}: another model's SAE"
         )
-    if layer is None or not loaded.hook:
+    if layer is None:
         return
+    if not loaded.hook:
+        raise SaeError(f"{loaded.name} does not say which hook it belongs to: leave layer out if you know that it fits")
     if hook_layer(loaded.hook) != layer:
         raise SaeError(f"{loaded.name} belongs to {loaded.hook}, but {resid_post(layer)} was asked for")
 
@@ -282,14 +316,17 @@ def _spliced(weights: Any, layer: int, replace: Any) -> Iterator[None]:
 
 
 def loss_recovered(
-    model: Plain, sae: Any, layer: int, ids: Tensor, kept: Tensor, mean: Tensor, batch: int = 8, outlier: float = 10.0
+    model: Plain, sae: Any, layer: int, ids: Tensor, kept: Tensor, mean: Tensor, limit: float = math.inf, batch: int = 8
 ) -> LossRecovered:
     """What the language model loses when the SAE, or the `mean` activation (d_model,), stands in for the residual stream.
 
     `ids`, `kept` (rows, context): token rows and the positions that are replaced; special tokens, the first of a row, and residuals
-    longer than `outlier` medians pass through, as the SAE was not trained on them. Loss is taken where a kept
-    position predicts a kept one.
+    longer than `limit` (of a harvest: `Samples.limit`) pass through, as the SAE was not trained on them. Loss is taken where a
+    kept position predicts a kept one; SaeError for a row that has none.
     """
+    if not bool((kept[:, :-1] & kept[:, 1:]).any(1).all()):
+        row = int((~(kept[:, :-1] & kept[:, 1:]).any(1)).nonzero()[0])
+        raise SaeError(f"row {row} has no kept token that is followed by another: leave it out")
     weights, found = model.weights, ([], [], [])
     for first in range(0, len(ids), batch):
         rows, keep = (
@@ -298,8 +335,7 @@ def loss_recovered(
         )
 
         def instead(x: Tensor, new: Any, keep: Tensor = keep) -> Tensor:
-            norms = x.float().norm(dim=-1)
-            here = keep & (norms <= outlier * norms[keep].median())
+            here = keep & (x.float().norm(dim=-1) <= limit)
             return x.masked_scatter(here[..., None], new(x[here].float()).to(x.dtype))
 
         ways = (

@@ -69,8 +69,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _sweep(folder: Path) -> None:
-    """Remove temporaries of processes that are gone."""
+def sweep(folder: Path) -> None:
+    """Remove temporaries in `folder` of processes that are gone."""
     for old in folder.glob(".tmp-*"):
         pid = old.name.split("-")[1]
         if pid.isdigit() and not _alive(int(pid)):
@@ -98,18 +98,20 @@ def full_disk_said(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends without an error, and vanishes otherwise.
 
-    If another process made `path` meanwhile, its copy stays. A full disk raises OSError that says how much is free.
+    If `path` exists by then it stays, or, with `replace`, is exchanged. A full disk raises OSError that says how much is free.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
+    sweep(path.parent)
     temporary = path.parent / f".tmp-{os.getpid()}-{time.monotonic_ns()}"
     temporary.mkdir()
     try:
         with full_disk_said(path.parent):
             yield temporary
+            if replace and path.exists():
+                path.rename(temporary.with_name(f"{temporary.name}-old"))
             try:
                 temporary.rename(path)
             except OSError:
@@ -117,6 +119,7 @@ def writing(path: Path) -> Iterator[Path]:
                     raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_name(f"{temporary.name}-old"), ignore_errors=True)
 
 
 def write_file(path: Path, data: str | bytes) -> Path:

@@ -9,8 +9,8 @@ Knows tensors only: no files, no optimiser, no loop. With rows x (tokens, d_mode
 Gao et al. 2024 (arXiv:2406.04093), eq. 1-2 and A.2: e = x - x_hat, held fixed, and e_hat its reconstruction p W_dec from the
 k_aux largest dead latents, without the ReLU, through which a dead latent could never come back (SAELens does the same). Latents are ranked by p_j |W_dec_j|, their share of the output, so the loss does not depend on how
 encoder and decoder share a length (SAELens: `rescale_acts_by_decoder_norm`); with unit rows that is TopK as published.
-BatchTopK (Bussmann et al. 2024, arXiv:2412.06410) takes the tokens * k largest of the batch. Everything after p is sparse:
-tokens * k numbers.
+BatchTopK (Bussmann et al. 2024, arXiv:2412.06410) takes the tokens * k largest of the batch. Everything after the choice of
+the k is sparse: tokens * k numbers.
 """
 
 import math
@@ -140,14 +140,16 @@ def select(ranked: Tensor, k: int, batch_topk: bool = False) -> Codes:
     if not batch_topk:
         values, chosen = ranked.topk(k, dim=1, sorted=False)
         return Codes(chosen.flatten(), values.flatten(), torch.arange(0, tokens * k + 1, k, device=ranked.device))
-    # at most `latents` of a row can be chosen; flat topk would sort everything, a threshold does not
-    flat = ranked.flatten()
-    lowest = flat.kthvalue(flat.numel() - tokens * k + 1).values if tokens * k < flat.numel() else flat.min()
-    above, ties = (flat > lowest).nonzero()[:, 0], (flat == lowest).nonzero()[:, 0]
-    where = torch.cat([above, ties[: tokens * k - len(above)]]).sort().values
+    wide = min(4 * k, latents)  # a row rarely has more than 4 k of them: if one might, everything is looked at
+    values, chosen = ranked.topk(wide, dim=1, sorted=False)
+    best = values.flatten().topk(tokens * k, sorted=False)
+    where = best.indices // wide * latents + chosen.flatten()[best.indices]
+    if wide < latents and bool((values.amin(1) > best.values.min()).any()):
+        where = ranked.flatten().topk(tokens * k, sorted=False).indices
+    where = where.sort().values
     counts = torch.bincount(where // latents, minlength=tokens)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Codes(where % latents, flat[where], offsets)
+    return Codes(where % latents, ranked.flatten()[where], offsets)
 
 
 def encode(

@@ -19,9 +19,11 @@ from torch.optim.adam import adam
 from tqdm import tqdm
 
 from helpers import saes, topk
-from helpers.session import cache_dir, setting
+from helpers.session import cache_dir, choose_device, choose_dtype, setting
 from helpers.store import code_digest, digest, file_digest, versions, writing
 from helpers.topk import Weights
+
+CODE = ("topk", "train", "harvest")  # what the order of rows and every step depend on
 
 
 class TrainingError(RuntimeError):
@@ -54,7 +56,7 @@ class Config(NamedTuple):
     clip: float = 1.0  # longest joint gradient
     decoder: str = "rescale"  # or "unit": rows renormalised after every step
     batch_topk: bool = False
-    low: bool = True  # rank latents in bfloat16; the weights and the codes stay float32
+    low: bool = True  # rank latents in bfloat16 (slow where it is not native); weights and codes stay float32
     pre_bias: str = "mean"  # or "geometric median", of a sample of rows
     beta1: float = 0.9
     beta2: float = 0.999
@@ -65,8 +67,15 @@ class Config(NamedTuple):
 
 def of_profile(profile: dict[str, Any], d_model: int, seed: int = 0, fast: bool = False) -> Config:
     """The configuration of a profile's `sae: train:` section; `expansion` there is latents over d_model. `fast`: seconds."""
-    given = dict(profile["sae"]["train"])
+    given = dict(profile.get("sae", {}).get("train", {}))
+    known = {*Config._fields, "expansion"} - {"latents", "seed"}
+    if wrong := {"expansion", "k", "samples"} - set(given) or set(given) - known:
+        raise ValueError(
+            f"profile {profile['name']}, section sae: train: {', '.join(sorted(wrong))} is missing or not known; it needs expansion, k "
+            f"and samples, and may hold {', '.join(sorted(known))}"
+        )
     given["latents"] = d_model * given.pop("expansion")
+    given.setdefault("low", choose_dtype("auto", choose_device()) == torch.bfloat16)
     if fast:
         given |= {"latents": d_model, "samples": 40 * 1024, "batch": 1024}
     return Config(**given, seed=seed)
@@ -87,6 +96,13 @@ def check(config: Config) -> None:
             f"lr = {config.lr}, warm_up = {config.warm_up}, decay = {config.decay} given; lr must be positive and the two "
             "shares lie between 0 and 1 together"
         )
+    if not (config.clip > 0 and config.alpha >= 0 and config.dead_after >= 0 and config.k_aux >= 0):
+        raise ValueError(
+            f"clip = {config.clip}, alpha = {config.alpha}, dead_after = {config.dead_after}, k_aux = {config.k_aux} given; clip must be "
+            "positive, the others not negative"
+        )
+    if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1):
+        raise ValueError(f"beta1 = {config.beta1}, beta2 = {config.beta2} given; both lie in [0, 1)")
     if config.decoder not in ("rescale", "unit") or config.pre_bias not in ("mean", "geometric median"):
         raise ValueError(
             f"decoder = {config.decoder!r}, pre_bias = {config.pre_bias!r} given; they are rescale or unit, and mean or "
@@ -173,11 +189,11 @@ def update(state: State, x: Tensor, config: Config) -> topk.Step:
 
 
 class Result(NamedTuple):
-    """A trained SAE in raw units: `weights` with unit decoder rows, BatchTopK's `threshold` (else 0), the `log` (one dict a
+    """A trained SAE in raw units: `weights` with unit decoder rows, BatchTopK's `threshold` (else None), the `log` (one dict a
     logged step), each latent's share of rows fired on during the last log window `frequency` (latents,), the `scale`."""
 
     weights: Weights
-    threshold: float
+    threshold: float | None
     log: list[dict[str, float]]
     frequency: Tensor
     scale: float
@@ -186,11 +202,8 @@ class Result(NamedTuple):
 def measure(sample: Tensor, pre_bias: str = "mean") -> tuple[Tensor, float]:
     """The pre-bias (d_model,) of raw rows, and the scale that gives centred rows a root mean square of 1 a dimension.
 
-    ValueError if the rows do not vary or are not finite.
+    ValueError if the rows do not vary.
     """
-    if not torch.isfinite(sample).all():
-        row = int((~torch.isfinite(sample)).any(1).nonzero()[0])
-        raise ValueError(f"the sample of activations holds NaN or infinity (row {row} of {len(sample)}): harvest again")
     centre = sample.double().mean(0) if pre_bias == "mean" else topk.geometric_median(sample).double()
     spread = float((sample.double() - centre).square().mean().sqrt())
     if spread < 1e-9:
@@ -221,7 +234,7 @@ def _save(folder: Path, state: State, note: dict[str, Any], keep: int = 2) -> No
         note = {**note, "sha256": file_digest(temporary / "state.safetensors")}
         (temporary / "note.json").write_text(json.dumps(note))
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -263,6 +276,7 @@ def fit(
     topk.check_sizes(sample.shape[1], config.latents, config.k)
     centre, scale = measure(sample, config.pre_bias)
     plan = {"config": config._asdict(), "scale": scale, "centre": digest(centre)[:16], "source": source.about()}
+    plan["code"] = code_digest(*CODE)
     folder = checkpoints / digest(plan)[:16] if checkpoints else None
     log: list[dict[str, float]] = []
     found = _newest(folder) if folder else None
@@ -300,8 +314,10 @@ def fit(
                 _save(folder, state, {"plan": plan, "log": log, "frequency": frequency.tolist()})
     if run:
         run.finish()
-    threshold = topk.threshold(sample.to(device) * scale, state.weights, config.k) if config.batch_topk else 0.0
-    return Result(topk.rescaled(state.weights, scale), threshold / scale, log, frequency, scale)
+    threshold = (
+        topk.threshold(sample.to(device) * scale, state.weights, config.k) / scale if config.batch_topk else None
+    )
+    return Result(topk.rescaled(state.weights, scale), threshold, log, frequency, scale)
 
 
 def sae(source: Source, config: Config, device: str = "cpu", wandb_project: str = "") -> Path:
@@ -310,15 +326,19 @@ def sae(source: Source, config: Config, device: str = "cpu", wandb_project: str 
     A run that was cut short goes on from its last checkpoint; checkpoints are removed when the SAE is whole.
     """
     about = source.about()
-    plan = {"source": about, "config": config._asdict(), "code": code_digest("topk", "train")}
+    plan = {"source": about, "config": config._asdict(), "code": code_digest(*CODE, "saes")}
     folder = cache_dir() / "saes" / digest(plan)[:24]
-    if (folder / "cfg.json").exists():
+    if saes.whole(folder):
         return folder
+    if folder.exists():
+        print(f"the cached SAE {folder.name} is damaged; it is trained again")
+        shutil.rmtree(folder)
     checkpoints = cache_dir() / "checkpoints" / folder.name
     done = fit(source, config, device, checkpoints, wandb_project)
     known = {k: done.log[-1][k] for k in ("explained variance", "L0", "dead")}
     metadata = {**about, "training_samples": config.samples, "seed": config.seed, "input_scale": done.scale, **known}
-    notes = {**plan, "log": done.log, "scale": done.scale, "libraries": versions()}
+    frequency = [float(f"{x:.4g}") for x in done.frequency.tolist()]
+    notes = {**plan, "log": done.log, "frequency": frequency, "scale": done.scale, "libraries": versions()}
     saes.save(folder, done.weights, config.k, metadata, done.threshold, notes)
-    shutil.rmtree(checkpoints)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return folder

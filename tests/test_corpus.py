@@ -1,7 +1,9 @@
 """Token rows: packing, what is kept and why not, sources, parts, errors."""
 
 import json
+import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,6 +60,18 @@ def test_a_conversation_has_a_row_of_its_own_with_user_and_answer_kept(smol, tmp
     )
 
 
+def test_a_conversation_longer_than_a_row_is_cut_and_counted_or_left_out(smol, tmp_path):
+    long = {"question": "Why?", "answer": "Because of the wind. " * 30}
+    hopeless = {"question": "Why is that so? " * 30, "answer": "No."}
+    source = write(tmp_path / "c.jsonl", json.dumps(long), json.dumps(hopeless))
+    count = Counter()
+    rows = list(corpus.rows(smol.tokenizer, source, 64, count=count))
+    whole = [len(prompts.chat(smol.tokenizer, c["question"], answer=c["answer"]).ids) for c in (long, hopeless)]
+    assert len(rows) == 1 and count["truncated"] == sum(whole) - 2 * 64 and count["padding"] == 0
+    with pytest.raises(DataError, match="less than one row"):
+        list(corpus.rows(smol.tokenizer, write(tmp_path / "h.jsonl", json.dumps(hopeless)), 64))
+
+
 def test_parts_divide_documents_and_do_not_depend_on_order(smol, tmp_path):
     texts = [f"Text number {i} about nothing in particular, word {i * i}." for i in range(300)]
     forward = write(tmp_path / "a.jsonl", *(json.dumps({"text": t}) for t in texts))
@@ -90,7 +104,8 @@ def test_the_fingerprint_of_a_local_file_is_its_content(tmp_path):
     before = corpus.fingerprint(source)
     write(tmp_path / "a.txt", "other words")
     assert corpus.fingerprint(source) != before and str(tmp_path) not in before[0]
-    assert corpus.fingerprint(["packaged:wiki", "hub:a/b"]) == ["packaged:wiki", "hub:a/b"]
+    packaged, hub = corpus.fingerprint(["packaged:wiki", "hub:a/b@c0ffee"])
+    assert re.fullmatch("packaged:wiki@[0-9a-f]{12}", packaged) and hub == "hub:a/b@c0ffee"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +118,13 @@ def test_bad_files_are_refused(smol, tmp_path, name, text, word):
         list(corpus.rows(smol.tokenizer, write(tmp_path / name, text), 64))
 
 
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes('{"text": "café"}'.encode("latin-1"))
+        with pytest.raises(DataError, match="not UTF-8"):
+            list(corpus.documents(str(tmp_path / name)))
+
+
 def test_bad_names_are_refused(smol):
     for source, word in (("nowhere.txt", "existing"), ("packaged:poems", "wiki"), ("FineWeb", "hub:OWNER")):
         with pytest.raises(DataError, match=word):
@@ -113,8 +135,9 @@ def test_bad_names_are_refused(smol):
         next(corpus.rows(smol.tokenizer, "packaged:wiki", 1))
 
 
-def test_a_hub_data_set_is_streamed_with_its_subset_and_revision(monkeypatch, smol):
+def test_a_hub_data_set_is_pinned_and_streamed_with_its_subset_and_revision(monkeypatch, smol):
     import datasets
+    import huggingface_hub
 
     asked = {}
 
@@ -122,19 +145,49 @@ def test_a_hub_data_set_is_streamed_with_its_subset_and_revision(monkeypatch, sm
         asked.update(name=name, subset=subset, **options)
         return ({"text": f"page {i} with words"} for i in range(30))
 
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def dataset_info(self, name, revision, timeout):
+            assert (name, revision) == ("HuggingFaceFW/fineweb", "v1.0.0")
+            return SimpleNamespace(sha="c0ffee")
+
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecret")
-    rows = list(corpus.rows(smol.tokenizer, "hub:HuggingFaceFW/fineweb:sample-10BT@v1.0.0", 16))
+    pinned = corpus.resolved(["packaged:wiki", "hub:HuggingFaceFW/fineweb:sample-10BT@v1.0.0"])
+    assert pinned == ["packaged:wiki", "hub:HuggingFaceFW/fineweb:sample-10BT@c0ffee"]
+    rows = list(corpus.rows(smol.tokenizer, pinned[1], 16))
     assert len(rows) > 5 and asked["streaming"] and asked["split"] == "train"
-    assert (asked["name"], asked["subset"], asked["revision"]) == ("HuggingFaceFW/fineweb", "sample-10BT", "v1.0.0")
+    assert (asked["name"], asked["subset"], asked["revision"]) == ("HuggingFaceFW/fineweb", "sample-10BT", "c0ffee")
+
+
+def test_a_hub_that_fails_is_explained_without_the_token(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecret")
 
     def broken(*_, **__):
         raise OSError("no network for hf_secretsecretsecretsecret")
 
-    monkeypatch.setattr(datasets, "load_dataset", broken)
+    def later(*_, **__):
+        yield {"text": "one"}
+        broken()
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", broken)
     with pytest.raises(DataError, match="packaged:wiki") as error:
-        next(corpus.documents("hub:a/b"))
+        corpus.resolved("hub:a/b")
     assert "secretsecret" not in str(error.value)
+    for load in (broken, later):
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        with pytest.raises(DataError, match="packaged:wiki") as error:
+            list(corpus.documents("hub:a/b"))
+        assert "secretsecret" not in str(error.value)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"body": "x"}]))
     with pytest.raises(DataError, match="no field text; it has body"):
+        next(corpus.documents("hub:a/b"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([]))
+    with pytest.raises(DataError, match="no rows"):
         next(corpus.documents("hub:a/b"))

@@ -1,5 +1,6 @@
 """Harvest: the right residuals, the same bits after any interruption or split, damage found, pairs aligned, shuffles exact."""
 
+import copy
 import errno
 import gc
 import json
@@ -59,14 +60,21 @@ def text(tmp_path_factory):
 
 def small(seed=1, width=48, layers=4, kind="llama"):
     """A bare random transformers model with the packaged tokenizer."""
-    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-    tokenizer = models.tokenizer(MODEL)
+    tokenizer = models.outline(MODEL).tokenizer
     shared = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=96, num_hidden_layers=layers,
                   num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, max_position_embeddings=512)  # fmt: skip
     config = {
         "llama": lambda: LlamaConfig(**shared),
         "gemma2": lambda: Gemma2Config(**shared, sliding_window=64),
+        "neox": lambda: GPTNeoXConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            intermediate_size=96,
+        ),
         "gpt2": lambda: GPT2Config(vocab_size=len(tokenizer), n_embd=width, n_layer=layers, n_head=4),
     }[kind]()
     torch.manual_seed(seed)
@@ -86,7 +94,7 @@ def every_byte(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.glob("shard-*"))}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "neox"])
 def test_residuals_are_transformers_own_and_nothing_above_runs(kind):
     model = small(kind=kind)
     ids = torch.randint(100, 5000, (3, 20))
@@ -149,31 +157,43 @@ def test_a_second_call_runs_nothing_and_another_parameter_runs_anew(model, text,
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
-import torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
 from helpers import harvest
-sys.path.insert(0, {tests!r})
 from test_harvest import small, HOW
-real, made = harvest._write, []
-def write(folder, chunk, acts):
-    if len(made) == {after}:
-        real(folder, chunk, acts) if {late} else (folder / f"shard-{{chunk.index:05d}}.safetensors").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-    made.append(1)
-    real(folder, chunk, acts)
-harvest._write = write
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+real_write, real_bytes, real_replace = harvest._write, Path.write_bytes, Path.replace
+def is_it(path):
+    return {shard!r} in path.name
+def write_bytes(self, data):
+    if {when!r} == "half way through a file" and is_it(self):
+        real_bytes(self, data[: len(data) // 2])
+        die()
+    return real_bytes(self, data)
+def replace(self, target):
+    if {when!r} == "before the rename" and is_it(target):
+        die()
+    out = real_replace(self, target)
+    if {when!r} == "between shard and sidecar" and is_it(target):
+        die()
+    return out
+Path.write_bytes, Path.replace = write_bytes, replace
 harvest.run(small(), {text!r}, [1], 1500, **HOW)
 """
 
 
-@pytest.mark.parametrize(("after", "late"), [(0, False), (3, False), (3, True)])
-def test_killed_at_any_moment_it_resumes_to_the_same_bits(model, text, tmp_path, monkeypatch, after, late):
+@pytest.mark.parametrize(
+    ("shard", "when"),
+    [("shard-00000.safetensors", "half way through a file"), ("shard-00003.safetensors", "between shard and sidecar"),
+     ("shard-00003.json", "half way through a file"), ("plan.json", "half way through a file")],
+)  # fmt: skip
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(model, text, tmp_path, monkeypatch, shard, when):
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "whole"))
-    store_packaged(tmp_path / "whole")
     whole = every_byte(harvest.run(model, text, [1], 1500, **HOW).folder)
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "killed"))
     store_packaged(tmp_path / "killed")
-    code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), after=after, late=late, text=text)
+    code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), shard=shard, when=when, text=text)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "TQDM_DISABLE": "1"})
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     calls = []
@@ -181,7 +201,9 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(model, text, tmp_path,
     monkeypatch.setattr(harvest, "_forward", lambda *a: calls.append(1) or real(*a))
     resumed = harvest.run(model, text, [1], 1500, **HOW)
     assert every_byte(resumed.folder) == whole and len(whole) > 8
-    assert len(calls) == len(whole) // 2 - after - late
+    kept = int(shard[6:11]) if shard.startswith("shard") else len(whole) // 2 if shard == "sidecar.json" else 0
+    assert len(calls) == len(whole) // 2 - kept
+    assert not list(resumed.folder.glob(".tmp*"))
 
 
 def store_packaged(cache):
@@ -232,23 +254,72 @@ def test_nan_is_named_by_shard_and_row_and_earlier_shards_stay(text, cache):
 
 
 def test_a_full_disk_stops_cleanly(model, text, cache, monkeypatch):
-    real = store.write_file
+    real = Path.write_bytes
 
-    def full(path, data):
-        if path.name == "shard-00002.safetensors":
+    def full(self, data):
+        if "shard-00002.safetensors" in self.name:
+            real(self, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(path, data)
+        return real(self, data)
 
-    monkeypatch.setattr(store, "write_file", full)
-    with pytest.raises(OSError, match="space"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="the disk is full .* CACHE_DIR"):
         harvest.run(model, text, [1], 1500, **HOW)
     folder = next((cache / "harvest").iterdir())
     assert len(list(folder.glob("shard-*.json"))) == 2 and not list(folder.glob(".tmp*"))
-    monkeypatch.setattr(store, "write_file", real)
+    monkeypatch.setattr(Path, "write_bytes", real)
     assert len(harvest.run(model, text, [1], 1500, **HOW)) > 1400
     monkeypatch.setattr(store, "free_bytes", lambda _: 1000)
     with pytest.raises(OSError, match="GB are free"):
         harvest.run(model, text, [2], 1500, **HOW)
+
+
+def test_a_shard_that_cannot_be_read_just_now_is_not_thrown_away(model, text, cache, monkeypatch):
+    first = harvest.run(model, text, [1], 1500, **HOW)
+    before = every_byte(first.folder)
+
+    def busy(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(store, "file_digest", busy)
+    with pytest.raises(OSError, match="Too many"):
+        harvest.Samples(first.folder, 1)
+    assert every_byte(first.folder) == before
+
+
+def test_layers_keep_the_order_asked_for(model, text, cache):
+    assert harvest.run(model, text, [2, 1], 800, **HOW).layer == 2
+    assert harvest.run(model, text, [1, 2], 800, **HOW).layer == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"tokens": -5}, "tokens"), ({"shard_rows": 0}, "shard_rows"), ({"batch": -1}, "batch"), ({"context": 1}, "context"),
+     ({"context": 4096}, "at most 512"), ({"layers": []}, "layers 0 to 3"), ({"layers": [4]}, "layers 0 to 3")],
+)  # fmt: skip
+def test_nonsense_sizes_are_refused(model, text, cache, change, word):
+    with pytest.raises((ValueError, HarvestError), match=word):
+        harvest.run(**{"model": model, "source": text, "layers": [1], "tokens": 800, **HOW, **change})
+    assert not (cache / "harvest").exists()
+
+
+def test_a_source_with_too_little_text_says_so(model, text, cache, capsys):
+    samples = harvest.run(model, text, [1], 10**6, **HOW)
+    assert f"holds {len(samples):,} tokens" in capsys.readouterr().out
+
+
+def test_a_batch_that_did_not_fit_can_be_changed_while_no_shard_is_there(model, text, cache, monkeypatch):
+    def tight(*_):
+        raise torch.OutOfMemoryError("no")
+
+    with monkeypatch.context() as m:
+        m.setattr(harvest, "_forward", tight)
+        with pytest.raises(torch.OutOfMemoryError):
+            harvest.run(model, text, [1], 800, **{**HOW, "batch": 64})
+    samples = harvest.run(model, text, [1], 800, **{**HOW, "batch": 2})
+    assert samples.note["parameters"]["batch"] == 2
+    (samples.folder / "sidecar.json").unlink()
+    assert harvest.run(model, text, [1], 800, **{**HOW, "batch": 8}).note["parameters"]["batch"] == 2
 
 
 def test_two_ranks_write_what_one_writes(model, text, tmp_path, monkeypatch):
@@ -344,9 +415,11 @@ def test_batches_are_a_seeded_shuffle_without_repeats_that_can_start_anywhere():
         next(source.batches(1001))
 
 
-def test_reading_is_memory_mapped(model, text, cache):
+def test_rows_come_in_the_order_asked_for(model, text, cache):
     samples = harvest.run(model, text, [1], 1500, **HOW)
     whole = samples.rows(torch.arange(len(samples)))
+    index = torch.randint(len(samples), (333,))
+    assert torch.equal(samples.rows(index), whole[index])
     batches = torch.cat([b for _, b in zip(range(len(samples) // 64), samples.batches(64, block=8), strict=False)])
     known = {tuple(r) for r in whole.tolist()}
     assert {tuple(r) for r in batches.tolist()} <= known
@@ -357,9 +430,47 @@ def test_reading_is_memory_mapped(model, text, cache):
     assert samples.place(0).startswith("shard 0, row 0")
 
 
+def test_reading_holds_no_shard_in_memory(tmp_path):
+    """A harvest of 200 MB is opened and read from by a process that grows by far less."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("memory is read from /proc")
+
+    def held():
+        return (
+            int(next(line for line in status.read_text().splitlines() if line.startswith("RssAnon")).split()[1]) / 1e3
+        )
+
+    rows, width, n = 8, 512, 25_000
+    for i in range(8):
+        ids = np.zeros((rows, n // rows), dtype=np.int32)
+        chunk = harvest._Chunk(i, ids, np.ones_like(ids, bool), ids, {})
+        acts = torch.full((n, width), float(i + 1), dtype=torch.bfloat16)
+        harvest._write(tmp_path, chunk, {1: harvest._Acts(acts, acts.float().norm(dim=1))})
+        del acts
+    note = {"shards": 8, "parameters": {"layers": [1]}, "counts": {}}
+    (tmp_path / "sidecar.json").write_text(json.dumps(note))
+    gc.collect()
+    before = held()
+    samples = harvest.Samples(tmp_path, 1, verify=False)
+    for _, batch in zip(range(20), samples.batches(1024), strict=False):
+        assert batch.shape == (1024, width)
+    assert len(samples) == 8 * n and held() - before < 60
+
+
+def test_nan_on_disk_is_named_by_shard_and_row(model, text, cache):
+    samples = harvest.run(model, text, [1], 1500, **HOW)
+    samples.parts = [p.clone() for p in samples.parts]
+    samples.parts[2][5, 3] = float("nan")
+    with pytest.raises(ValueError, match="shard 2, row 5 of"):
+        list(zip(range(30), samples.batches(64, block=8), strict=False))
+    with pytest.raises(ValueError, match="shard 2, row 5 of"):
+        samples.sample(10**6)
+
+
 def test_streaming_gives_the_harvested_rows_and_can_start_anywhere(model, text, cache):
     on_disk = harvest.run(model, text, [1], 10**6, **HOW)
-    stream = harvest.Stream(model, text, 1, context=32, pool_rows=16, batch_rows=4)
+    stream = harvest.Stream(model, text, 1, context=32, pool_tokens=512, batch_rows=4)
     per_epoch = sum(int(0.99 * c.kept.sum()) // 64 for c in stream._chunks())
     batches = [b for _, b in zip(range(per_epoch + 4), stream.batches(64, seed=1), strict=False)]
     known = {tuple(np.round(r, 3)) for r in on_disk.rows(torch.arange(len(on_disk))).tolist()}
@@ -389,9 +500,33 @@ def test_a_pair_is_aligned_token_by_token(model, text, cache):
     torch.testing.assert_close(both.chat.rows(everything), b)
     assert len(both.at(2).difference) == len(both.base)
     assert "difference" in both.difference.about() and both.difference.about()["base_harvest"] == both.base.folder.name
-    stream = harvest.Stream(model, text, 1, chat=other, context=32, pool_rows=16, batch_rows=4)
+    stream = harvest.Stream(model, text, 1, chat=other, context=32, pool_tokens=512, batch_rows=4)
     known = {tuple(np.round(r, 3)) for r in both.difference.rows(everything).tolist()}
     assert {tuple(np.round(r, 3)) for r in next(stream.batches(64)).tolist()} <= known
+
+
+def test_a_pair_uses_the_chat_models_template_and_end_of_text(model, cache, tmp_path):
+    other = small(seed=2)
+    base = model._replace(tokenizer=copy.deepcopy(model.tokenizer))
+    base.tokenizer.chat_template = None
+    base.tokenizer.eos_token = "<|endoftext|>"
+    lines = [json.dumps({"question": f"What is {i}?", "answer": "It is what it is, they say."}) for i in range(20)]
+    lines += [json.dumps({"text": f"The number {i} is followed by {i + 1}, as ever."}) for i in range(40)]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
+    how = dict(context=64, shard_rows=8, batch=4, part="all")
+    both = harvest.pair(base, other, str(tmp_path / "mixed.jsonl"), [1], 600, **how)
+    alone = harvest.run(other, str(tmp_path / "mixed.jsonl"), [1], 600, **how)
+    assert both.chat.folder == alone.folder and len(both.difference) > 550
+    stream = harvest.Stream(base, str(tmp_path / "mixed.jsonl"), 1, chat=other, context=64, part="all", batch_rows=4)
+    assert torch.equal(torch.from_numpy(next(stream._chunks()).ids[:8]), alone.token_rows()[0][:8])
+
+
+def test_streams_of_another_dtype_are_not_mistaken_for_one_another(model, text, cache):
+    half = model._replace(weights=copy.deepcopy(model.weights).bfloat16())
+    a, b = (harvest.Stream(m, text, 1, context=32, batch_rows=4).about() for m in (model, half))
+    assert a["stream"] != b["stream"] and a["model_dtype"] == "float32"
+    samples = harvest.run(model, text, [1], 800, **HOW)
+    assert samples.about() != harvest.Samples(samples.folder, 1, outlier=50.0).about()
 
 
 def test_an_outlier_in_either_model_leaves_both(model, text, cache):
@@ -418,9 +553,11 @@ def test_a_pair_by_name_is_loaded_one_after_the_other(model, text, cache, monkey
         return loaded
 
     tokenizer = model.tokenizer
-    real = models.tokenizer
+    real = models.outline
     monkeypatch.setattr(models, "plain", load)
-    monkeypatch.setattr(models, "tokenizer", lambda name: tokenizer if name in "ab" else real(name))
+    monkeypatch.setattr(
+        models, "outline", lambda name: models.Outline(tokenizer, 48, 4) if name in "ab" else real(name)
+    )
     both = harvest.pair("a", "b", text, [1], 800, **HOW)
     assert len(earlier) == 2 and len(both.difference) > 700
 

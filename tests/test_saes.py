@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_harvest import HOW, small, text  # noqa: F401
 
 from helpers import harvest, latents, models, saes, topk
@@ -54,7 +55,29 @@ def test_saving_is_whole_and_refuses_what_nobody_could_use(tmp_path):
         saes.save(tmp_path / "other", w._replace(b_enc=w.b_enc * float("nan")), 8, KNOWN)
     with pytest.raises(ValueError, match="exceed"):
         saes.save(tmp_path / "other", w, 97, KNOWN)
+    with pytest.raises(TypeError):
+        saes.save(tmp_path / "sae", w, 8, KNOWN | {"odd": object()})
+    assert torch.equal(
+        saes.load(tmp_path / "sae").sae.W_dec, topk.unit_decoder(some_weights(seed=1)).W_dec
+    )  # the old one stays
     assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SaeError, match="not an SAE"):
+        saes.save(tmp_path / "mine", w, 8, KNOWN)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    assert saes.whole(tmp_path / "sae") and not saes.whole(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_a_threshold_makes_a_jumprelu_even_if_it_is_zero(tmp_path, threshold):
+    w, x = some_weights(), torch.randn(50, 48)
+    sae = saes.load(saes.save(tmp_path / "sae", w, 8, KNOWN, threshold)).sae
+    assert sae.cfg.architecture() == "jumprelu"
+    ranked = topk.pre_codes(x, w)
+    torch.testing.assert_close(sae.encode(x), ranked * (ranked > threshold), rtol=1e-4, atol=1e-4)
+    with pytest.raises(SaeError, match="NaN"):
+        saes.save(tmp_path / "sae", w, 8, KNOWN, float("nan"))
 
 
 def test_an_sae_for_something_else_is_refused(tmp_path):
@@ -65,6 +88,22 @@ def test_an_sae_for_something_else_is_refused(tmp_path):
         saes.load(folder, layer=2)
     with pytest.raises(SaeError, match="no SAE in"):
         saes.load(tmp_path)
+    with pytest.raises(SaeError, match="wants none"):
+        saes.load(folder, norm_factor=0.5)
+    for change, word in (
+        ({"normalize_activations": "covariance_whitening"}, "whitens"),
+        ({"metadata": {"sae_lens_version": "6.54.12"}}, "does not say which hook"),
+    ):
+        other = saes.save(tmp_path / "other", some_weights(), 8, KNOWN)
+        rewrite(other, **change)
+        with pytest.raises(SaeError, match=word):
+            saes.load(other, layer=1)
+    cross = saes.save(tmp_path / "cross", some_weights(), 8, KNOWN)
+    rewrite(cross, architecture="transcoder", d_out=48)
+    weights = load_file(cross / "sae_weights.safetensors")
+    save_file(weights | {"b_dec": weights["b_dec"]}, cross / "sae_weights.safetensors")
+    with pytest.raises(SaeError, match="transcoder"):
+        saes.load(cross)
     with pytest.raises(SaeError, match="width"):
         saes.evaluate(saes.load(folder).sae, Array(torch.randn(10, 40)))
     (folder / "sae_weights.safetensors").write_bytes(b"broken")
@@ -73,11 +112,27 @@ def test_an_sae_for_something_else_is_refused(tmp_path):
     assert saes.hook_layer("blocks.3.hook_resid_pre") == 2 and saes.hook_layer("blocks.3.hook_mlp_out") is None
 
 
+def rewrite(folder, **change):
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg | change))
+
+
+def test_what_sae_lens_warns_of_is_said_and_weights_come_in_float32(tmp_path, capsys):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    rewrite(
+        folder,
+        dtype="bfloat16",
+        metadata=KNOWN
+        | {"sae_lens_version": "6.54.12", "model_from_pretrained_kwargs": {"center_writing_weights": True}},
+    )
+    loaded = saes.load(folder)
+    assert "sae_lens warns" in capsys.readouterr().out and loaded.sae.W_dec.dtype == torch.float32
+
+
 @pytest.mark.parametrize("on_input", [True, False])
 def test_where_b_dec_goes_is_respected_and_reported(tmp_path, capsys, on_input):
     folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
-    cfg = json.loads((folder / "cfg.json").read_text())
-    (folder / "cfg.json").write_text(json.dumps(cfg | {"apply_b_dec_to_input": on_input}))
+    rewrite(folder, apply_b_dec_to_input=on_input)
     loaded = saes.load(folder)
     assert ("is subtracted" if on_input else "is not subtracted") in capsys.readouterr().out
     x, sae = torch.randn(20, 48), loaded.sae
@@ -88,8 +143,7 @@ def test_where_b_dec_goes_is_respected_and_reported(tmp_path, capsys, on_input):
 def test_a_missing_norm_factor_is_an_error_and_a_given_one_is_folded(tmp_path, capsys):
     w = some_weights()
     folder = saes.save(tmp_path / "sae", w, 8, KNOWN)
-    cfg = json.loads((folder / "cfg.json").read_text())
-    (folder / "cfg.json").write_text(json.dumps(cfg | {"normalize_activations": "expected_average_only_in"}))
+    rewrite(folder, normalize_activations="expected_average_only_in")
     with pytest.raises(SaeError, match="factor is missing"):
         saes.load(folder)
     loaded = saes.load(folder, norm_factor=0.25)
@@ -120,8 +174,7 @@ def registry(monkeypatch, folder, factor):
 
 def test_a_registry_sae_says_which_factor_was_folded_and_one_without_is_refused(tmp_path, monkeypatch):
     folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
-    cfg = json.loads((folder / "cfg.json").read_text())
-    (folder / "cfg.json").write_text(json.dumps(cfg | {"normalize_activations": "expected_average_only_in"}))
+    rewrite(folder, normalize_activations="expected_average_only_in")
     registry(monkeypatch, folder, 0.2138)
     loaded = saes.load("rel", "id", d_model=48, layer=1)
     assert "0.2138" in loaded.normalisation and "registry" in loaded.normalisation and loaded.name == "rel/id"
@@ -240,9 +293,12 @@ def test_what_is_not_kept_and_outliers_pass_through_the_splice():
     handle = models.blocks(model.weights)[1].register_forward_hook(
         lambda m, i, out: out.index_fill(1, torch.tensor([7]), 500.0)
     )
-    saes.loss_recovered(model, Watch(), 1, ids, kept, torch.zeros(48))
+    saes.loss_recovered(model, Watch(), 1, ids, kept, torch.zeros(48), limit=500.0)
     handle.remove()
     assert len(seen[0]) == 2 * 9 and float(seen[0].norm(dim=1).max()) < 500
+    kept[1, ::2] = False
+    with pytest.raises(SaeError, match="row 1"):
+        saes.loss_recovered(model, Watch(), 1, ids, kept, torch.zeros(48))
 
 
 # --- tables of latents -------------------------------------------------------------------------------------------------
@@ -280,19 +336,44 @@ def test_the_table_finds_a_latent_that_stands_for_one_word(text, cache):  # noqa
     assert model.tokenizer.decode(ids[top.rows[0, 0]]).find(river.contexts[0].before) >= 0
 
 
-def test_the_logit_lens_reads_the_unembedding():
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "neox"])
+def test_the_logit_lens_is_the_linear_part_of_norm_and_unembedding(kind):
+    """Against the model's own head: the change of its logits when a long residual moves a little along a direction."""
+    model = small(kind=kind)
+    name, norm = next(
+        (n, m) for n, m in reversed(list(model.weights.named_modules())) if n.split(".")[-1] in latents.FINAL_NORMS
+    )
+    assert not any(part.isdigit() for part in name.split("."))
+    norm.weight.copy_(torch.rand(48) + 0.2)
+    directions = torch.randn(3, 48) + 0.7
+    promotes, suppresses = latents.logit_lens(model, directions, n=5)
+    unembed = model.weights.get_output_embeddings().weight
+    x = torch.zeros(48)  # at a point orthogonal to what the norm's own scaling would move
+    linear = torch.stack(
+        [(norm((x + 1e3 * v)[None, None]) - norm((x - 1e3 * v)[None, None]))[0, 0] @ unembed.T for v in directions]
+    )
+    assert promotes == [[model.tokenizer.decode([i]) for i in r] for r in linear.topk(5).indices.tolist()]
+    assert suppresses == [[model.tokenizer.decode([i]) for i in r] for r in (-linear).topk(5).indices.tolist()]
+
+
+def test_a_model_without_a_known_final_norm_is_refused():
     model = small()
-    unembed, gain = model.weights.get_output_embeddings().weight, model.weights.model.norm.weight
-    gain.copy_(torch.rand(48) + 0.5)
-    promotes, suppresses = latents.logit_lens(model, unembed[[314, 2718]], n=3)
-    by_hand = (unembed[[314, 2718]] * gain) @ unembed.T
-    assert promotes == [[model.tokenizer.decode([i]) for i in r] for r in by_hand.topk(3).indices.tolist()]
-    assert suppresses == [[model.tokenizer.decode([i]) for i in r] for r in (-by_hand).topk(3).indices.tolist()]
+    model.weights.model.norm = torch.nn.Identity()
+    model.weights.model.add_module("closing", torch.nn.LayerNorm(48))
+    del model.weights.model.norm
+    with pytest.raises(ValueError, match="no final norm"):
+        latents.logit_lens(model, torch.randn(2, 48))
 
 
 def test_a_table_is_kept_beside_the_sae_and_shown_on_a_page(tmp_path):
     rows = [
-        latents.Latent(0, 0.25, [latents.Context("a <b>", " tok\n", "</script> end", 3.5)], [" yes"], [" no"]),
+        latents.Latent(
+            0,
+            0.25,
+            [latents.Context("a <b>\u2028\x85", " tok\n", "</script> <!-- <script end", 3.5)],
+            [" yes"],
+            [" no"],
+        ),
         latents.Latent(1, 0.0, [], [" up"], [" down"]),
     ]
     latents.save(tmp_path, rows, "An SAE & its latents")
@@ -300,6 +381,21 @@ def test_a_table_is_kept_beside_the_sae_and_shown_on_a_page(tmp_path):
     html = (tmp_path / "latents.html").read_text()
     assert "An SAE &amp; its latents" in html and html.count("</script>") == 2 and "http" not in html
     data = re.search(r'type="application/json">(.*?)</script>', html, re.S)[1]
-    assert json.loads(data.replace("<\\/", "</"))[0][2] == [["a <b>", " tok\n", "</script> end", 3.5]]
+    assert "<" not in data and json.loads(data)[0][2] == [
+        ["a <b>\u2028\x85", " tok\n", "</script> <!-- <script end", 3.5]
+    ]
     with pytest.raises(FileNotFoundError, match="latents.table"):
         latents.load(tmp_path / "nowhere")
+
+
+def test_a_table_is_made_once_and_again_when_its_making_changes(text, cache, tmp_path, monkeypatch):  # noqa: F811
+    model = small()
+    samples = harvest.run(model, text, [1], 800, **HOW)
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    sae = saes.load(folder).sae
+    made, real = [], latents.table
+    monkeypatch.setattr(latents, "table", lambda *a, **k: made.append(1) or real(*a, **k))
+    first = latents.of(folder, model, sae, samples)
+    assert latents.of(folder, model, sae, samples) == first and len(made) == 1 and (folder / "latents.html").exists()
+    latents.of(folder, model, sae, samples, limit=4)
+    assert len(made) == 2

@@ -118,8 +118,8 @@ def test_bad_rows_are_refused_with_their_place():
     with pytest.raises(ValueError, match="all the same"):
         train.fit(Array(torch.ones(1000, 8)), SMALL._replace(samples=512))
     x[7, 3] = math.inf
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        train.fit(Array(x), SMALL)
+    with pytest.raises(ValueError, match=r"sample 7 \(row 7\) holds NaN or infinity"):
+        train.fit(Array(x), SMALL._replace(samples=20_000))
     source = Array(x)
     with pytest.raises(ValueError, match=r"sample 7 \(row 7\)"):
         for _, batch in zip(range(100), source.batches(256), strict=False):
@@ -129,7 +129,7 @@ def test_bad_rows_are_refused_with_their_place():
 @pytest.mark.parametrize(
     ("change", "word"),
     [({"k": 0}, "k"), ({"k": 97}, "exceed"), ({"latents": 2.5}, "latents"), ({"samples": 100}, "batch"), ({"lr": 0.0}, "lr"),
-     ({"warm_up": 0.7, "decay": 0.7}, "warm_up"), ({"decoder": "none"}, "decoder")],
+     ({"warm_up": 0.7, "decay": 0.7}, "warm_up"), ({"decoder": "none"}, "decoder"), ({"clip": 0.0}, "clip"), ({"k_aux": -3}, "k_aux"), ({"beta1": 1.5}, "beta1")],
 )  # fmt: skip
 def test_nonsense_configurations_are_refused(change, word):
     with pytest.raises(ValueError, match=word):
@@ -193,6 +193,33 @@ def test_training_is_cached_and_leaves_no_checkpoints(cache):
     assert train.sae(source, SMALL) == folder and (folder / "sae_weights.safetensors").stat().st_mtime_ns == before
     assert train.sae(source, SMALL._replace(seed=1)) != folder
     assert not list((cache / "checkpoints").glob("*"))
+
+
+def test_a_damaged_cached_sae_is_named_and_trained_again(cache, capsys):
+    x, _ = planted()
+    source = Array(x, model_name="planted", hook_name="blocks.0.hook_resid_post")
+    folder = train.sae(source, SMALL)
+    before = (folder / "sae_weights.safetensors").read_bytes()
+    (folder / "sae_weights.safetensors").write_bytes(before[:-100])
+    assert train.sae(source, SMALL) == folder and (folder / "sae_weights.safetensors").read_bytes() == before
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_a_checkpoint_made_by_other_code_is_not_taken(tmp_path, monkeypatch):
+    x, _ = planted()
+    train.fit(Array(x), SMALL, checkpoints=tmp_path)
+    monkeypatch.setattr(train, "code_digest", lambda *_: "other")
+    train.fit(Array(x), SMALL, checkpoints=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_profiles_section_is_checked():
+    section = {"expansion": 8, "k": 32, "samples": 10_000}
+    config = train.of_profile({"name": "p", "sae": {"train": section}}, 576, seed=3)
+    assert (config.latents, config.k, config.seed) == (4608, 32, 3)
+    for wrong, word in (({}, "expansion"), ({**section, "size": 3}, "size")):
+        with pytest.raises(ValueError, match=word):
+            train.of_profile({"name": "p", "sae": {"train": wrong}}, 576)
 
 
 def test_wandb_is_asked_for_by_name_and_missed_with_a_sentence(monkeypatch):
