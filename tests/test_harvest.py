@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import functools
 import gc
 import json
 import os
@@ -58,11 +59,20 @@ def text(tmp_path_factory):
     return str(path)
 
 
+@functools.cache
+def packaged_tokenizer():
+    """The packaged tokenizer out of the real cache, whatever cache a test has."""
+    with pytest.MonkeyPatch.context() as patch:
+        if CACHE or "PYTEST_CURRENT_TEST" in os.environ:
+            patch.setenv("CACHE_DIR", CACHE)
+        return models.outline(MODEL).tokenizer
+
+
 def small(seed=1, width=48, layers=4, kind="llama"):
     """A bare random transformers model with the packaged tokenizer."""
     from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-    tokenizer = models.outline(MODEL).tokenizer
+    tokenizer = packaged_tokenizer()
     shared = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=96, num_hidden_layers=layers,
                   num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, max_position_embeddings=512)  # fmt: skip
     config = {
