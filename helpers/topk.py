@@ -100,7 +100,7 @@ def geometric_median(x: Tensor, steps: int = 50, tolerance: float = 1e-6) -> Ten
 
 
 def pre_codes(x: Tensor, w: Weights, low: bool = False, out: Tensor | None = None) -> Tensor:
-    """p_j |W_dec_j| (tokens, latents): what latents are ranked by; in bfloat16 if `low`. `out`: a buffer of that shape."""
+    """p_j |W_dec_j| (tokens, latents): what latents are ranked by; in bfloat16 if `low`. `out`: a buffer that may be used."""
     return _rank(x - w.b_dec, w, low, out)
 
 
@@ -108,7 +108,14 @@ def _rank(centred: Tensor, w: Weights, low: bool, out: Tensor | None) -> Tensor:
     norms = torch.linalg.vector_norm(w.W_dec, dim=1)
     scaled = torch.empty_like(w.W_enc, dtype=torch.bfloat16 if low else w.W_enc.dtype)
     torch.mul(w.W_enc, norms[:, None], out=scaled)
-    return torch.addmm((w.b_enc * norms).to(scaled.dtype), centred.to(scaled.dtype), scaled.T, out=out)
+    return _product(centred.to(scaled.dtype), scaled, (w.b_enc * norms).to(scaled.dtype), out)
+
+
+def _product(x: Tensor, rows: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
+    """x rows^T + bias: the one dense product of a step. In float32 on a CPU oneDNN's, up to twice as fast as torch's default."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, rows, bias, "none", [], "")
+    return torch.addmm(bias, x, rows.T, out=out)
 
 
 def _codes(centred: Tensor, ranked: Tensor, w: Weights, k: int, batch_topk: bool) -> Codes:
@@ -249,7 +256,8 @@ def step(
     """Loss and gradients of one batch x (tokens, d_model), float32, by hand.
 
     `dead`: indices of latents to revive by the auxiliary loss, weighted `alpha`; `k_aux` of them a token (d_model / 2 by
-    default). `low`: rank latents in bfloat16. `out`: a (tokens, latents) buffer for the pre-codes, to be used again.
+    default). `low`: rank latents in bfloat16. `out`: a (tokens, latents) buffer for the pre-codes, used where
+    that saves time.
     """
     centred = x - w.b_dec
     ranked = _rank(centred, w, low, out)

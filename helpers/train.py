@@ -155,9 +155,9 @@ def rate(config: Config, step: int) -> float:
 
 def update(state: State, x: Tensor, config: Config) -> topk.Step:
     """One step on x (batch, d_model), already scaled: gradients by hand, clipping, fused Adam. Changes `state` in place."""
-    dtype = torch.bfloat16 if config.low else state.weights.W_enc.dtype
-    shape = (len(x), config.latents)
-    if state.buffer is None or state.buffer.shape != shape or state.buffer.dtype != dtype:
+    dtype, shape = torch.bfloat16 if config.low else state.weights.W_enc.dtype, (len(x), config.latents)
+    own = dtype != torch.float32 or x.device.type != "cpu"  # there the product brings its own
+    if own and (state.buffer is None or state.buffer.shape != shape or state.buffer.dtype != dtype):
         state.buffer = torch.empty(shape, dtype=dtype, device=x.device)
     w = state.weights
     dead = (state.since_fired > config.dead_after).nonzero()[:, 0] if config.alpha else None
