@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import store
-from helpers.harvest import Samples
+from helpers.activations import Samples
 from helpers.models import Plain
 
 

@@ -32,7 +32,7 @@ class SaeError(RuntimeError):
 
 
 class Samples(Protocol):
-    """Rows that can be asked for by index, float32 (n, d_model): see `helpers.harvest`."""
+    """Rows that can be asked for by index, float32 (n, d_model): see `helpers.activations`."""
 
     d_model: int
 

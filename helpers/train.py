@@ -1,7 +1,7 @@
 """The training loop of a TopK SAE: schedule, logs, checkpoints that resume exactly, an early stop on NaN.
 
-Knows a source of rows by three methods, `about()`, `sample(n, seed)` and `batches(batch, seed, start)` (helpers.harvest
-has both kinds, on disk and streamed), and folders to write to; nothing of models or text. The mathematics is in `helpers.topk`.
+Knows a source of rows by three methods, `about()`, `sample(n, seed)` and `batches(batch, seed, start)` (helpers.activations
+and helpers.harvest have both kinds, on disk and streamed), and folders to write to; nothing of models or text. The mathematics is in `helpers.topk`.
 """
 
 import json
@@ -23,7 +23,7 @@ from helpers.session import cache_dir, choose_device, choose_dtype, setting
 from helpers.store import code_digest, digest, file_digest, versions, writing
 from helpers.topk import Weights
 
-CODE = ("topk", "train", "harvest")  # what the order of rows and every step depend on
+CODE = ("topk", "train", "activations", "harvest")  # what the order of rows and every step depend on
 
 
 class TrainingError(RuntimeError):
@@ -31,7 +31,7 @@ class TrainingError(RuntimeError):
 
 
 class Source(Protocol):
-    """Rows to train on, raw, float32, (n, d_model): see `helpers.harvest`."""
+    """Rows to train on, raw, float32, (n, d_model): see `helpers.activations`."""
 
     def about(self) -> dict[str, Any]: ...
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import CACHE
 
-from helpers import corpus, harvest, models, store, train
+from helpers import activations, corpus, harvest, models, store, train
+from helpers.activations import Array, HarvestError
 from helpers.behaviors import DataError
-from helpers.harvest import Array, HarvestError
 from helpers.models import Plain
 from helpers.session import ROOT
 
@@ -153,7 +153,7 @@ def test_massive_activations_are_left_out_and_counted(model, text, cache):
         handle.remove()
     assert plain.dropped == 0 and loud.dropped == (plain.named("position") == 5).sum()
     assert not (loud.named("position") == 5).any()
-    assert float(harvest.Samples(loud.folder, 1, outlier=1e9).rows(torch.arange(500)).norm(dim=1).max()) > 1000
+    assert float(activations.Samples(loud.folder, 1, outlier=1e9).rows(torch.arange(500)).norm(dim=1).max()) > 1000
 
 
 def test_a_second_call_runs_nothing_and_another_parameter_runs_anew(model, text, cache, monkeypatch):
@@ -173,7 +173,7 @@ from helpers import harvest
 from test_harvest import small, HOW
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-real_write, real_bytes, real_replace = harvest._write, Path.write_bytes, Path.replace
+real_bytes, real_replace = Path.write_bytes, Path.replace
 def is_it(path):
     return {shard!r} in path.name
 def write_bytes(self, data):
@@ -241,7 +241,7 @@ def test_a_damaged_shard_is_named_and_made_again(model, text, cache, capsys):
         else:
             (first.folder / "shard-00002.json").write_text("{")
         with pytest.raises(HarvestError, match="shard 2"):
-            harvest.Samples(first.folder, 1)
+            activations.Samples(first.folder, 1)
         again = harvest.run(model, text, [1], 1500, **HOW)
         assert "shard 2" in capsys.readouterr().out and every_byte(again.folder) == before, damage
 
@@ -293,7 +293,7 @@ def test_a_shard_that_cannot_be_read_just_now_is_not_thrown_away(model, text, ca
 
     monkeypatch.setattr(store, "file_digest", busy)
     with pytest.raises(OSError, match="Too many"):
-        harvest.Samples(first.folder, 1)
+        activations.Samples(first.folder, 1)
     assert every_byte(first.folder) == before
 
 
@@ -454,15 +454,15 @@ def test_reading_holds_no_shard_in_memory(tmp_path):
     rows, width, n = 8, 512, 25_000
     for i in range(8):
         ids = np.zeros((rows, n // rows), dtype=np.int32)
-        chunk = harvest._Chunk(i, ids, np.ones_like(ids, bool), ids, {})
+        chunk = activations.Chunk(i, ids, np.ones_like(ids, bool), ids, {})
         acts = torch.full((n, width), float(i + 1), dtype=torch.bfloat16)
-        harvest._write(tmp_path, chunk, {1: harvest._Acts(acts, acts.float().norm(dim=1))})
+        activations.write_shard(tmp_path, chunk, {1: activations.Acts(acts, acts.float().norm(dim=1))})
         del acts
     note = {"shards": 8, "parameters": {"layers": [1]}, "counts": {}}
     (tmp_path / "sidecar.json").write_text(json.dumps(note))
     gc.collect()
     before = held()
-    samples = harvest.Samples(tmp_path, 1, verify=False)
+    samples = activations.Samples(tmp_path, 1, verify=False)
     for _, batch in zip(range(20), samples.batches(1024), strict=False):
         assert batch.shape == (1024, width)
     assert len(samples) == 8 * n and held() - before < 60
@@ -536,7 +536,7 @@ def test_streams_of_another_dtype_are_not_mistaken_for_one_another(model, text, 
     a, b = (harvest.Stream(m, text, 1, context=32, batch_rows=4).about() for m in (model, half))
     assert a["stream"] != b["stream"] and a["model_dtype"] == "float32"
     samples = harvest.run(model, text, [1], 800, **HOW)
-    assert samples.about() != harvest.Samples(samples.folder, 1, outlier=50.0).about()
+    assert samples.about() != activations.Samples(samples.folder, 1, outlier=50.0).about()
 
 
 def test_an_outlier_in_either_model_leaves_both(model, text, cache):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_harvest import HOW, small, text  # noqa: F401
 
 from helpers import harvest, latents, models, saes, topk
-from helpers.harvest import Array
+from helpers.activations import Array
 from helpers.saes import SaeError
 from helpers.topk import Weights
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import saes, topk, train
-from helpers.harvest import Array
+from helpers.activations import Array
 from helpers.topk import Weights
 
 
