@@ -1,6 +1,9 @@
 """One script a claim about speed; see README.md beside this file."""
 
 import statistics
+import time
+
+import torch
 
 
 def line(bench, ratios, sizes, device, **extra):
@@ -14,3 +17,14 @@ def line(bench, ratios, sizes, device, **extra):
         "device": device,
         **extra,
     }
+
+
+def clock(call, device):
+    """Seconds that `call` takes, a GPU's queue included."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

@@ -15,13 +15,12 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
 import torch
 
-from benchmarks import line
+from benchmarks import clock, line
 from helpers import assets, harvest, models, session, train
 from helpers.models import Plain
 
@@ -52,16 +51,6 @@ def store(model, layer, ids, batch):
         total_training_tokens=ids.numel(), store_batch_size_prompts=batch, train_batch_size_tokens=4096, prepend_bos=False,
         normalize_activations="none", device=model.weights.device, dtype="float32",
     )  # fmt: skip
-
-
-def clock(call, device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def stream_and_train(device, dtype, context):

@@ -11,12 +11,11 @@ bfloat16, the dense encode alone (torch's addmm, and ours), SAELens, and eai-spa
 import argparse
 import json
 import statistics
-import time
 import warnings
 
 import torch
 
-from benchmarks import line
+from benchmarks import clock, line
 from helpers import topk, train
 
 warnings.filterwarnings("ignore")
@@ -119,16 +118,6 @@ def same_curves(fresh, batch, sizes, device):
     return {
         name: float(f"{float(((u - v).abs() / v).max()) if sizes.steps else 0.0:.1e}") for name, (u, v) in pairs.items()
     }
-
-
-def clock(call, device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def main():
