@@ -155,7 +155,7 @@ def test_a_hub_data_set_is_pinned_and_streamed_with_its_subset_and_revision(monk
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecret")
+    monkeypatch.setenv("HF_TOKEN", "not-to-be-shown")
     pinned = corpus.resolved(["packaged:wiki", "hub:HuggingFaceFW/fineweb:sample-10BT@v1.0.0"])
     assert pinned == ["packaged:wiki", "hub:HuggingFaceFW/fineweb:sample-10BT@c0ffee"]
     rows = list(corpus.rows(smol.tokenizer, pinned[1], 16))
@@ -167,10 +167,10 @@ def test_a_hub_that_fails_is_explained_without_the_token(monkeypatch):
     import datasets
     import huggingface_hub
 
-    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecret")
+    monkeypatch.setenv("HF_TOKEN", "not-to-be-shown")
 
     def broken(*_, **__):
-        raise OSError("no network for hf_secretsecretsecretsecret")
+        raise OSError("no network for not-to-be-shown")
 
     def later(*_, **__):
         yield {"text": "one"}
@@ -179,12 +179,12 @@ def test_a_hub_that_fails_is_explained_without_the_token(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", broken)
     with pytest.raises(DataError, match="packaged:wiki") as error:
         corpus.resolved("hub:a/b")
-    assert "secretsecret" not in str(error.value)
+    assert "not-to-be-shown" not in str(error.value)
     for load in (broken, later):
         monkeypatch.setattr(datasets, "load_dataset", load)
         with pytest.raises(DataError, match="packaged:wiki") as error:
             list(corpus.documents("hub:a/b"))
-        assert "secretsecret" not in str(error.value)
+        assert "not-to-be-shown" not in str(error.value)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"body": "x"}]))
     with pytest.raises(DataError, match="no field text; it has body"):
         next(corpus.documents("hub:a/b"))
