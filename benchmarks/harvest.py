@@ -47,7 +47,7 @@ def store(model, layer, ids, batch):
     dataset = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     return ActivationsStore(
         HookedProxyLM(model.weights, model.tokenizer, hook_names=[block]), dataset, streaming=False, hook_name=block,
-        hook_head_index=None, context_size=ids.shape[1], d_in=model.weights.config.hidden_size, n_batches_in_buffer=8192 // ids.shape[1],
+        hook_head_index=None, context_size=ids.shape[1], d_in=models.width(model.weights), n_batches_in_buffer=8192 // ids.shape[1],
         total_training_tokens=ids.numel(), store_batch_size_prompts=batch, train_batch_size_tokens=4096, prepend_bos=False,
         normalize_activations="none", device=model.weights.device, dtype="float32",
     )  # fmt: skip

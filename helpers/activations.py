@@ -59,20 +59,12 @@ def write_shard(folder: Path, chunk: Chunk, acts: dict[int, Acts]) -> None:
     store.write_file(folder / f"shard-{chunk.index:05d}.json", json.dumps(note))
 
 
-def read_note(path: Path) -> dict[str, Any] | None:
-    """A JSON file of ours, or None if it is not there or was cut short."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 def whole(folder: Path, index: int) -> bool:
     """Whether a shard is there and matches its count and checksum; one that does not is named and removed."""
     shard, sidecar = (folder / f"shard-{index:05d}.{end}" for end in ("safetensors", "json"))
     if not sidecar.exists():
         return False
-    note = read_note(sidecar)
+    note = store.read_json(sidecar)
     if note and shard.exists() and shard.stat().st_size == note["bytes"] and store.file_digest(shard) == note["sha256"]:
         return True
     print(f"shard {index} of harvest {folder.name} is damaged; it is made again")
@@ -109,8 +101,8 @@ class Rows:
         """Batches (batch, d_model) without end, epoch after epoch, from batch number `start` on.
 
         Blocks of `block` neighbouring samples are permuted, and samples within every `pool` batches: a seeded shuffle that
-        touches pool * batch / block places of the disk at a time and holds one batch. What does not fill a batch at the end of an epoch is left out. ValueError for fewer
-        samples than a batch, or with sample and shard if one is not finite.
+        touches pool * batch / block places of the disk at a time and holds one batch. What does not fill a batch at the end
+        of an epoch is left out. ValueError for fewer samples than a batch, or with sample and shard if one is not finite.
         """
         per_epoch = (len(self) // block * block) // batch
         if per_epoch < 1:
@@ -144,6 +136,7 @@ class Rows:
 
 
 def about_rows(model: str, source: Any, layer: int, context: int, outlier: float, **more: Any) -> dict[str, Any]:
+    """The metadata of residuals after `layer`, in SAELens's words where it has them."""
     return {
         "model_name": model.split("@")[0],
         "model_revision": model.split("@")[-1],
@@ -159,6 +152,7 @@ def about_rows(model: str, source: Any, layer: int, context: int, outlier: float
 
 
 def seeded(*numbers: int) -> torch.Generator:
+    """A generator whose seed is a hash of all the numbers."""
     return torch.Generator().manual_seed(int(store.digest(list(numbers))[:15], 16))
 
 
@@ -183,16 +177,17 @@ class Samples(Rows):
 
     Tokens with a residual longer than OUTLIER medians are left out (`dropped` says how many): a handful of massive
     activations (Sun et al. 2024, arXiv:2402.17762) can hold most of the variance and make any fit look good.
+    `limit` is the longest residual that is used.
     """
 
     def __init__(self, folder: Path, layer: int, verify: bool = True, outlier: float = OUTLIER):
         self.folder, self.layer, self.outlier = Path(folder), layer, outlier
-        sidecar = self.folder / "sidecar.json"
-        if not sidecar.exists():
+        note = store.read_json(self.folder / "sidecar.json")
+        if note is None:
             raise HarvestError(
                 f"{self.folder.name} is not a finished harvest: run it again, it goes on where it stopped"
             )
-        self.note = json.loads(sidecar.read_text())
+        self.note: dict[str, Any] = note
         if layer not in self.note["parameters"]["layers"]:
             raise HarvestError(f"layer {layer} was asked for; this harvest holds {self.note['parameters']['layers']}")
         numbers = range(self.note["shards"])

@@ -228,19 +228,13 @@ def _row(
     )
 
 
-def first_token(tokenizer: Any) -> list[int]:
-    """The BOS that begins every row, as a list of one id, or an empty list where the tokenizer adds none."""
-    return [i for i in tokenizer("", add_special_tokens=True)["input_ids"][:1] if i == tokenizer.bos_token_id]
-
-
 def rows(
     tokenizer: Any, source: Source, context: int, part: str = "all", count: Counter | None = None
 ) -> Iterator[Row]:
     """Rows of `context` tokens from the documents of `part` (all, train, or held-out: a tenth), in the source's order.
 
     `count`, if given, is filled with the number of tokens kept, special, template, first, padding, truncated
-    (of conversations longer than a row), and left over. DataError
-    if the source does not fill one row.
+    (of conversations longer than a row), and left over. DataError if the source does not fill one row.
     """
     if part not in PARTS:
         raise ValueError(f"part {part!r} given; choose one of {', '.join(PARTS)}")
@@ -248,7 +242,7 @@ def rows(
         raise ValueError(f"context = {context} given; a row needs 2 tokens at least, and 128 or more to be of use")
     count = Counter() if count is None else count
     special = prompts.special_ids(tokenizer)
-    bos = first_token(tokenizer)
+    bos = prompts.first_token(tokenizer)
     ids, of, seen = list(bos), [-1] * len(bos), 0
     for number, document in enumerate(documents(source)):
         if part != "all" and held_out(document) != (part == "held-out"):

@@ -25,16 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import activations, behaviors, corpus, models, prompts, session, store
-from helpers.activations import Acts, Chunk, HarvestError, Pair, Rows, Samples
+from helpers.activations import Acts, Chunk, HarvestError, Pair, Samples
+from helpers.hooks import Stop, hooked
 from helpers.models import Plain
 
 FORMAT = 1  # raised when the bits of a shard change
 SHARD_ROWS = 512
 Model = Plain | str
-
-
-class _Stop(Exception):
-    """Ends a forward pass after the deepest layer wanted."""
 
 
 def residuals(weights: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
@@ -50,22 +47,13 @@ def residuals(weights: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, Ten
         def read(module: Any, inputs: Any, out: Any) -> None:
             found[layer] = out[0] if isinstance(out, tuple) else out
             if layer == max(layers):
-                raise _Stop
+                raise Stop
 
         return read
 
-    handles = [blocks[k].register_forward_hook(reader(k)) for k in layers]
-    try:
-        with suppress(_Stop), torch.no_grad():
-            weights(input_ids=ids.to(weights.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked([blocks[k] for k in layers], [reader(k) for k in layers]), suppress(Stop), torch.no_grad():
+        weights(input_ids=ids.to(weights.device), use_cache=False)
     return found
-
-
-def _width(weights: Any) -> int:
-    return weights.config.get_text_config().hidden_size
 
 
 def choose_batch(model: Plain, layers: Sequence[int], context: int) -> int:
@@ -75,8 +63,8 @@ def choose_batch(model: Plain, layers: Sequence[int], context: int) -> int:
     if weights.device.type == "cuda":
         key.append(torch.cuda.get_device_name(weights.device))
     path = session.cache_dir() / "batches" / f"{store.digest(key)[:16]}.json"
-    if path.exists():
-        return json.loads(path.read_text())["rows"]
+    if kept := store.read_json(path):
+        return kept["rows"]
     best, speed, rows = 0, 0.0, max(512 // context, 1)
     while True:
         ids = torch.zeros(rows, context, dtype=torch.long)
@@ -132,7 +120,7 @@ def _forward(model: Plain, chunk: Chunk, layers: Sequence[int], batch: int, bar:
     weights = model.weights
     kept = torch.from_numpy(chunk.kept)
     ends = np.concatenate([[0], chunk.kept.sum(1).cumsum()])
-    n, width = int(ends[-1]), _width(weights)
+    n, width = int(ends[-1]), models.width(weights)
     out = {k: Acts(torch.empty(n, width, dtype=weights.dtype), torch.empty(n)) for k in layers}
     for first in range(0, len(chunk.ids), batch):
         last = min(first + batch, len(chunk.ids))
@@ -195,7 +183,7 @@ def _plan(
         "layers": layers,
         "tokens": tokens,
         "context": context,
-        "prepend bos": bool(corpus.first_token(tokenizer)),
+        "prepend bos": bool(prompts.first_token(tokenizer)),
         "template": store.digest(template)[:16],
         "part": part,
         "rows a shard": size,
@@ -232,7 +220,7 @@ def _room(folder: Path, tokens: int, layers: int, width: int, itemsize: int) -> 
 def _batch(folder: Path, plan: dict[str, Any], chosen: int, model: Plain) -> int:
     """Rows a forward pass of this harvest: a harvest keeps the batch its first shard was made with."""
     path = folder / "plan.json"
-    if (kept := activations.read_note(path)) and (not chosen or list(folder.glob("shard-*.json"))):
+    if (kept := store.read_json(path)) and (not chosen or list(folder.glob("shard-*.json"))):
         return kept["batch"]
     batch = chosen or choose_batch(model, plan["layers"], plan["context"])
     store.write_file(path, json.dumps({**plan, "batch": batch}, indent=1))
@@ -264,19 +252,19 @@ def run(
     plan = _plan(model, tokenizer, source, layers, tokens, context, part, shard_rows)
     folder = session.cache_dir() / "harvest" / store.digest(plan)[:24]
     finished, (rank, world) = folder / "sidecar.json", _ranks()
-    if note := activations.read_note(finished):
+    if note := store.read_json(finished):
         if all(activations.whole(folder, i) for i in range(note["shards"])):
             return Samples(folder, wanted, verify=False)
         finished.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     store.sweep(folder)
     if not list(folder.glob("shard-*.json")):
-        _room(folder, tokens, len(layers), _width(model.weights), model.weights.dtype.itemsize)
+        _room(folder, tokens, len(layers), models.width(model.weights), model.weights.dtype.itemsize)
     _barrier()  # nobody looks for shards while another still removes damaged ones
     if rank == 0:
         batch = _batch(folder, plan, batch, model)
     _barrier()
-    batch = activations.read_note(folder / "plan.json")["batch"]
+    batch = store.read_json(folder / "plan.json")["batch"]
     began, count, shards, made = time.perf_counter(), Counter(), 0, 0
     name = f"harvest {'+'.join(map(str, layers))}"
     with (
@@ -316,7 +304,7 @@ def check_pair(base: Model, chat: Model) -> None:
     outlines = []
     for m in (base, chat):
         if isinstance(m, Plain):
-            outlines.append(models.Outline(m.tokenizer, _width(m.weights), len(models.blocks(m.weights))))
+            outlines.append(models.Outline(m.tokenizer, models.width(m.weights), len(models.blocks(m.weights))))
         else:
             outlines.append(models.outline(m))
     a, b = outlines
@@ -367,7 +355,7 @@ def pair(base: Model, chat: Model, source: corpus.Source, layers: Sequence[int],
     return activations.aligned(*out)
 
 
-class Stream(Rows):
+class Stream:
     """Batches straight from the model, nothing on disk: harvest and train in one go.
 
     `chat` given, rows are chat - base, of the chat tokenizer's token rows. Rows come in pools of about `pool_tokens` tokens; a
@@ -387,9 +375,10 @@ class Stream(Rows):
         self.source, self.layer, self.context, self.part = corpus.resolved(source), layer, context, part
         self.pool_rows = max(pool_tokens // context, 1)
         self.batch_rows = batch_rows or choose_batch(model, [layer], context)
-        self.d_model = _width(model.weights)
+        self.d_model = models.width(model.weights)
 
     def about(self) -> dict[str, Any]:
+        """What the rows are, as an SAE's metadata says it."""
         plans = [
             _plan(m, self.tokenizer, self.source, [self.layer], 0, self.context, self.part, self.pool_rows)
             for m in self.models
@@ -427,7 +416,8 @@ class Stream(Rows):
         rows = torch.cat(found)
         return rows[torch.randperm(len(rows), generator=activations.seeded(seed))[:n]].float()
 
-    def batches(self, batch: int, seed: int = 0, start: int = 0, **_: Any) -> Iterator[Tensor]:
+    def batches(self, batch: int, seed: int = 0, start: int = 0) -> Iterator[Tensor]:
+        """Batches (batch, d_model) float32 without end, from batch number `start` on; ValueError if no pool fills one."""
         number, epoch = 0, 0
         while True:
             before = number

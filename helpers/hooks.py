@@ -62,7 +62,8 @@ class _Cursor:
 
 
 @contextmanager
-def _hooked(points: Sequence[Any], hook: Any) -> Iterator[None]:
+def hooked(points: Sequence[Any], hook: Sequence[Any]) -> Iterator[None]:
+    """Context: each of `points` (modules) runs its forward hook; all are removed at the end, also after an exception."""
     handles = []
     try:
         for point, fn in zip(points, hook, strict=True):
@@ -73,7 +74,7 @@ def _hooked(points: Sequence[Any], hook: Any) -> Iterator[None]:
             handle.remove()
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Raised after the last layer that is read, to save the rest of the forward pass."""
 
 
@@ -99,12 +100,12 @@ def capture(
             joined = parts[layer]
             acts[layer] = joined[0] if len(joined) == 1 else torch.cat(joined, dim=0 if positions is not None else 1)
             if stop and layer == max(layers):
-                raise _Stop
+                raise Stop
 
         return read
 
     points, readers = [hook_point(model, layer) for layer in layers], [reader(layer) for layer in layers]
-    with _hooked(points, readers), suppress(_Stop):
+    with hooked(points, readers), suppress(Stop):
         yield acts
 
 
@@ -122,7 +123,7 @@ def _edit(model: Any, layer: int, change: Any, positions: Positions | None) -> I
         mask = cursor.mask(out)
         return torch.where(mask[..., None], change(out), out)
 
-    with _hooked([hook_point(model, layer)], [write]):
+    with hooked([hook_point(model, layer)], [write]):
         yield
 
 

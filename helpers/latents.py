@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers import store
+from helpers import models, store
 from helpers.activations import Samples
 from helpers.models import Plain
 
@@ -78,15 +78,14 @@ FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 def _final_norm(weights: Any) -> tuple[Tensor, float]:
     """The gain (d_model,) of the norm before the unembedding, and 1.0 if it centres (LayerNorm), else 0.0."""
-    width = weights.config.get_text_config().hidden_size
     for name, module in reversed(list(weights.named_modules())):
         if name.split(".")[-1] in FINAL_NORMS and not any(part.isdigit() for part in name.split(".")):
             if isinstance(module, torch.nn.LayerNorm):
                 return module.weight.float(), 1.0
-            ones = torch.ones(1, 1, width, dtype=weights.dtype, device=weights.device)
+            ones = torch.ones(1, 1, models.width(weights), dtype=weights.dtype, device=weights.device)
             return module(ones)[
                 0, 0
-            ].float(), 0.0  # a row of length sqrt(d) comes out as the gain, 1 + weight in Gemma's
+            ].float(), 0.0  # ones, of length sqrt(d), come out as the gain (Gemma's: 1 + weight)
     raise ValueError(
         f"{type(weights).__name__} has no final norm named {', '.join(FINAL_NORMS)}: its logit lens is not known"
     )

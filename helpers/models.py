@@ -187,6 +187,11 @@ def plain(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, re
     return Plain(weights, _tokenizer(path), identity)
 
 
+def width(weights: Any) -> int:
+    """The width of a transformers model's residual stream."""
+    return weights.config.get_text_config().hidden_size
+
+
 def blocks(weights: Any) -> torch.nn.ModuleList:
     """The blocks of a transformers model that `plain` loaded, wherever its architecture keeps them."""
     depth = weights.config.get_text_config().num_hidden_layers

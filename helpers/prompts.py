@@ -41,6 +41,11 @@ def special_ids(tokenizer: Any) -> set[int]:
     return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
 
+def first_token(tokenizer: Any) -> list[int]:
+    """The BOS that the tokenizer puts before a text, as a list of one id, or an empty list where it adds none."""
+    return [i for i in tokenizer("", add_special_tokens=True)["input_ids"][:1] if i == tokenizer.bos_token_id]
+
+
 def _render(tokenizer: Any, messages: list[dict[str, str]], generate: bool) -> str:
     if tokenizer.chat_template is None:  # a base model: a plain transcript
         text = "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages)
@@ -64,8 +69,8 @@ def _tokenize(tokenizer: Any, text: str, spans: list[tuple[str, int]]) -> Tokens
             if a < start and b > begin and roles[i] == TEMPLATE:
                 roles[i] = role
     # Templates write the BOS themselves; plain text gets the one the tokenizer would have added, never two.
-    bos = tokenizer("", add_special_tokens=True)["input_ids"][:1]
-    if bos and bos[0] == tokenizer.bos_token_id and ids[:1] != bos:
+    bos = first_token(tokenizer)
+    if bos and ids[:1] != bos:
         ids, roles = bos + ids, [SPECIAL, *roles]
     return Tokens(ids, roles)
 

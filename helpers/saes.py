@@ -8,12 +8,10 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,23 +20,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from helpers import models, session, store, topk
-from helpers.hooks import resid_post
+from helpers.activations import Rows
+from helpers.hooks import hooked, resid_post
 from helpers.models import Plain
 from helpers.topk import Weights
 
 
 class SaeError(RuntimeError):
     """An SAE cannot be had, or does not fit what it is to be used on; the message says which and why."""
-
-
-class Samples(Protocol):
-    """Rows that can be asked for by index, float32 (n, d_model): see `helpers.activations`."""
-
-    d_model: int
-
-    def __len__(self) -> int: ...
-
-    def rows(self, index: Tensor) -> Tensor: ...
 
 
 # --- save and load -----------------------------------------------------------------------------------------------------
@@ -247,7 +236,7 @@ class Evaluation(NamedTuple):
         return 1 - float(self.error.sum() / self.total.sum())
 
 
-def evaluate(sae: Any, samples: Samples, limit: int = 0, batch: int = 4096) -> Evaluation:
+def evaluate(sae: Any, samples: Rows, limit: int = 0, batch: int = 4096) -> Evaluation:
     """How well an SAE fits `samples` (the first `limit` if given); sums in float64."""
     n = min(limit or len(samples), len(samples))
     if samples.d_model != sae.cfg.d_in:
@@ -301,18 +290,13 @@ class LossRecovered(NamedTuple):
         return float((self.mean.sum() - self.sae.sum()) / (self.mean.sum() - self.model.sum()))
 
 
-@contextmanager
-def _spliced(weights: Any, layer: int, replace: Any) -> Iterator[None]:
+def _spliced(weights: Any, layer: int, replace: Any) -> Any:
     """Context: after block `layer` the residual stream is replace(x)."""
 
     def write(module: Any, inputs: Any, out: Any) -> Any:
         return (replace(out[0]), *out[1:]) if isinstance(out, tuple) else replace(out)
 
-    handle = models.blocks(weights)[layer].register_forward_hook(write)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooked([models.blocks(weights)[layer]], [write])
 
 
 def loss_recovered(

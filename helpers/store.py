@@ -122,6 +122,14 @@ def writing(path: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary.with_name(f"{temporary.name}-old"), ignore_errors=True)
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file of ours, or None if it is not there or was cut short."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def write_file(path: Path, data: str | bytes) -> Path:
     """Write a whole file or nothing: under a temporary name, then renamed over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)

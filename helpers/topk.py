@@ -7,10 +7,10 @@ Knows tensors only: no files, no optimiser, no loop. With rows x (tokens, d_mode
     x_hat = z W_dec + b_dec                 loss = mean over tokens of |x - x_hat|^2 + alpha |e - e_hat|^2
 
 Gao et al. 2024 (arXiv:2406.04093), eq. 1-2 and A.2: e = x - x_hat, held fixed, and e_hat its reconstruction p W_dec from the
-k_aux largest dead latents, without the ReLU, through which a dead latent could never come back (SAELens does the same). Latents are ranked by p_j |W_dec_j|, their share of the output, so the loss does not depend on how
-encoder and decoder share a length (SAELens: `rescale_acts_by_decoder_norm`); with unit rows that is TopK as published.
-BatchTopK (Bussmann et al. 2024, arXiv:2412.06410) takes the tokens * k largest of the batch. Everything after the choice of
-the k is sparse: tokens * k numbers.
+k_aux largest dead latents, without the ReLU, through which a dead latent could never come back (SAELens does the same).
+Latents are ranked by p_j |W_dec_j|, their share of the output, so the loss does not depend on how encoder and decoder share
+a length (SAELens: `rescale_acts_by_decoder_norm`); with unit rows that is TopK as published. BatchTopK (Bussmann et al.
+2024, arXiv:2412.06410) takes the tokens * k largest of the batch. Everything after the choice is sparse: tokens * k numbers.
 """
 
 import math

@@ -1,7 +1,8 @@
 """The training loop of a TopK SAE: schedule, logs, checkpoints that resume exactly, an early stop on NaN.
 
 Knows a source of rows by three methods, `about()`, `sample(n, seed)` and `batches(batch, seed, start)` (helpers.activations
-and helpers.harvest have both kinds, on disk and streamed), and folders to write to; nothing of models or text. The mathematics is in `helpers.topk`.
+and helpers.harvest have both kinds, on disk and streamed), and folders to write to; nothing of models or text. The
+mathematics is in `helpers.topk`.
 """
 
 import json
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from helpers import saes, topk
 from helpers.session import cache_dir, choose_device, choose_dtype, setting
-from helpers.store import code_digest, digest, file_digest, versions, writing
+from helpers.store import code_digest, digest, file_digest, read_json, versions, writing
 from helpers.topk import Weights
 
 CODE = ("topk", "train", "activations", "harvest")  # what the order of rows and every step depend on
@@ -31,7 +32,7 @@ class TrainingError(RuntimeError):
 
 
 class Source(Protocol):
-    """Rows to train on, raw, float32, (n, d_model): see `helpers.activations`."""
+    """Rows to train on, raw, float32, (n, d_model): `activations.Rows` or `harvest.Stream`."""
 
     def about(self) -> dict[str, Any]: ...
 
@@ -240,12 +241,9 @@ def _save(folder: Path, state: State, note: dict[str, Any], keep: int = 2) -> No
 def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is not damaged; a damaged one is named and removed."""
     for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            note = json.loads((path / "note.json").read_text())
-            if file_digest(path / "state.safetensors") == note["sha256"]:
-                return path, note
-        except (OSError, ValueError, KeyError):
-            pass
+        state, note = path / "state.safetensors", read_json(path / "note.json")
+        if note and state.exists() and file_digest(state) == note["sha256"]:
+            return path, note
         print(f"checkpoint {path.name} is damaged; it is removed and the one before it taken")
         shutil.rmtree(path)
     return None

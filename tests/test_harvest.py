@@ -297,6 +297,15 @@ def test_a_shard_that_cannot_be_read_just_now_is_not_thrown_away(model, text, ca
     assert every_byte(first.folder) == before
 
 
+def test_a_sidecar_cut_short_is_an_unfinished_harvest(model, text, cache):
+    first = harvest.run(model, text, [1], 800, **HOW)
+    sidecar = first.folder / "sidecar.json"
+    sidecar.write_text(sidecar.read_text()[:20])
+    with pytest.raises(HarvestError, match="not a finished harvest"):
+        activations.Samples(first.folder, 1)
+    assert len(harvest.run(model, text, [1], 800, **HOW)) == len(first)
+
+
 def test_layers_keep_the_order_asked_for(model, text, cache):
     assert harvest.run(model, text, [2, 1], 800, **HOW).layer == 2
     assert harvest.run(model, text, [1, 2], 800, **HOW).layer == 1
