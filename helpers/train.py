@@ -340,3 +340,21 @@ def sae(source: Source, config: Config, device: str = "cpu", wandb_project: str 
     saes.save(folder, done.weights, config.k, metadata, done.threshold, notes)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return folder
+
+
+def dictionary(
+    profile: dict[str, Any], source: Source, device: str = "cpu", seed: int = 0, fast: bool = False
+) -> tuple[saes.Loaded, Path]:
+    """The SAE of a profile's `sae:` section, and the folder its table of latents belongs in.
+
+    With `release` and `id` it comes out of sae_lens's registry (`norm_factor` where that lacks one; `seed` then changes nothing), else
+    it is trained on `source` as `train:` says. It must fit the width of `source` and the profile's layer. SaeError says
+    what does not.
+    """
+    how, layer = profile.get("sae", {}), profile["layer"]
+    d_model = source.sample(1, 0).shape[1]
+    if "release" not in how:
+        folder = sae(source, of_profile(profile, d_model, seed, fast), device)
+        return saes.load(folder, device=device, d_model=d_model, layer=layer), folder
+    loaded = saes.load(how["release"], how["id"], device, d_model, layer, how.get("norm_factor", 0.0))
+    return loaded, cache_dir() / "saes" / digest([how["release"], how["id"]])[:24]

@@ -1,0 +1,388 @@
+"""A vector written in a dictionary's latents, by every method that is in use, at a chosen number of latents.
+
+Pure: vectors (n, d_model) and an SAE as sae_lens holds one (`encode`, `decode`, `W_enc`, `W_dec`), or just its rows. Nothing of
+models, text or files. Each method returns a Decomposition. The encoder's methods (encode, minus the zero vector's code, with and
+without the vector) answer what the SAE says of it; the others ask which sparse sum of rows comes closest, whatever an
+encoder says: orthogonal matching pursuit (Pati et al. 1993), gradient pursuit (Blumensath & Davies 2008; without sign as in
+Smith 2024, "Inference-time optimisation"), lasso along its path (Efron et al. 2004), and least squares as the dense limit.
+Negative projections and spurious positives follow Mayne et al. 2024 (arXiv:2411.08790, section 3.2).
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import false_discovery_control, ttest_1samp
+from torch import Tensor
+
+from helpers import stats
+from helpers.stats import Interval
+
+
+class Decomposition(NamedTuple):
+    """Vectors in a dictionary: `codes` (n, latents) and `reconstruction` (n, d_model), float32 on the CPU; and, each (n,)
+    float64, `cosine` of the reconstruction with the vector (0 if either is zero), `error` = |v - reconstruction| / |v| (NaN for
+    v = 0) and `l0`; `seconds` for all n together."""
+
+    codes: Tensor
+    reconstruction: Tensor
+    cosine: np.ndarray
+    error: np.ndarray
+    l0: np.ndarray
+    seconds: float
+
+
+def _finish(vectors: Tensor, codes: Tensor, reconstruction: Tensor, began: float) -> Decomposition:
+    seconds = time.perf_counter() - began
+    codes, reconstruction = codes.float().cpu(), reconstruction.float().cpu()
+    v, r = vectors.double().cpu().numpy(), reconstruction.double().numpy()
+    norm = np.linalg.norm(v, axis=1)
+    error = np.divide(np.linalg.norm(v - r, axis=1), norm, out=np.full(len(v), np.nan), where=norm > 0)
+    return Decomposition(
+        codes, reconstruction, stats.cosine(v, r), error, (codes != 0).sum(1).double().numpy(), seconds
+    )
+
+
+def _vectors(vectors: Tensor, d_model: int) -> Tensor:
+    if vectors.ndim != 2 or vectors.shape[1] != d_model or not len(vectors):
+        raise ValueError(
+            f"vectors of shape {tuple(vectors.shape)} were given; the dictionary wants (n, {d_model}), n of 1 or more"
+        )
+    if not bool(torch.isfinite(vectors).all()):
+        raise ValueError("a vector holds NaN or infinity; look at the differences it was made from")
+    return vectors.detach()
+
+
+def keep_largest(codes: Tensor, rows: Tensor, k: int) -> Tensor:
+    """The codes (n, latents) with all but the k of largest |code| |row| in each line set to zero; all are kept for k = 0."""
+    if not k or k >= codes.shape[1]:
+        return codes
+    chosen = (codes.abs() * rows.norm(dim=1)).topk(k, dim=1).indices
+    return torch.zeros_like(codes).scatter(1, chosen, codes.gather(1, chosen))
+
+
+# --- what the encoder says ---------------------------------------------------------------------------------------------
+
+
+def codes_of(sae: Any, rows: Tensor, batch: int = 1024) -> Tensor:
+    """The SAE's codes (n, latents) float32 of rows (n, d_model), on its own device, `batch` rows at a time."""
+    with torch.no_grad():
+        return torch.cat([sae.encode(part.float().to(sae.device)).float() for part in rows.split(batch)])
+
+
+def encode(sae: Any, vectors: Tensor, k: int = 0) -> Decomposition:
+    """decode(encode(v)): the vector taken for an activation. The k largest codes; 0: all the SAE gives."""
+    v, began = _vectors(vectors, sae.cfg.d_in), time.perf_counter()
+    codes = keep_largest(codes_of(sae, v), sae.W_dec, k)
+    return _finish(v, codes, sae.decode(codes).detach(), began)
+
+
+def encode_less_zero(sae: Any, vectors: Tensor, k: int = 0) -> Decomposition:
+    """(encode(v) - encode(0)) W_dec: what the vector adds to the code of nothing. The k largest; 0: all."""
+    v, began = _vectors(vectors, sae.cfg.d_in), time.perf_counter()
+    codes = codes_of(sae, v) - codes_of(sae, torch.zeros(1, sae.cfg.d_in))
+    codes = keep_largest(codes, sae.W_dec, k)
+    return _finish(v, codes, codes @ sae.W_dec, began)
+
+
+def encode_shift(sae: Any, vectors: Tensor, acts: Tensor, k: int = 0) -> Decomposition:
+    """mean over `acts` (m, d_model) of (encode(a + v) - encode(a)) W_dec: what the vector changes in real activations.
+
+    Codes may be negative: a latent that was active and goes out. The k largest of the mean; 0: all.
+    """
+    v, began = _vectors(vectors, sae.cfg.d_in), time.perf_counter()
+    before = codes_of(sae, acts).mean(0)
+    codes = torch.stack([codes_of(sae, acts + one.to(acts.dtype)).mean(0) for one in v]) - before
+    codes = keep_largest(codes, sae.W_dec, k)
+    return _finish(v, codes, codes @ sae.W_dec, began)
+
+
+def encode_pairs(sae: Any, pos: Tensor, neg: Tensor, k: int = 0) -> Decomposition:
+    """mean over pairs of (encode(pos) - encode(neg)) W_dec, for the one vector mean(pos - neg); pos and neg (pairs, d_model).
+
+    Needs the pairs the vector was made from, and no strength. The k largest of the mean; 0: all.
+    """
+    v, began = _vectors((pos - neg).double().mean(0)[None], sae.cfg.d_in), time.perf_counter()
+    codes = keep_largest((codes_of(sae, pos) - codes_of(sae, neg)).mean(0)[None], sae.W_dec, k)
+    return _finish(v, codes, codes @ sae.W_dec, began)
+
+
+# --- which sparse sum comes closest ------------------------------------------------------------------------------------
+
+
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (latents, d_model) in float32 with length 1, and their lengths; a row of zeros stays one."""
+    rows = rows.detach().float()
+    norms = rows.norm(dim=1)
+    return rows / norms.clamp_min(1e-12)[:, None], norms
+
+
+def _in_units(codes: Tensor, norms: Tensor) -> Tensor:
+    """Codes of unit rows as codes of rows that long; a row of zeros has none."""
+    return torch.where(norms > 0, codes / norms.clamp_min(1e-12), torch.zeros_like(codes))
+
+
+def pursuit(rows: Tensor, vectors: Tensor, k: int, update: str = "orthogonal", signed: bool = True) -> Decomposition:
+    """Greedy: k times the row of `rows` (latents, d_model) most aligned with what is left joins, and the codes are updated.
+
+    `update`: orthogonal, least squares on the rows chosen (OMP; equal to sklearn's); gradient, one optimal step along the
+    gradient on them; matching, only the newest code (equal to sae_lens's MatchingPursuitSAE where `signed` is False).
+    Not `signed`: only rows at a positive angle are chosen and codes are clipped at zero; not for orthogonal. A vector that
+    is used up, or to which no row is left, stops early. All vectors at once.
+    """
+    if update not in ("orthogonal", "gradient", "matching"):
+        raise ValueError(f"update = {update!r} given; it is orthogonal, gradient or matching")
+    if update == "orthogonal" and not signed:
+        raise ValueError(
+            "least squares has a sign: take update='gradient' or lasso(positive=True) for codes without one"
+        )
+    if not 1 <= k <= len(rows):
+        raise ValueError(f"k = {k} given; it must lie between 1 and the {len(rows)} rows of the dictionary")
+    v, began = _vectors(vectors, rows.shape[1]), time.perf_counter()
+    unit, norms = _unit(rows)
+    target = v.to(unit.device).double()
+    left, n = target.clone(), len(v)
+    codes = torch.zeros(n, len(unit), dtype=torch.float64, device=unit.device)
+    chosen = torch.zeros(n, 0, dtype=torch.long, device=unit.device)
+    taken = torch.zeros(n, len(unit), dtype=torch.bool, device=unit.device)
+    factor = target.new_zeros(n, k, k)  # Cholesky factor of the Gram matrix of the rows chosen
+    enough = 1e-6 * target.norm(dim=1)
+    for _ in range(k):
+        aligned = left.float() @ unit.T
+        score = aligned.abs() if signed else aligned
+        if update != "matching":
+            score = score.masked_fill(taken, -1.0)
+        best = score.max(dim=1)
+        going = (left.norm(dim=1) > enough) & (best.values > 0)
+        if not bool(going.any()):
+            break
+        new = best.indices[:, None]
+        if update == "matching":
+            step = (left * unit[new[:, 0]].double()).sum(1) * going
+            codes.scatter_add_(1, new, step[:, None])
+            left = left - step[:, None] * unit[new[:, 0]].double()
+            continue
+        chosen = torch.cat([chosen, new], 1)
+        taken.scatter_(1, new, True)
+        atoms = unit[chosen].double() * going[:, None, None]  # (n, t + 1, d_model); what stopped keeps its codes
+        if update == "orthogonal":
+            values = _least_squares(factor, atoms, target, going)
+        else:
+            before = codes.gather(1, chosen)
+            slope = torch.einsum("ntd,nd->nt", atoms, left)
+            image = torch.einsum("nt,ntd->nd", slope, atoms)
+            values = before + slope * (slope.square().sum(1) / image.square().sum(1).clamp_min(1e-30))[:, None]
+            values = values if signed else values.clamp_min(0.0)
+        values = torch.where(going[:, None], values, codes.gather(1, chosen))
+        codes.scatter_(1, chosen, values)
+        left = torch.where(going[:, None], target - torch.einsum("nt,ntd->nd", values, atoms), left)
+    codes = codes.float()
+    return _finish(v, _in_units(codes, norms), codes @ unit, began)
+
+
+def _least_squares(factor: Tensor, atoms: Tensor, target: Tensor, going: Tensor) -> Tensor:
+    """Codes (n, t) of `target` (n, d_model) on unit `atoms` (n, t, d_model); `factor` is extended by the newest atom in place."""
+    t = atoms.shape[1]
+    cross = torch.einsum("ntd,nd->nt", atoms[:, :-1], atoms[:, -1])
+    side = torch.linalg.solve_triangular(factor[:, : t - 1, : t - 1], cross[..., None], upper=False)[..., 0]
+    factor[:, t - 1, : t - 1] = side
+    factor[:, t - 1, t - 1] = (1 - side.square().sum(1)).clamp_min(1e-12).sqrt()
+    factor[~going, t - 1, : t - 1], factor[~going, t - 1, t - 1] = 0.0, 1.0
+    wanted = torch.einsum("ntd,nd->nt", atoms, target)
+    return torch.cholesky_solve(wanted[..., None], factor[:, :t, :t])[..., 0]
+
+
+def lasso(rows: Tensor, vectors: Tensor, k: int, positive: bool = False) -> Decomposition:
+    """The lasso's codes at the smallest penalty of its path (sklearn's `lars_path`) with at most k latents.
+
+    `positive`: codes not below zero. One vector after another; codes are shrunk, as the lasso's are.
+    """
+    from sklearn.linear_model import lars_path
+
+    v, began = _vectors(vectors, rows.shape[1]), time.perf_counter()
+    unit, norms = _unit(rows)
+    design = unit.double().cpu().numpy().T
+    codes = torch.zeros(len(v), len(unit))
+    for i, one in enumerate(v.double().cpu().numpy()):
+        if not one.any():
+            continue
+        with warnings.catch_warnings():  # the path ends early where rows are collinear: what is there is used
+            warnings.simplefilter("ignore")
+            path = lars_path(design, one, method="lasso", positive=positive, max_iter=2 * k)[2]
+        fits = np.flatnonzero((path != 0).sum(0) <= k)
+        codes[i] = torch.from_numpy(path[:, fits[-1]])
+    codes = codes.to(unit.device)
+    return _finish(v, _in_units(codes, norms), codes @ unit, began)
+
+
+def dense(rows: Tensor, vectors: Tensor, k: int = 0) -> Decomposition:
+    """Least squares on all rows at once, of least norm: the dense limit, exact where the rows span. The k largest; 0: all."""
+    v, began = _vectors(vectors, rows.shape[1]), time.perf_counter()
+    unit, norms = _unit(rows)
+    gram = unit.double().T @ unit.double()
+    codes = (v.to(gram.device).double() @ torch.linalg.pinv(gram, hermitian=True)).float() @ unit.T
+    codes = keep_largest(codes, unit, k)
+    return _finish(v, _in_units(codes, norms), codes @ unit, began)
+
+
+# name -> (sae, vectors, k, acts) -> Decomposition; the first three are what the SAE's encoder says
+METHODS: dict[str, Callable[[Any, Tensor, int, Tensor], Decomposition]] = {
+    "encode": lambda sae, v, k, acts: encode(sae, v, k),
+    "encode less zero": lambda sae, v, k, acts: encode_less_zero(sae, v, k),
+    "with and without v": lambda sae, v, k, acts: encode_shift(sae, v, acts, k),
+    "gradient pursuit, unsigned": lambda sae, v, k, acts: pursuit(sae.W_dec, v, k, "gradient", signed=False),
+    "lasso, unsigned": lambda sae, v, k, acts: lasso(sae.W_dec, v, k, positive=True),
+    "orthogonal pursuit": lambda sae, v, k, acts: pursuit(sae.W_dec, v, k),
+    "gradient pursuit": lambda sae, v, k, acts: pursuit(sae.W_dec, v, k, "gradient"),
+    "lasso": lambda sae, v, k, acts: lasso(sae.W_dec, v, k),
+    "least squares, largest": lambda sae, v, k, acts: dense(sae.W_dec, v, k),
+}
+
+
+def overlap(codes: Tensor, other: Tensor, k: int) -> np.ndarray:
+    """Share (n,) of the k largest |codes| (n, latents) that are also among the k largest of `other` (latents,) or (n, latents).
+
+    Latents with code zero do not count; NaN for a line without any.
+    """
+
+    def largest(c: Tensor) -> Tensor:
+        top = c.abs().topk(min(k, c.shape[1]), dim=1)
+        return torch.zeros(c.shape, dtype=torch.bool, device=c.device).scatter(1, top.indices, top.values > 0)
+
+    mine, theirs = largest(codes), largest(other.expand_as(codes))
+    return ((mine & theirs).sum(1) / mine.sum(1)).double().cpu().numpy()
+
+
+# --- negative projections ----------------------------------------------------------------------------------------------
+
+
+class Negative(NamedTuple):
+    """Latents active on either side of contrast pairs: how many (`active`); the `share` more active on the negative side, with
+    its `null` (draws,) from pairs with sides shuffled; the share that is so beyond doubt (`reliable`: paired t-test, false
+    discovery rate 5 % over the active) and its null, `reliable_null` (draws,); the mean `difference` (latents,)."""
+
+    active: int
+    share: Interval
+    null: np.ndarray
+    reliable: Interval
+    reliable_null: np.ndarray
+    difference: Tensor
+
+
+def negative_projections(pos: Tensor, neg: Tensor, draws: int = 500, seed: int = 0) -> Negative:
+    """Which latents fire more on the negative side: from codes `pos` and `neg` (pairs, latents) of the two sides.
+
+    Intervals: bootstrap over pairs, each resample with the latents active in it. Null: half of the pairs, drawn at random, have
+    their sides swapped. ValueError for fewer than two pairs, or if nothing is active.
+    """
+    if pos.shape != neg.shape or pos.ndim != 2 or len(pos) < 2:
+        raise ValueError(
+            f"pos {tuple(pos.shape)} and neg {tuple(neg.shape)} were given; two equal (pairs, latents) with 2 pairs or more"
+        )
+    used = ((pos > 0) | (neg > 0)).any(0)
+    if not bool(used.any()):
+        raise ValueError("no latent is active on either side of any pair: are these codes?")
+    gap = (pos - neg)[:, used].double().cpu().numpy()
+    on = ((pos > 0) | (neg > 0))[:, used].double().cpu().numpy()
+    rng, n = np.random.default_rng(seed), len(gap)
+
+    def reliably(rows: np.ndarray) -> float:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            p = np.nan_to_num(ttest_1samp(rows, 0).pvalue, nan=1.0)
+        return float(((false_discovery_control(p) < 0.05) & (rows.mean(0) < 0)).mean())
+
+    picks = rng.multinomial(n, np.full(n, 1 / n), size=draws)
+    alive = picks @ on > 0
+    shares = ((picks @ gap < 0) & alive).sum(1) / alive.sum(1)
+    half = np.where(np.arange(n) < n // 2, -1.0, 1.0)
+    signs = np.stack([rng.permutation(half) for _ in range(draws)])
+    share = stats.centred(float((gap.mean(0) < 0).mean()), shares)
+    few = min(draws, 200)
+    again = [
+        reliably(np.repeat(gap, row, axis=0)[:, on_row]) for row, on_row in zip(picks[:few], alive[:few], strict=True)
+    ]
+    return Negative(
+        gap.shape[1], share, (signs @ gap < 0).mean(1), stats.centred(reliably(gap), again),
+        np.array([reliably(gap * s[:, None]) for s in signs[:few]]), (pos - neg).mean(0).float().cpu(),
+    )  # fmt: skip
+
+
+class Spurious(NamedTuple):
+    """A latent with a positive code of v though the pairs do not raise it: its `code`, its code in the zero vector (`zero`), the
+    pairs' `difference`; and the negatively aligned latent that explains it (`source`, -1 if there is none): their decoder rows'
+    `cosine`, and the `share` of the latent's rise over the zero vector's pre-code that the source alone supplies (NaN where it
+    does not rise: then the bias explains it)."""
+
+    latent: int
+    code: float
+    zero: float
+    difference: float
+    source: int
+    cosine: float
+    share: float
+
+
+def spurious_positives(sae: Any, vector: Tensor, difference: Tensor) -> list[Spurious]:
+    """The spurious positives of encode(v), largest code first; `difference` (latents,): mean code, positive less negative side.
+
+    A latent i with difference D_i < 0 adds D_i (W_dec_i . W_enc_j) to the pre-code of j: positive where the two are negatively
+    aligned. The source of j is the i with cos(W_dec_i, W_dec_j) < 0 that adds most.
+    """
+    v = _vectors(vector[None], sae.cfg.d_in)
+    codes, zero = codes_of(sae, torch.cat([v.float(), torch.zeros_like(v).float()])).cpu()
+    unit, W_enc = _unit(sae.W_dec)[0].cpu(), sae.W_enc.detach().float().cpu()
+    found = ((codes > 0) & (difference <= 0)).nonzero()[:, 0]
+    down = (difference < 0).nonzero()[:, 0]
+    rise = v[0].float().cpu() @ W_enc
+    out = []
+    for j in found[codes[found].argsort(descending=True)].tolist():
+        source, cosine, share = -1, float("nan"), float("nan")
+        if len(down):
+            cosines = unit[down] @ unit[j]
+            adds = difference[down] * (sae.W_dec.detach()[down.to(sae.device)].float().cpu() @ W_enc[:, j])
+            adds = torch.where(cosines < 0, adds, torch.full_like(adds, -torch.inf))
+            best = int(adds.argmax())
+            if float(adds[best]) > 0:
+                source, cosine = int(down[best]), float(cosines[best])
+                share = float(adds[best] / rise[j]) if rise[j] > 0 else float("nan")
+        out.append(Spurious(j, float(codes[j]), float(zero[j]), float(difference[j]), source, cosine, share))
+    return out
+
+
+# --- how much of the steering is left ----------------------------------------------------------------------------------
+
+
+def retention(
+    steered: Sequence[np.ndarray] | np.ndarray,
+    reference: Sequence[np.ndarray] | np.ndarray,
+    price: tuple[np.ndarray, np.ndarray] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Steering retained: the summed slopes `steered` (behaviours, items) of reconstructions over those of the vectors, `reference`.
+
+    1: all of it, 0: none, negative: it steers the wrong way. Both at equal length; with `price`, the KL (behaviours, prompts) of
+    reconstructions and of vectors at that length, at equal KL: a small vector's response grows with its length and its KL with the
+    square, so each slope is divided by the root of its behaviour's mean KL. Bootstrap over items and, where given, prompts.
+    """
+    top, bottom = np.asarray(steered, np.float64), np.asarray(reference, np.float64)
+    if top.shape != bottom.shape or top.ndim != 2:
+        raise ValueError(f"slopes of shape {top.shape} and {bottom.shape} were given; two equal (behaviours, items)")
+    rng = np.random.default_rng(seed)
+
+    def ratio(items: np.ndarray, prompts: np.ndarray | None) -> float:
+        a, b = top[:, items].mean(1), bottom[:, items].mean(1)
+        if price is not None:
+            a, b = (x / np.sqrt(p[:, prompts].mean(1)) for x, p in ((a, price[0]), (b, price[1])))
+        return float(a.sum() / b.sum())
+
+    def draw(x: np.ndarray) -> np.ndarray:
+        return rng.integers(0, x.shape[1], x.shape[1])
+
+    point = ratio(np.arange(top.shape[1]), None if price is None else np.arange(price[0].shape[1]))
+    reps = [ratio(draw(top), None if price is None else draw(price[0])) for _ in range(draws)]
+    return Interval(point, *map(float, np.quantile(reps, [0.025, 0.975])))
