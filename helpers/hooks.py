@@ -116,7 +116,8 @@ def ablated(acts: Tensor, direction: Tensor) -> Tensor:
 
 
 @contextmanager
-def _edit(model: Any, layer: int, change: Any, positions: Positions | None) -> Iterator[None]:
+def edit(model: Any, layer: int, change: Any, positions: Positions | None = None) -> Iterator[None]:
+    """Context: change(x) in place of the residual stream x (batch, tokens, d_model) after block `layer`, at `positions`."""
     cursor = _Cursor(positions)
 
     def write(module: Any, args: Any, out: Tensor) -> Tensor:
@@ -138,13 +139,13 @@ def _check(model: Any, vector: Tensor) -> Tensor:
 def add(model: Any, layer: int, vector: Tensor, multiplier: float = 1.0, positions: Positions | None = None) -> Any:
     """Context: x + multiplier * vector after block `layer`; multiplier in units of the vector as given (d_model,)."""
     v = multiplier * _check(model, vector)
-    return _edit(model, layer, lambda x: x + v.to(x.dtype).to(x.device), positions)
+    return edit(model, layer, lambda x: x + v.to(x.dtype).to(x.device), positions)
 
 
 def ablate(model: Any, layer: int, direction: Tensor, positions: Positions | None = None) -> Any:
     """Context: remove the component along `direction` (d_model,) after block `layer`."""
     u = _check(model, direction)
-    return _edit(model, layer, lambda x: ablated(x, u.float().to(x.device)), positions)
+    return edit(model, layer, lambda x: ablated(x, u.float().to(x.device)), positions)
 
 
 def ablate_then_add(
@@ -152,7 +153,7 @@ def ablate_then_add(
 ) -> Any:
     """Context: set the component along `vector` to multiplier * |vector|, whatever it was before."""
     v = _check(model, vector)
-    return _edit(
+    return edit(
         model,
         layer,
         lambda x: ablated(x, v.float().to(x.device)) + (multiplier * v).to(dtype=x.dtype).to(x.device),

@@ -41,3 +41,18 @@ def test_at_level_interpolates_and_says_when_it_is_never_reached():
 
 def test_interval_formats_itself():
     assert f"{stats.Interval(1, 0.5, 2):.1f}" == "1.0 [0.5, 2.0]"
+
+
+def test_a_planted_change_of_mean_is_found_where_it_is_and_none_is_seen_in_noise():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 1, 60)
+    stepped = noise + np.where(np.arange(60) < 37, 0, 2.5)
+    found = stats.change_point(stepped)
+    assert abs(found.at - 37) <= 1 and found.p < 0.01
+    assert np.mean([stats.change_point(rng.normal(0, 1, 60), draws=200).p < 0.05 for _ in range(100)]) < 0.15
+    by_hand = np.array([0.0, 0, 0, 1, 1, 1])  # at 3: sqrt(9 / 6) * 1 / 0.5
+    assert stats.change_point(by_hand).at == 3 and stats.change_point(by_hand).statistic == pytest.approx(
+        np.sqrt(1.5) * 2
+    )
+    with pytest.raises(ValueError, match="6 finite values"):
+        stats.change_point([1.0, 2, 3])

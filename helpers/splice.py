@@ -1,0 +1,79 @@
+"""An SAE inside a running model: residuals token by token, the SAE in their place, and edits of latents that change nothing else.
+
+Knows a TransformerBridge, an SAE and token sequences. Steered and unsteered runs are read after the block that is steered,
+where the SAE lives. sae_lens's SAETransformerBridge splices too (equal in the tests); it has no choice of positions, so
+that first and special tokens, on which no SAE was trained, would be replaced as well.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers import decompose, hooks, models, prompts
+from helpers.hooks import Positions
+from helpers.prompts import Tokens
+
+
+def residuals(
+    model: Any,
+    sequences: Sequence[Tokens],
+    layer: int,
+    vector: Tensor | None = None,
+    multiplier: float = 1.0,
+    batch_size: int = 16,
+    write: int | None = None,
+) -> list[Tensor]:
+    """The residual stream (tokens, d_model) float32 after block `layer` of each sequence, on the CPU.
+
+    With `vector`, of a run in which multiplier * vector is added to every token after block `write` (`layer` unless given).
+    """
+    out: list[Tensor] = []
+    for first in range(0, len(sequences), batch_size):
+        part = sequences[first : first + batch_size]
+        batch = prompts.pad(part, model.tokenizer.pad_token_id, side="right")
+        steered = (
+            nullcontext() if vector is None else hooks.add(model, layer if write is None else write, vector, multiplier)
+        )
+        with steered, hooks.capture(model, [layer], stop=True) as acts:
+            models.run(model, batch)
+        out += [acts[layer][i, : len(t.ids)].float().cpu() for i, t in enumerate(part)]
+    return out
+
+
+def errors(sae: Any, rows: Tensor) -> Tensor:
+    """x - decode(encode(x)) (tokens, d_model) float32 of rows (tokens, d_model)."""
+    codes = decompose.codes_of(sae, rows)
+    with torch.no_grad():
+        return rows.float() - sae.decode(codes).float().cpu()
+
+
+def edited(
+    model: Any,
+    layer: int,
+    sae: Any,
+    edit: Callable[[Tensor], Tensor] | None = None,
+    error_term: bool = True,
+    positions: Positions | None = None,
+) -> Any:
+    """Context: the SAE's codes z (..., latents) after block `layer` become edit(z).
+
+    With its error term: x + decode(edit(z)) - decode(z), in which b_dec and what the SAE misses cancel: no edit, no change, and the
+    shift is exactly the edited codes' difference times W_dec. Without: decode(edit(z)) in place of x. `edit` must return new codes.
+    """
+
+    def change(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            codes = sae.encode(x.float().to(sae.device))
+            new = codes if edit is None else edit(codes.clone())
+            if new.shape != codes.shape:
+                raise ValueError(
+                    f"the edit returned codes of shape {tuple(new.shape)} for codes of shape {tuple(codes.shape)}"
+                )
+            if error_term:
+                return x + ((new - codes) @ sae.W_dec).to(x.device).to(x.dtype)
+            return sae.decode(new).to(x.device).to(x.dtype)
+
+    return hooks.edit(model, layer, change, positions)

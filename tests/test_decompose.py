@@ -1,0 +1,361 @@
+"""Decompositions against libraries, hand arithmetic and planted vectors; every control fires on a plant and is silent without."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import SAE
+from sklearn.linear_model import lasso_path, orthogonal_mp
+
+from helpers import decompose, stats
+from helpers.decompose import METHODS
+
+D, LATENTS, K = 160, 480, 6
+
+
+def unit(rows):
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def sae_of(kind, rows, b_enc=None, b_dec=None, **more):
+    """An SAE of sae_lens with decoder rows `rows` (latents, d) and the encoder that is its transpose."""
+    latents, d = rows.shape
+    cfg = {
+        "d_in": d,
+        "d_sae": latents,
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    sae = SAE.from_dict({"architecture": kind, **cfg, **more})
+    with torch.no_grad():
+        sae.W_dec.copy_(rows)
+        sae.W_enc.copy_(unit(rows).T)
+        sae.b_enc.copy_(torch.zeros(latents) if b_enc is None else b_enc)
+        sae.b_dec.copy_(torch.zeros(d) if b_dec is None else b_dec)
+        if kind == "jumprelu":
+            sae.threshold.fill_(0.3)
+    return sae
+
+
+KINDS = {"topk": {"k": K, "rescale_acts_by_decoder_norm": False}, "jumprelu": {}, "standard": {}}
+
+
+@pytest.fixture(params=KINDS)
+def sae(request):
+    """A dictionary with rows of length 1, offsets as a trained SAE has them, in each of three architectures."""
+    g = torch.Generator().manual_seed(3)
+    rows = unit(torch.randn(LATENTS, D, generator=g))
+    if request.param == "standard":
+        rows = rows * (0.5 + torch.rand(LATENTS, 1, generator=g))
+    return sae_of(
+        request.param,
+        rows,
+        0.05 * torch.randn(LATENTS, generator=g),
+        2 * torch.randn(D, generator=g) / D**0.5,
+        **KINDS[request.param],
+    )
+
+
+@pytest.fixture
+def planted(sae):
+    """A sparse signed sum of unit rows plus noise of a tenth: (vectors (5, D), support (5, K), signed weights (5, K))."""
+    g = torch.Generator().manual_seed(4)
+    support = torch.stack([torch.randperm(LATENTS, generator=g)[:K] for _ in range(5)])
+    weight = (1 + torch.rand(5, K, generator=g)) * torch.tensor([1.0, -1, 1, -1, 1, -1])
+    clean = torch.einsum("nk,nkd->nd", weight, unit(sae.W_dec.detach())[support])
+    noise = torch.randn(5, D, generator=g)
+    return clean + 0.1 * clean.norm(dim=1, keepdim=True) * unit(noise), support, weight
+
+
+def found(result, support, weight):
+    """Share of the planted latents that are among the K largest codes with the right sign."""
+    top = result.codes.abs().topk(K, dim=1).indices
+    hits = [
+        sum(j in row and np.sign(code[j]) == np.sign(w) for j, w in zip(s.tolist(), ws.tolist(), strict=True))
+        for row, code, s, ws in zip(top.tolist(), result.codes.numpy(), support, weight, strict=True)
+    ]
+    return np.mean(hits) / K
+
+
+# --- the methods -------------------------------------------------------------------------------------------------------
+
+SIGNED = {"orthogonal pursuit", "gradient pursuit", "lasso"}
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_a_planted_signed_sum_is_recovered_by_the_signed_methods(name, sae, planted):
+    vectors, support, weight = planted
+    result = METHODS[name](sae, vectors, K, torch.zeros(1, D))
+    assert found(result, support, weight) > 0.95 and result.cosine.min() > (0.9 if name == "lasso" else 0.97)
+    if name == "orthogonal pursuit":
+        at = result.codes.gather(1, support) * sae.W_dec.norm(dim=1)[support]
+        assert (at - weight).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("name", ["encode", "encode less zero", "gradient pursuit, unsigned", "lasso, unsigned"])
+def test_a_planted_signed_sum_is_not_recovered_without_a_sign(name, sae, planted):
+    vectors, support, weight = planted
+    result = METHODS[name](sae, vectors, K, torch.zeros(1, D))
+    assert found(result, support, weight) <= 0.55 and result.cosine.max() < 0.9
+
+
+@pytest.mark.parametrize("name", ["gradient pursuit, unsigned", "lasso, unsigned"])
+def test_without_negative_weights_the_unsigned_methods_recover_it_too(name, sae, planted):
+    _, support, weight = planted
+    vectors = torch.einsum("nk,nkd->nd", weight.abs(), unit(sae.W_dec.detach())[support])
+    result = METHODS[name](sae, vectors, K, torch.zeros(1, D))
+    assert found(result, support, weight.abs()) > 0.95 and (result.codes >= 0).all()
+
+
+def test_with_and_without_v_sees_a_latent_that_goes_out_only_where_it_was_on():
+    rows = torch.eye(8)
+    sae = sae_of("topk", rows, k=4, rescale_acts_by_decoder_norm=False)
+    v = 2 * rows[0] - 3 * rows[1]
+    on, off = 5 * rows[1][None] + rows[2], rows[2][None]
+    codes = decompose.encode_shift(sae, v[None], on).codes[0]
+    assert torch.allclose(codes, v) and torch.allclose(decompose.encode_shift(sae, v[None], off).codes[0], 2 * rows[0])
+    assert torch.allclose(
+        decompose.encode_shift(sae, v[None], torch.cat([on, off])).codes[0], 2 * rows[0] - 1.5 * rows[1]
+    )
+    pairs = decompose.encode_pairs(sae, on + v, on)
+    assert torch.allclose(pairs.codes[0], v) and pairs.error[0] < 1e-6
+
+
+def test_encode_is_the_sae_and_less_zero_takes_the_zero_vectors_code_off(sae, planted):
+    v = planted[0]
+    zero = sae.encode(torch.zeros(1, D))
+    result = decompose.encode(sae, v)
+    assert torch.equal(result.codes, sae.encode(v)) and torch.equal(result.reconstruction, sae.decode(sae.encode(v)))
+    assert torch.allclose(decompose.encode_less_zero(sae, v).codes, sae.encode(v) - zero)
+    assert np.allclose(result.error, ((v - result.reconstruction).norm(dim=1) / v.norm(dim=1)).numpy(), rtol=1e-5)
+    nothing = decompose.encode_less_zero(sae, torch.zeros(1, D))
+    assert nothing.l0[0] == 0 and np.isnan(nothing.error[0]) and nothing.cosine[0] == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_keeps_to_the_number_of_latents_on_every_architecture(name, sae, planted):
+    acts = torch.randn(20, D)
+    for k in (1, 4):
+        result = METHODS[name](sae, planted[0], k, acts)
+        assert (result.l0 <= k).all() and result.codes.shape == (5, LATENTS) and result.reconstruction.shape == (5, D)
+        assert torch.isfinite(result.codes).all() and result.seconds > 0
+        if name != "encode":  # which adds b_dec
+            assert torch.allclose(result.reconstruction, result.codes @ sae.W_dec, atol=1e-4)
+
+
+def test_orthogonal_pursuit_is_sklearns(planted):
+    rows, vectors = unit(torch.randn(LATENTS, D)), torch.randn(7, D)
+    for k in (1, 5, 20):
+        ours = decompose.pursuit(rows, vectors, k)
+        theirs = orthogonal_mp(rows.double().numpy().T, vectors.double().numpy().T, n_nonzero_coefs=k).T
+        assert np.abs(ours.codes.numpy() - theirs).max() < 1e-4 and (ours.l0 == k).all()
+
+
+def test_matching_pursuit_without_a_sign_is_sae_lens_own():
+    rows, vectors = unit(torch.randn(LATENTS, D)), torch.randn(7, D)
+    cfg = {
+        "d_in": D,
+        "d_sae": LATENTS,
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    theirs = SAE.from_dict(
+        {
+            "architecture": "matching_pursuit",
+            **cfg,
+            "residual_threshold": 0.0,
+            "max_iterations": 12,
+            "stop_on_duplicate_support": False,
+        }
+    )
+    with torch.no_grad():
+        theirs.W_dec.copy_(rows)
+        theirs.b_dec.zero_()
+    ours = decompose.pursuit(rows, vectors, 12, "matching", signed=False)
+    assert torch.allclose(ours.codes, theirs.encode(vectors), atol=1e-4)
+
+
+def naive_gradient_pursuit(rows, v, k, signed):
+    """One vector, dense, as written in the paper."""
+    chosen, codes, left = [], torch.zeros(len(rows)).double(), v.double().clone()
+    for _ in range(k):
+        score = rows.double() @ left
+        score = score.abs() if signed else score
+        score[chosen] = -1
+        chosen.append(int(score.argmax()))
+        slope = torch.zeros(len(rows)).double()
+        slope[chosen] = (rows.double() @ left)[chosen]
+        image = slope @ rows.double()
+        codes = codes + slope * (slope @ slope) / (image @ image)
+        codes = codes if signed else codes.clamp_min(0)
+        left = v.double() - codes @ rows.double()
+    return codes
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_gradient_pursuit_is_its_naive_twin_and_least_squares_on_an_orthogonal_dictionary(signed):
+    rows, vectors = unit(torch.randn(LATENTS, D)), torch.randn(4, D)
+    ours = decompose.pursuit(rows, vectors, 9, "gradient", signed).codes
+    for code, v in zip(ours, vectors, strict=True):
+        assert torch.allclose(code.double(), naive_gradient_pursuit(rows, v, 9, signed), atol=1e-4)
+    basis = torch.linalg.qr(torch.randn(D, D)).Q
+    exact = decompose.pursuit(basis, vectors, D, "gradient").codes
+    assert torch.allclose(exact, vectors @ basis.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_the_lasso_is_a_point_of_sklearns_coordinate_descent_path(positive):
+    rows, v = unit(torch.randn(40, D)), torch.randn(1, D)
+    ours = decompose.lasso(rows, v, 8, positive).codes[0].double().numpy()
+    design = rows.double().numpy().T
+    slope = design.T @ (v[0].double().numpy() - design @ ours)  # at the optimum |slope| is the penalty on the support
+    penalty = np.abs(slope[ours != 0]).mean()
+    theirs = lasso_path(
+        design, v[0].double().numpy(), alphas=[penalty / D], positive=positive, tol=1e-10, max_iter=50_000
+    )[1][:, 0]
+    assert np.abs(ours - theirs).max() < 1e-4 and 1 <= (ours != 0).sum() <= 8
+
+
+def test_least_squares_on_all_rows_is_exact_and_of_least_norm():
+    rows, v = torch.randn(LATENTS, D), torch.randn(3, D)
+    result = decompose.dense(rows, v)
+    assert result.error.max() < 1e-4
+    unit_codes = result.codes * rows.norm(dim=1)
+    theirs = torch.linalg.lstsq(unit(rows).T.double(), v.T.double(), driver="gelsd").solution.T
+    assert torch.allclose(unit_codes.double(), theirs, atol=1e-4)
+    line = torch.zeros(2, D)
+    line[:, 0] = torch.tensor([1.0, 2.0])
+    assert torch.allclose(decompose.dense(line, v).reconstruction[:, 0], v[:, 0], atol=1e-5)
+
+
+def test_an_exhausted_vector_stops_and_a_batch_is_its_vectors_one_by_one():
+    rows = unit(torch.randn(LATENTS, D))
+    v = torch.stack([2 * rows[5], torch.zeros(D), *torch.randn(3, D)])
+    for update in ("orthogonal", "gradient"):
+        batch = decompose.pursuit(rows, v, 10, update)
+        assert batch.l0[0] == 1 and batch.l0[1] == 0 and batch.codes[0, 5] == pytest.approx(2, abs=1e-4)
+        for i in range(len(v)):
+            assert torch.allclose(batch.codes[i], decompose.pursuit(rows, v[i : i + 1], 10, update).codes[0], atol=1e-4)
+
+
+def test_a_dead_row_and_rows_of_any_length_do_no_harm():
+    rows = torch.randn(LATENTS, D) * torch.logspace(-2, 2, LATENTS)[:, None]
+    rows[7] = 0
+    v = 3 * unit(rows[100]) - 2 * unit(rows[3])
+    for codes in (decompose.pursuit(rows, v[None], 2).codes[0], decompose.dense(rows, v[None]).codes[0]):
+        assert torch.isfinite(codes).all() and codes[7] == 0
+        assert torch.allclose(codes @ rows, v, atol=1e-3)
+    assert decompose.pursuit(rows, v[None], 2).codes[0].nonzero()[:, 0].tolist() == [3, 100]
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda r: decompose.pursuit(r, torch.randn(2, D), 0), "k = 0 given"),
+        (lambda r: decompose.pursuit(r, torch.randn(2, D), 3, "newton"), "update = 'newton' given"),
+        (lambda r: decompose.pursuit(r, torch.randn(2, D), 3, signed=False), "gradient"),
+        (lambda r: decompose.pursuit(r, torch.randn(2, D + 1), 3), r"wants \(n, 160\)"),
+        (lambda r: decompose.dense(r, torch.full((1, D), torch.nan)), "NaN"),
+        (lambda r: decompose.negative_projections(torch.ones(1, 4), torch.ones(1, 4)), "2 pairs or more"),
+        (lambda r: decompose.negative_projections(torch.zeros(3, 4), torch.zeros(3, 4)), "no latent is active"),
+        (lambda r: decompose.retention(np.ones(3), np.ones(3)), "behaviours, items"),
+    ],
+)
+def test_bad_input_is_refused_in_words(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(LATENTS, D))
+
+
+# --- algebra -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_features_own_vector_is_its_decoder_row_whatever_the_activations(sae):
+    x = torch.randn(9, D)
+    codes = sae.encode(x)
+    raised = codes.clone()
+    raised[:, 11] += 4.0
+    error = x - sae.decode(codes)
+    vectors = sae.decode(raised) + error - x
+    assert torch.allclose(vectors, 4 * sae.W_dec[11].expand_as(vectors), atol=1e-4)
+
+
+# --- negative projections ----------------------------------------------------------------------------------------------
+
+
+def sides(pairs=40, latents=300, planted=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    level = torch.rand(latents, generator=g) * 5
+    pos, neg = ((torch.randn(pairs, latents, generator=g) + level - 3).relu() for _ in range(2))
+    neg[:, :planted] += 2.0
+    pos[:, planted : 2 * planted] += 1e-3
+    return pos, neg
+
+
+def test_half_of_the_latents_lean_to_the_negative_side_when_nothing_does():
+    result = decompose.negative_projections(*sides())
+    assert abs(result.share.value - 0.5) < 0.12 and result.share.low < 0.5 < result.share.high
+    assert np.quantile(result.null, 0.025) < result.share.value < np.quantile(result.null, 0.975)
+    assert result.reliable.value < 0.02 and result.reliable_null.max() < 0.05
+
+
+def test_planted_negative_latents_are_seen_and_counted():
+    result = decompose.negative_projections(*sides(planted=100))
+    assert result.share.low > np.quantile(result.null, 0.975)
+    assert result.reliable.low > 0.2 and result.reliable.value > np.quantile(result.reliable_null, 0.975)
+    assert result.active <= 300 and (result.difference[:100] < 0).all()
+
+
+def test_a_negative_latent_shows_as_a_positive_one_that_is_aligned_against_it():
+    rows = unit(torch.randn(20, D))
+    rows[1] = unit(-0.9 * rows[0] + 0.436 * unit(torch.randn(D)))
+    sae = sae_of("topk", rows, k=3, rescale_acts_by_decoder_norm=False)
+    difference = torch.zeros(20)
+    difference[0], difference[5] = -4.0, 3.0
+    rows_found = decompose.spurious_positives(sae, difference @ rows, difference)
+    first = rows_found[0]
+    assert first.latent == 1 and first.source == 0 and first.difference == 0 and first.cosine < -0.8
+    assert first.share == pytest.approx(1.0, abs=0.35) and first.zero == 0
+    assert 5 not in [s.latent for s in rows_found]
+    assert decompose.spurious_positives(sae, 3 * rows[5], difference.clamp_min(0)) == [] or all(
+        s.source == -1 for s in decompose.spurious_positives(sae, 3 * rows[5], difference.clamp_min(0))
+    )
+
+
+def test_overlap_counts_shared_largest_latents():
+    codes = torch.tensor([[3.0, -2, 1, 0], [0, 0, 0, 5.0], [0, 0, 0, 0]])
+    assert decompose.overlap(codes, torch.tensor([1.0, 4, 0, 0]), 2)[:2].tolist() == [1.0, 0.0]
+    assert np.isnan(decompose.overlap(codes, codes[0], 2)[2])
+
+
+# --- retention ---------------------------------------------------------------------------------------------------------
+
+
+def test_retention_is_one_for_itself_negative_for_its_opposite_and_priced_by_the_root_of_kl():
+    slopes = np.random.default_rng(0).normal(2, 1, (3, 40))
+    kl = np.random.default_rng(1).uniform(0.5, 1.5, (3, 8))
+    assert decompose.retention(slopes, slopes) == stats.Interval(1.0, 1.0, 1.0)
+    assert decompose.retention(-slopes, slopes).high == -1.0
+    assert decompose.retention(slopes, slopes, (4 * kl, kl)).value == pytest.approx(0.5)
+    half = decompose.retention(slopes / 2 + np.random.default_rng(2).normal(0, 0.3, slopes.shape), slopes)
+    assert half.low < 0.5 < half.high and half.high - half.low < 0.3
+
+
+def test_methods_take_what_has_an_encoder_and_rows():
+    """Nothing but encode, decode, W_dec, W_enc, device and cfg.d_in is asked of an SAE."""
+    rows = torch.eye(6)
+    thing = SimpleNamespace(
+        encode=lambda x: x.relu(),
+        decode=lambda c: c @ rows,
+        W_dec=rows,
+        W_enc=rows,
+        device="cpu",
+        cfg=SimpleNamespace(d_in=6),
+    )
+    v = torch.tensor([[1.0, -2, 0, 0, 0, 3]])
+    assert METHODS["orthogonal pursuit"](thing, v, 3, v).cosine[0] == pytest.approx(1.0)
+    assert METHODS["encode"](thing, v, 3, v).codes.tolist() == [[1, 0, 0, 0, 0, 3]]
