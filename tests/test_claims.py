@@ -61,3 +61,12 @@ def test_saved_claims_read_back_and_ids_are_unique(monkeypatch, tmp_path):
     assert "a \\| thing" in claims.markdown([claim]) and claims.markdown(result["claims"]) == claims.markdown([claim])
     with pytest.raises(ValueError, match="share an id"):
         claims.save(s, "", [claim, claim], {})
+
+
+def test_a_published_number_stands_beside_ours_with_the_gap():
+    rule = claims.reproduces(0.5, 0.02)
+    near = claims.judge(rule, "1.1", "as published", "there", Interval(0.505, 0.5, 0.51), 0.1, "share", 0.5)
+    assert near.verdict == "holds" and "| 0.5 (gap +0.005) |" in claims.markdown([near])
+    for value, null in ((0.6, 0.1), (0.5, 0.5)):
+        far = claims.judge(rule, "1.1", "as published", "there", Interval(value, value, value), null, "share", 0.5)
+        assert far.verdict == "fails"
