@@ -101,6 +101,23 @@ def chat(tokenizer: Any, question: str, system: str | None = None, answer: str |
     return _tokenize(tokenizer, text, spans)
 
 
+def conversation(tokenizer: Any, question: str, reply: Sequence[int], own_turn: bool = True) -> Tokens:
+    """A user turn and the reply's token ids, which have the role `answer`.
+
+    With `own_turn` false the same ids end the user's own turn, after a blank line, and no assistant turn is opened before
+    them: the same words, and nobody starts to speak.
+    """
+    start, reply = chat(tokenizer, question), list(reply)
+    if own_turn:
+        return Tokens(start.ids + reply, start.roles + [ANSWER] * len(reply))
+    end = max(i for i, role in enumerate(start.roles) if role == USER) + 1
+    blank = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    return Tokens(
+        start.ids[:end] + blank + reply + start.ids[end:],
+        start.roles[:end] + [TEMPLATE] * len(blank) + [ANSWER] * len(reply) + start.roles[end:],
+    )
+
+
 def plain(tokenizer: Any, text: str) -> Tokens:
     """A plain text, with the tokenizer's own BOS if it has one; every other token has the role `user`."""
     return _tokenize(tokenizer, text, [(text, USER)])

@@ -231,11 +231,11 @@ def of_letters(model: Any, items: Sequence[Item], layer: int) -> Continuations:
 
 def of_replies(model: Any, questions: Sequence[str], layer: int, max_new_tokens: int = 24) -> Continuations:
     """Each question with the model's own unsteered greedy reply: where KL is measured (on-policy)."""
-    zero = torch.zeros(model.cfg.d_model)
-    groups = []
-    for question, row in zip(questions, generate_ids(model, questions, layer, zero, 0.0, max_new_tokens), strict=True):
-        start, reply = prompts.chat(model.tokenizer, question), [i for i in row.tolist() if i >= 0]
-        groups.append([Tokens(start.ids + reply, start.roles + [ANSWER] * len(reply))])
+    unsteered = generate_ids(model, questions, layer, torch.zeros(model.cfg.d_model), 0.0, max_new_tokens)
+    groups = [
+        [prompts.conversation(model.tokenizer, q, row[row >= 0].tolist())]
+        for q, row in zip(questions, unsteered, strict=True)
+    ]
     return Continuations(model, groups, layer)
 
 

@@ -249,3 +249,13 @@ def test_a_template_without_a_system_role_gets_the_prompt_in_front(tokenizer):
     )()
     t = prompts.chat(fake, "Why?", system="Be brief.")
     assert tokenizer.decode(t.ids) == "Be brief.\n\nWhy?>" and SYSTEM in t.roles and USER in t.roles
+
+
+def test_a_reply_has_a_turn_of_its_own_or_ends_the_users(smol):
+    reply = smol.tokenizer(" In springs, high up.", add_special_tokens=False)["input_ids"]
+    for own_turn in (True, False):
+        tokens = prompts.conversation(smol.tokenizer, "Where do rivers begin?", reply, own_turn)
+        text = smol.tokenizer.decode(tokens.ids)
+        assert [i for i, r in zip(tokens.ids, tokens.roles, strict=True) if r == ANSWER] == reply
+        assert (text.index("assistant\n") < text.index("In springs")) == own_turn
+        assert len(tokens.ids) == len(tokens.roles) and text.count("In springs") == 1
