@@ -336,19 +336,22 @@ def spurious_positives(sae: Any, vector: Tensor, difference: Tensor) -> list[Spu
     codes, zero = codes_of(sae, torch.cat([v.float(), torch.zeros_like(v).float()])).cpu()
     unit, W_enc = _unit(sae.W_dec)[0].cpu(), sae.W_enc.detach().float().cpu()
     found = ((codes > 0) & (difference <= 0)).nonzero()[:, 0]
+    found = found[codes[found].argsort(descending=True)]
     down = (difference < 0).nonzero()[:, 0]
-    rise = v[0].float().cpu() @ W_enc
+    if not len(down):
+        nothing = (-1, float("nan"), float("nan"))
+        return [Spurious(j, float(codes[j]), float(zero[j]), float(difference[j]), *nothing) for j in found.tolist()]
+    cosines = unit[down] @ unit[found].T  # (lowered, found)
+    W_dec = sae.W_dec.detach().float().cpu()[down]
+    adds = (difference[down, None] * (W_dec @ W_enc[:, found])).masked_fill(cosines >= 0, -torch.inf)
+    best = adds.max(0)
+    rise = v[0].float().cpu() @ W_enc[:, found]
     out = []
-    for j in found[codes[found].argsort(descending=True)].tolist():
+    for i, j in enumerate(found.tolist()):
         source, cosine, share = -1, float("nan"), float("nan")
-        if len(down):
-            cosines = unit[down] @ unit[j]
-            adds = difference[down] * (sae.W_dec.detach()[down.to(sae.device)].float().cpu() @ W_enc[:, j])
-            adds = torch.where(cosines < 0, adds, torch.full_like(adds, -torch.inf))
-            best = int(adds.argmax())
-            if float(adds[best]) > 0:
-                source, cosine = int(down[best]), float(cosines[best])
-                share = float(adds[best] / rise[j]) if rise[j] > 0 else float("nan")
+        if best.values[i] > 0:
+            source, cosine = int(down[best.indices[i]]), float(cosines[best.indices[i], i])
+            share = float(best.values[i] / rise[i]) if rise[i] > 0 else float("nan")
         out.append(Spurious(j, float(codes[j]), float(zero[j]), float(difference[j]), source, cosine, share))
     return out
 

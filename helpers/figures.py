@@ -109,3 +109,51 @@ def forest(
     axis.set_yticks(y, rows)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.grid(axis="y", visible=False)
+
+
+def over_words(
+    words: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float]]], start: int, title: str
+) -> Figure:
+    """Series over the words of a conversation, one panel a quantity: {y label: {series: values (words,)}}.
+
+    A dotted line before word `start`, where the answer begins.
+    """
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(max(8.0, 0.21 * len(words)), 2.6 * len(panels)), sharex=True, squeeze=False
+    )
+    for axis, (label, lines) in zip(axes[:, 0], panels.items(), strict=True):
+        for (name, values), colour in zip(lines.items(), (*PALETTE[:1], PALETTE[3], NULL, PALETTE[2]), strict=False):
+            axis.plot(values, color=colour, marker="o", markersize=3, linewidth=1.2, label=name)
+        axis.axvline(start - 0.5, color="black", linestyle=":", linewidth=1)
+        axis.set_ylabel(label)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0, 0].set_title(title)
+    shown = [word.replace("\n", "⏎").strip() or "·" for word in words]
+    axes[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
+    return figure
+
+
+def around(
+    axis: Any,
+    series: Sequence[Sequence[float]],
+    starts: Sequence[int],
+    before: int,
+    after: int,
+    least: int = 8,
+    **line: Any,
+) -> np.ndarray:
+    """Draw the mean of many series laid over one another at their `starts`, with its 95 % band over series; returns the mean.
+
+    Offsets from -before to after - 1; an offset that fewer than `least` series (or all, if there are fewer) reach is left out.
+    """
+    table = np.full((len(series), before + after), np.nan)
+    for row, values, start in zip(table, series, starts, strict=True):
+        first, last = max(start - before, 0), min(start + after, len(values))
+        row[first - start + before : last - start + before] = values[first:last]
+    count = np.isfinite(table).sum(0)
+    reached = count >= min(least, len(series))
+    table, offsets = table[:, reached], np.arange(-before, after)[reached]
+    centre, half = np.nanmean(table, 0), 1.96 * np.nanstd(table, 0) / np.sqrt(count[reached])
+    drawn = axis.plot(offsets, centre, **line)[0]
+    axis.fill_between(offsets, centre - half, centre + half, color=drawn.get_color(), alpha=0.18, linewidth=0)
+    return centre

@@ -7,14 +7,15 @@ that first and special tokens, on which no SAE was trained, would be replaced as
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from helpers import decompose, hooks, models, prompts
+from helpers import decompose, hooks, models, prompts, stats
 from helpers.hooks import Positions
-from helpers.prompts import Tokens
+from helpers.prompts import ANSWER, USER, Tokens
 
 
 def residuals(
@@ -48,6 +49,35 @@ def errors(sae: Any, rows: Tensor) -> Tensor:
     codes = decompose.codes_of(sae, rows)
     with torch.no_grad():
         return rows.float() - sae.decode(codes).float().cpu()
+
+
+class Spoken(NamedTuple):
+    """The user's and the answer's tokens of a conversation, which an SAE can be asked about: `rows` (tokens, d_model), the token
+    `ids` (tokens,), and where they are the `answer`'s (tokens,) bool."""
+
+    rows: Tensor
+    ids: Tensor
+    answer: np.ndarray
+
+
+def spoken(tokens: Tokens, rows: Tensor, limit: float = float("inf")) -> Spoken:
+    """What is spoken in a conversation: first, template and special tokens out, and rows (tokens, d_model) longer than `limit`."""
+    roles = torch.tensor(tokens.roles)
+    kept = ((roles == USER) | (roles == ANSWER)) & (torch.arange(len(roles)) > 0) & (rows.norm(dim=1) <= limit)
+    return Spoken(rows[kept], torch.tensor(tokens.ids)[kept], (roles == ANSWER)[kept].numpy())
+
+
+class Errors(NamedTuple):
+    """The SAE's errors of two runs, token by token, each (tokens,) float64: `ratio` of their lengths, other over one; `cosine`."""
+
+    ratio: np.ndarray
+    cosine: np.ndarray
+
+
+def compare_errors(sae: Any, one: Tensor, other: Tensor) -> Errors:
+    """Errors of the rows `one` and `other` (tokens, d_model) of the same tokens in two runs."""
+    a, b = (errors(sae, rows).double() for rows in (one, other))
+    return Errors((b.norm(dim=1) / a.norm(dim=1)).numpy(), stats.cosine(a.numpy(), b.numpy()))
 
 
 def edited(

@@ -57,6 +57,13 @@ def centred(point: float, draws: Sequence[float]) -> Interval:
     return Interval(float(point), float(point + low), float(point + high))
 
 
+def mean_of(intervals: Sequence[Interval]) -> Interval:
+    """The mean of independent estimates, their half-widths added in quadrature."""
+    value, low, high = np.array(intervals, np.float64).T
+    below, above = (np.sqrt((side**2).sum()) / len(value) for side in (value - low, high - value))
+    return Interval(float(value.mean()), float(value.mean() - below), float(value.mean() + above))
+
+
 def slopes(scores: np.ndarray, multipliers: Sequence[float]) -> np.ndarray:
     """Least-squares slope of each row of `scores` (n, len(multipliers)) against the multipliers: (n,)."""
     m = np.asarray(multipliers, dtype=np.float64)
