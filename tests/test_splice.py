@@ -120,3 +120,22 @@ def test_an_edit_of_another_shape_is_refused(tiny, sae, sequences):
         splice.edited(tiny, LAYER, sae, lambda z: z[..., :2]),
     ):
         run(tiny, sequences)
+
+
+def test_what_is_spoken_leaves_out_first_template_special_and_outlier_tokens(tiny):
+    reply = tiny.tokenizer(" In springs.", add_special_tokens=False)["input_ids"]
+    tokens = prompts.conversation(tiny.tokenizer, "Where do rivers begin?", reply)
+    rows = splice.residuals(tiny, [tokens], LAYER)[0]
+    rows[-1] *= 1e6
+    spoken = splice.spoken(tokens, rows, limit=1e5)
+    assert tiny.tokenizer.decode(spoken.ids) == "Where do rivers begin? In springs"
+    assert tiny.tokenizer.decode(spoken.ids[torch.from_numpy(spoken.answer)]) == " In springs" and len(
+        spoken.rows
+    ) == len(spoken.ids)
+
+
+def test_errors_are_compared_token_by_token(sae):
+    x = torch.randn(6, sae.cfg.d_in)
+    same, other = splice.compare_errors(sae, x, x), splice.compare_errors(sae, x, torch.randn(6, sae.cfg.d_in))
+    assert abs(same.ratio - 1).max() < 1e-6 and abs(same.cosine - 1).max() < 1e-6
+    assert abs(other.cosine).max() < 0.9

@@ -56,3 +56,8 @@ def test_a_planted_change_of_mean_is_found_where_it_is_and_none_is_seen_in_noise
     )
     with pytest.raises(ValueError, match="6 finite values"):
         stats.change_point([1.0, 2, 3])
+
+
+def test_a_mean_of_intervals_adds_half_widths_in_quadrature():
+    mean = stats.mean_of([stats.Interval(1, 0.7, 1.3), stats.Interval(3, 2.6, 3.4)])
+    assert mean == pytest.approx((2.0, 2 - 0.25, 2 + 0.25))

@@ -1,0 +1,27 @@
+"""Curves laid over one another at an event, and series over words, show the numbers they are given."""
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from helpers import figures
+
+
+def test_series_of_different_lengths_are_averaged_at_the_same_distance_from_their_starts():
+    figure, axis = plt.subplots()
+    series = [np.arange(10.0), np.arange(4.0, 12.0), [0.0, 7.0]]
+    mean = figures.around(axis, series, [5, 1, 1], before=2, after=3, least=2, label="x")
+    # offsets -2..2: series one 3 4 5 6 7, series two - 4 5 6 7, series three - 0 7 - -
+    assert mean == pytest.approx([8 / 3, 17 / 3, 6, 7])
+    assert axis.lines[0].get_xdata().tolist() == [-1, 0, 1, 2] and axis.lines[0].get_label() == "x"
+    plt.close(figure)
+
+
+def test_words_stand_under_their_values_and_the_answer_is_marked():
+    figure = figures.over_words(
+        [" one", "\n", "two"], {"a": {"v": [1, 2, 3]}, "b": {"v": [3, 2, 1], "null": [0, 0, 0]}}, 2, "t"
+    )
+    axes = figure.axes
+    assert [t.get_text() for t in axes[-1].get_xticklabels()] == ["one", "⏎", "two"]
+    assert axes[0].lines[-1].get_xdata()[0] == 1.5 and axes[1].lines[1].get_color() != axes[1].lines[0].get_color()
+    plt.close(figure)
