@@ -48,6 +48,15 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
+def literal(text: str) -> str:
+    """A piece of text as matplotlib shows it letter by letter: no formulas, line ends visible, what the font lacks as `?`."""
+    kept = "".join(
+        c if c.isascii() or c in "⏎«»…·—–’“”" or c.isalpha() and ord(c) < 0x250 else "?"
+        for c in text.replace("\n", "⏎")
+    )
+    return kept.replace("$", r"\$")
+
+
 def _plain(value: Any) -> Any:
     """`value` as JSON can hold it: arrays as lists, floats to six figures, NaN as null."""
     if isinstance(value, Mapping):
@@ -128,7 +137,7 @@ def over_words(
         axis.set_ylabel(label)
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[0, 0].set_title(title)
-    shown = [word.replace("\n", "⏎").strip() or "·" for word in words]
+    shown = [literal(word.strip(" ")) or "·" for word in words]
     axes[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
     return figure
 

@@ -102,8 +102,8 @@ def logit_lens(model: Plain, W_dec: Tensor, n: int = 8, batch: int = 512) -> tup
     for first in range(0, len(W_dec), batch):
         rows = W_dec[first : first + batch].to(unembed.device).float()
         logits = ((rows - centre * rows.mean(1, keepdim=True)) * gain) @ unembed.T
-        for words, sign in zip(out, (1, -1), strict=True):
-            chosen = (sign * logits).topk(n, dim=1).indices.cpu()
+        for words, largest in zip(out, (True, False), strict=True):
+            chosen = logits.topk(n, dim=1, largest=largest).indices.cpu()
             words.extend([[model.tokenizer.decode([i]) for i in row] for row in chosen.tolist()])
     return out
 

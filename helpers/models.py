@@ -58,7 +58,8 @@ def _packaged(name: str) -> Path:
 def _memory(device: str) -> int:
     """Free bytes where the weights will lie."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed, but held by torch
+        return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))

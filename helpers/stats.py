@@ -51,10 +51,11 @@ def bootstrap(
 def centred(point: float, draws: Sequence[float]) -> Interval:
     """The 95 % spread of `draws` about their mean, laid around `point`.
 
-    For statistics that resampling with repeats shifts (a cosine between two estimates from the same resample).
+    For statistics that resampling with repeats shifts (a cosine between two estimates from the same resample). It holds
+    `point` also where draws are so skewed that nearly all lie on one side of their mean.
     """
     low, high = np.quantile(draws, [0.025, 0.975]) - np.mean(draws)
-    return Interval(float(point), float(point + low), float(point + high))
+    return Interval(float(point), float(point + min(low, 0.0)), float(point + max(high, 0.0)))
 
 
 def mean_of(intervals: Sequence[Interval]) -> Interval:

@@ -25,3 +25,10 @@ def test_words_stand_under_their_values_and_the_answer_is_marked():
     assert [t.get_text() for t in axes[-1].get_xticklabels()] == ["one", "⏎", "two"]
     assert axes[0].lines[-1].get_xdata()[0] == 1.5 and axes[1].lines[1].get_color() != axes[1].lines[0].get_color()
     plt.close(figure)
+
+
+def test_text_is_shown_letter_by_letter():
+    assert figures.literal("a $5 – $6 bill\nnaïve 你") == "a \\$5 – \\$6 bill⏎naïve ?"
+    figure = figures.over_words(["$x", "_{", "$"], {"a": {"v": [1, 2, 3]}}, 1, "t")
+    figure.canvas.draw()  # a formula cut short would raise here
+    plt.close(figure)

