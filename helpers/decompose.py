@@ -272,6 +272,11 @@ class Negative(NamedTuple):
     difference: Tensor
 
 
+def _share(point: float, draws: Sequence[float] | np.ndarray) -> Interval:
+    """`stats.centred` for a share: no end of the interval lies outside 0 to 1."""
+    return Interval(*np.clip(stats.centred(point, draws), 0.0, 1.0).tolist())
+
+
 def negative_projections(pos: Tensor, neg: Tensor, draws: int = 500, seed: int = 0) -> Negative:
     """Which latents fire more on the negative side: from codes `pos` and `neg` (pairs, latents) of the two sides.
 
@@ -300,13 +305,13 @@ def negative_projections(pos: Tensor, neg: Tensor, draws: int = 500, seed: int =
     shares = ((picks @ gap < 0) & alive).sum(1) / alive.sum(1)
     half = np.where(np.arange(n) < n // 2, -1.0, 1.0)
     signs = np.stack([rng.permutation(half) for _ in range(draws)])
-    share = stats.centred(float((gap.mean(0) < 0).mean()), shares)
+    share = _share(float((gap.mean(0) < 0).mean()), shares)
     few = min(draws, 200)
     again = [
         reliably(np.repeat(gap, row, axis=0)[:, on_row]) for row, on_row in zip(picks[:few], alive[:few], strict=True)
     ]
     return Negative(
-        gap.shape[1], share, (signs @ gap < 0).mean(1), stats.centred(reliably(gap), again),
+        gap.shape[1], share, (signs @ gap < 0).mean(1), _share(reliably(gap), again),
         np.array([reliably(gap * s[:, None]) for s in signs[:few]]), (pos - neg).mean(0).float().cpu(),
     )  # fmt: skip
 
