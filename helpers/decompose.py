@@ -1,7 +1,7 @@
 """A vector written in a dictionary's latents, by every method that is in use, at a chosen number of latents.
 
 Pure: vectors (n, d_model) and an SAE as sae_lens holds one (`encode`, `decode`, `W_enc`, `W_dec`), or just its rows. Nothing of
-models, text or files. Each method returns a Decomposition. The encoder's methods (encode, minus the zero vector's code, with and
+models, text or files. Each method returns a Decomposition; sums of many numbers are in float64, on the CPU where a device has none. The encoder's methods (encode, minus the zero vector's code, with and
 without the vector) answer what the SAE says of it; the others ask which sparse sum of rows comes closest, whatever an
 encoder says: orthogonal matching pursuit (Pati et al. 1993), gradient pursuit (Blumensath & Davies 2008; without sign as in
 Smith 2024, "Inference-time optimisation"), lasso along its path (Efron et al. 2004), and least squares as the dense limit.
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from scipy.stats import false_discovery_control, ttest_1samp
 from torch import Tensor
+from tqdm import tqdm
 
 from helpers import stats
 from helpers.stats import Interval
@@ -36,14 +37,38 @@ class Decomposition(NamedTuple):
 
 
 def _finish(vectors: Tensor, codes: Tensor, reconstruction: Tensor, began: float) -> Decomposition:
-    seconds = time.perf_counter() - began
-    codes, reconstruction = codes.float().cpu(), reconstruction.float().cpu()
+    codes, reconstruction = codes.detach().float().cpu(), reconstruction.detach().float().cpu()
+    seconds = time.perf_counter() - began  # after the copy: a GPU answers late
     v, r = vectors.double().cpu().numpy(), reconstruction.double().numpy()
     norm = np.linalg.norm(v, axis=1)
     error = np.divide(np.linalg.norm(v - r, axis=1), norm, out=np.full(len(v), np.nan), where=norm > 0)
     return Decomposition(
         codes, reconstruction, stats.cosine(v, r), error, (codes != 0).sum(1).double().numpy(), seconds
     )
+
+
+def joined(parts: Sequence[Decomposition]) -> Decomposition:
+    """One Decomposition of all the vectors of `parts`, in order."""
+    tensors = [torch.cat([p[i] for p in parts]) for i in (0, 1)]
+    arrays = [np.concatenate([p[i] for p in parts]) for i in (2, 3, 4)]
+    return Decomposition(*tensors, *arrays, sum(p.seconds for p in parts))
+
+
+def rows_of(sae: Any) -> Tensor:
+    """The rows (latents, d_model) with which an SAE's codes make up its reconstruction: decode(z) = z rows + b_dec.
+
+    ValueError for an SAE that rescales its output by what it was last given: its decoder is not linear.
+    """
+    way = getattr(sae.cfg, "normalize_activations", None)
+    if way in ("constant_norm_rescale", "layer_norm"):
+        raise ValueError(
+            f"this SAE normalises its inputs as it runs ({way}), so codes of two inputs cannot be subtracted: take one without, or "
+            "fold the scale into its weights"
+        )
+    rows = sae.W_dec.detach()
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # its codes are in units of the output already
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return rows
 
 
 def _vectors(vectors: Tensor, d_model: int) -> Tensor:
@@ -76,16 +101,16 @@ def codes_of(sae: Any, rows: Tensor, batch: int = 1024) -> Tensor:
 def encode(sae: Any, vectors: Tensor, k: int = 0) -> Decomposition:
     """decode(encode(v)): the vector taken for an activation. The k largest codes; 0: all the SAE gives."""
     v, began = _vectors(vectors, sae.cfg.d_in), time.perf_counter()
-    codes = keep_largest(codes_of(sae, v), sae.W_dec, k)
-    return _finish(v, codes, sae.decode(codes).detach(), began)
+    codes = keep_largest(codes_of(sae, v), rows_of(sae), k)
+    return _finish(v, codes, sae.decode(codes), began)
 
 
 def encode_less_zero(sae: Any, vectors: Tensor, k: int = 0) -> Decomposition:
     """(encode(v) - encode(0)) W_dec: what the vector adds to the code of nothing. The k largest; 0: all."""
     v, began = _vectors(vectors, sae.cfg.d_in), time.perf_counter()
-    codes = codes_of(sae, v) - codes_of(sae, torch.zeros(1, sae.cfg.d_in))
-    codes = keep_largest(codes, sae.W_dec, k)
-    return _finish(v, codes, codes @ sae.W_dec, began)
+    rows = rows_of(sae)
+    codes = keep_largest(codes_of(sae, v) - codes_of(sae, torch.zeros(1, sae.cfg.d_in)), rows, k)
+    return _finish(v, codes, codes @ rows, began)
 
 
 def encode_shift(sae: Any, vectors: Tensor, acts: Tensor, k: int = 0) -> Decomposition:
@@ -93,11 +118,11 @@ def encode_shift(sae: Any, vectors: Tensor, acts: Tensor, k: int = 0) -> Decompo
 
     Codes may be negative: a latent that was active and goes out. The k largest of the mean; 0: all.
     """
-    v, began = _vectors(vectors, sae.cfg.d_in), time.perf_counter()
+    v, rows, began = _vectors(vectors, sae.cfg.d_in), rows_of(sae), time.perf_counter()
     before = codes_of(sae, acts).mean(0)
     codes = torch.stack([codes_of(sae, acts + one.to(acts.dtype)).mean(0) for one in v]) - before
-    codes = keep_largest(codes, sae.W_dec, k)
-    return _finish(v, codes, codes @ sae.W_dec, began)
+    codes = keep_largest(codes, rows, k)
+    return _finish(v, codes, codes @ rows, began)
 
 
 def encode_pairs(sae: Any, pos: Tensor, neg: Tensor, k: int = 0) -> Decomposition:
@@ -106,16 +131,33 @@ def encode_pairs(sae: Any, pos: Tensor, neg: Tensor, k: int = 0) -> Decompositio
     Needs the pairs the vector was made from, and no strength. The k largest of the mean; 0: all.
     """
     v, began = _vectors((pos - neg).double().mean(0)[None], sae.cfg.d_in), time.perf_counter()
-    codes = keep_largest((codes_of(sae, pos) - codes_of(sae, neg)).mean(0)[None], sae.W_dec, k)
-    return _finish(v, codes, codes @ sae.W_dec, began)
+    rows = rows_of(sae)
+    codes = keep_largest((codes_of(sae, pos) - codes_of(sae, neg)).mean(0)[None], rows, k)
+    return _finish(v, codes, codes @ rows, began)
+
+
+def raised(sae: Any, acts: Tensor, latent: int, amount: float) -> Tensor:
+    """mean over `acts` (m, d_model) of decode(encode(a) + amount on one latent) + the SAE's error - a: (d_model,) float64.
+
+    How source 001 makes "a feature's own vector". It is amount * rows[latent], whatever the activations (algebra).
+    """
+    with torch.no_grad():
+        codes = codes_of(sae, acts)
+        error = acts.float() - sae.decode(codes).float().cpu()
+        codes[:, latent] += amount
+        return (sae.decode(codes).float().cpu() + error - acts.float()).double().mean(0)
 
 
 # --- which sparse sum comes closest ------------------------------------------------------------------------------------
 
 
 def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows (latents, d_model) in float32 with length 1, and their lengths; a row of zeros stays one."""
+    """The rows (latents, d_model) in float32 with length 1, and their lengths; a row of zeros stays one.
+
+    On the CPU if their device has no float64 (mps).
+    """
     rows = rows.detach().float()
+    rows = rows.cpu() if rows.device.type == "mps" else rows
     norms = rows.norm(dim=1)
     return rows / norms.clamp_min(1e-12)[:, None], norms
 
@@ -195,34 +237,41 @@ def _least_squares(factor: Tensor, atoms: Tensor, target: Tensor, going: Tensor)
     return torch.cholesky_solve(wanted[..., None], factor[:, :t, :t])[..., 0]
 
 
-def lasso(rows: Tensor, vectors: Tensor, k: int, positive: bool = False) -> Decomposition:
-    """The lasso's codes at the smallest penalty of its path (sklearn's `lars_path`) with at most k latents.
+def lasso_path(rows: Tensor, vectors: Tensor, sizes: Sequence[int], positive: bool = False) -> list[Decomposition]:
+    """The lasso's codes at several points of its path (sklearn's `lars_path`, one vector after another): for each of `sizes` the
+    smallest penalty passed within 2 max(sizes) steps at which no more latents are on.
 
-    `positive`: codes not below zero. One vector after another; codes are shrunk, as the lasso's are.
+    `positive`: codes not below zero. Codes are shrunk, as the lasso's are: compare directions rather than errors. On the
+    CPU; seconds are those of the whole path.
     """
     from sklearn.linear_model import lars_path
 
     v, began = _vectors(vectors, rows.shape[1]), time.perf_counter()
-    unit, norms = _unit(rows)
-    design = unit.double().cpu().numpy().T
-    codes = torch.zeros(len(v), len(unit))
-    for i, one in enumerate(v.double().cpu().numpy()):
+    unit, norms = (t.cpu() for t in _unit(rows))
+    design = unit.double().numpy().T
+    codes = torch.zeros(len(sizes), len(v), len(unit))
+    for i, one in enumerate(tqdm(v.double().cpu().numpy(), desc="lasso", leave=False)):
         if not one.any():
             continue
         with warnings.catch_warnings():  # the path ends early where rows are collinear: what is there is used
             warnings.simplefilter("ignore")
-            path = lars_path(design, one, method="lasso", positive=positive, max_iter=2 * k)[2]
-        fits = np.flatnonzero((path != 0).sum(0) <= k)
-        codes[i] = torch.from_numpy(path[:, fits[-1]])
-    codes = codes.to(unit.device)
-    return _finish(v, _in_units(codes, norms), codes @ unit, began)
+            path = lars_path(design, one, method="lasso", positive=positive, max_iter=2 * max(sizes))[2]
+        count = (path != 0).sum(0)
+        for j, k in enumerate(sizes):
+            codes[j, i] = torch.from_numpy(path[:, np.flatnonzero(count <= k)[-1]])
+    return [_finish(v, _in_units(c, norms), c @ unit, began) for c in codes]
+
+
+def lasso(rows: Tensor, vectors: Tensor, k: int, positive: bool = False) -> Decomposition:
+    """The lasso's codes at the smallest penalty of its path with at most k latents: see `lasso_path`."""
+    return lasso_path(rows, vectors, [k], positive)[0]
 
 
 def dense(rows: Tensor, vectors: Tensor, k: int = 0) -> Decomposition:
     """Least squares on all rows at once, of least norm: the dense limit, exact where the rows span. The k largest; 0: all."""
     v, began = _vectors(vectors, rows.shape[1]), time.perf_counter()
     unit, norms = _unit(rows)
-    gram = unit.double().T @ unit.double()
+    gram = sum(part.double().T @ part.double() for part in unit.split(4096))
     codes = (v.to(gram.device).double() @ torch.linalg.pinv(gram, hermitian=True)).float() @ unit.T
     codes = keep_largest(codes, unit, k)
     return _finish(v, _in_units(codes, norms), codes @ unit, began)
@@ -233,19 +282,19 @@ METHODS: dict[str, Callable[[Any, Tensor, int, Tensor], Decomposition]] = {
     "encode": lambda sae, v, k, acts: encode(sae, v, k),
     "encode less zero": lambda sae, v, k, acts: encode_less_zero(sae, v, k),
     "with and without v": lambda sae, v, k, acts: encode_shift(sae, v, acts, k),
-    "gradient pursuit, unsigned": lambda sae, v, k, acts: pursuit(sae.W_dec, v, k, "gradient", signed=False),
-    "lasso, unsigned": lambda sae, v, k, acts: lasso(sae.W_dec, v, k, positive=True),
-    "orthogonal pursuit": lambda sae, v, k, acts: pursuit(sae.W_dec, v, k),
-    "gradient pursuit": lambda sae, v, k, acts: pursuit(sae.W_dec, v, k, "gradient"),
-    "lasso": lambda sae, v, k, acts: lasso(sae.W_dec, v, k),
-    "least squares, largest": lambda sae, v, k, acts: dense(sae.W_dec, v, k),
+    "gradient pursuit, unsigned": lambda sae, v, k, acts: pursuit(rows_of(sae), v, k, "gradient", signed=False),
+    "lasso, unsigned": lambda sae, v, k, acts: lasso(rows_of(sae), v, k, positive=True),
+    "orthogonal pursuit": lambda sae, v, k, acts: pursuit(rows_of(sae), v, k),
+    "gradient pursuit": lambda sae, v, k, acts: pursuit(rows_of(sae), v, k, "gradient"),
+    "lasso": lambda sae, v, k, acts: lasso(rows_of(sae), v, k),
+    "least squares, largest": lambda sae, v, k, acts: dense(rows_of(sae), v, k),
 }
 
 
 def overlap(codes: Tensor, other: Tensor, k: int) -> np.ndarray:
     """Share (n,) of the k largest |codes| (n, latents) that are also among the k largest of `other` (latents,) or (n, latents).
 
-    Latents with code zero do not count; NaN for a line without any.
+    Latents with code zero do not count; 0 for a line without any.
     """
 
     def largest(c: Tensor) -> Tensor:
@@ -253,7 +302,7 @@ def overlap(codes: Tensor, other: Tensor, k: int) -> np.ndarray:
         return torch.zeros(c.shape, dtype=torch.bool, device=c.device).scatter(1, top.indices, top.values > 0)
 
     mine, theirs = largest(codes), largest(other.expand_as(codes))
-    return ((mine & theirs).sum(1) / mine.sum(1)).double().cpu().numpy()
+    return ((mine & theirs).sum(1) / mine.sum(1).clamp_min(1)).double().cpu().numpy()
 
 
 # --- negative projections ----------------------------------------------------------------------------------------------
@@ -337,20 +386,19 @@ def spurious_positives(sae: Any, vector: Tensor, difference: Tensor) -> list[Spu
     A latent i with difference D_i < 0 adds D_i (W_dec_i . W_enc_j) to the pre-code of j: positive where the two are negatively
     aligned. The source of j is the i with cos(W_dec_i, W_dec_j) < 0 that adds most.
     """
-    v = _vectors(vector[None], sae.cfg.d_in)
-    codes, zero = codes_of(sae, torch.cat([v.float(), torch.zeros_like(v).float()])).cpu()
-    unit, W_enc = _unit(sae.W_dec)[0].cpu(), sae.W_enc.detach().float().cpu()
+    v, rows = _vectors(vector[None], sae.cfg.d_in).float(), rows_of(sae).float()
+    codes, zero = codes_of(sae, torch.cat([v, torch.zeros_like(v)])).cpu()
     found = ((codes > 0) & (difference <= 0)).nonzero()[:, 0]
     found = found[codes[found].argsort(descending=True)]
     down = (difference < 0).nonzero()[:, 0]
     if not len(down):
         nothing = (-1, float("nan"), float("nan"))
         return [Spurious(j, float(codes[j]), float(zero[j]), float(difference[j]), *nothing) for j in found.tolist()]
-    cosines = unit[down] @ unit[found].T  # (lowered, found)
-    W_dec = sae.W_dec.detach().float().cpu()[down]
-    adds = (difference[down, None] * (W_dec @ W_enc[:, found])).masked_fill(cosines >= 0, -torch.inf)
+    W_enc, lowered = sae.W_enc.detach()[:, found.to(sae.device)].float(), rows[down.to(sae.device)]
+    cosines = (_unit(lowered)[0] @ _unit(rows[found.to(sae.device)])[0].T).cpu()  # (lowered, found)
+    adds = (difference[down, None] * (lowered @ W_enc).cpu()).masked_fill(cosines >= 0, -torch.inf)
     best = adds.max(0)
-    rise = v[0].float().cpu() @ W_enc[:, found]
+    rise = v[0].cpu() @ W_enc.cpu()
     out = []
     for i, j in enumerate(found.tolist()):
         source, cosine, share = -1, float("nan"), float("nan")
@@ -365,32 +413,41 @@ def spurious_positives(sae: Any, vector: Tensor, difference: Tensor) -> list[Spu
 
 
 def retention(
-    steered: Sequence[np.ndarray] | np.ndarray,
-    reference: Sequence[np.ndarray] | np.ndarray,
-    price: tuple[np.ndarray, np.ndarray] | None = None,
+    steered: Sequence[np.ndarray],
+    reference: Sequence[np.ndarray],
+    price: tuple[Sequence[np.ndarray], Sequence[np.ndarray]] | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Steering retained: the summed slopes `steered` (behaviours, items) of reconstructions over those of the vectors, `reference`.
+    """Steering retained: the summed mean slopes `steered` of reconstructions over those of the vectors, `reference`.
 
-    1: all of it, 0: none, negative: it steers the wrong way. Both at equal length; with `price`, the KL (behaviours, prompts) of
-    reconstructions and of vectors at that length, at equal KL: a small vector's response grows with its length and its KL with the
-    square, so each slope is divided by the root of its behaviour's mean KL. Bootstrap over items and, where given, prompts.
+    Each holds one array of slopes (items,) a behaviour. 1: all of it, 0: none, negative: it steers the wrong way. Both at equal length;
+    with `price`, for reconstructions and for vectors the KL (prompts,) a behaviour at that length, at equal KL: a small vector's
+    response grows with its length and its KL with the square, so each mean slope is divided by the root of its mean KL (a
+    reconstruction without any KL steers nothing). Bootstrap over each behaviour's items and, where given, prompts; the
+    behaviours are those given.
     """
-    top, bottom = np.asarray(steered, np.float64), np.asarray(reference, np.float64)
-    if top.shape != bottom.shape or top.ndim != 2:
-        raise ValueError(f"slopes of shape {top.shape} and {bottom.shape} were given; two equal (behaviours, items)")
+    top, bottom = ([np.asarray(x, np.float64) for x in side] for side in (steered, reference))
+    if not top or [x.shape for x in top] != [x.shape for x in bottom] or any(x.ndim != 1 for x in top):
+        raise ValueError(
+            f"slopes of shapes {[x.shape for x in top]} and {[x.shape for x in bottom]} were given; one equal (items,) a behaviour"
+        )
     rng = np.random.default_rng(seed)
 
-    def ratio(items: np.ndarray, prompts: np.ndarray | None) -> float:
-        a, b = top[:, items].mean(1), bottom[:, items].mean(1)
-        if price is not None:
-            a, b = (x / np.sqrt(p[:, prompts].mean(1)) for x, p in ((a, price[0]), (b, price[1])))
-        return float(a.sum() / b.sum())
+    def resampled(sides: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, ...]:
+        """Means (draws + 1, behaviours) of each side, the same resampled entries for all; line 0 is of the data itself."""
+        out = [np.empty((draws + 1, len(top))) for _ in sides]
+        for b, parts in enumerate(zip(*sides, strict=True)):
+            n = len(parts[0])
+            rows = np.concatenate([np.arange(n)[None], rng.integers(0, n, (draws, n))])
+            for table, x in zip(out, parts, strict=True):
+                table[:, b] = np.asarray(x, np.float64)[rows].mean(1)
+        return tuple(out)
 
-    def draw(x: np.ndarray) -> np.ndarray:
-        return rng.integers(0, x.shape[1], x.shape[1])
-
-    point = ratio(np.arange(top.shape[1]), None if price is None else np.arange(price[0].shape[1]))
-    reps = [ratio(draw(top), None if price is None else draw(price[0])) for _ in range(draws)]
-    return Interval(point, *map(float, np.quantile(reps, [0.025, 0.975])))
+    a, b = resampled((top, bottom))
+    if price is not None:
+        spent, own = resampled(price)
+        a = np.divide(a, np.sqrt(spent), out=np.zeros_like(a), where=spent > 0)
+        b = np.divide(b, np.sqrt(own), out=np.zeros_like(b), where=own > 0)
+    ratio = a.sum(1) / b.sum(1)
+    return Interval(float(ratio[0]), *map(float, np.quantile(ratio[1:], [0.025, 0.975])))

@@ -121,18 +121,22 @@ def forest(
 
 
 def over_words(
-    words: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float]]], start: int, title: str
+    words: Sequence[str],
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    start: int,
+    title: str,
+    colour: Mapping[str, str],
 ) -> Figure:
     """Series over the words of a conversation, one panel a quantity: {y label: {series: values (words,)}}.
 
-    A dotted line before word `start`, where the answer begins.
+    A dotted line before word `start`, where the answer begins. `colour`: one for each series.
     """
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(max(8.0, 0.21 * len(words)), 2.6 * len(panels)), sharex=True, squeeze=False
     )
     for axis, (label, lines) in zip(axes[:, 0], panels.items(), strict=True):
-        for (name, values), colour in zip(lines.items(), (*PALETTE[:1], PALETTE[3], NULL, PALETTE[2]), strict=False):
-            axis.plot(values, color=colour, marker="o", markersize=3, linewidth=1.2, label=name)
+        for name, values in lines.items():
+            axis.plot(values, color=colour[name], marker="o", markersize=3, linewidth=1.2, label=name)
         axis.axvline(start - 0.5, color="black", linestyle=":", linewidth=1)
         axis.set_ylabel(label)
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

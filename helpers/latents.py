@@ -38,6 +38,11 @@ class Latent(NamedTuple):
     suppresses: list[str]
 
 
+def words(latent: Latent, n: int = 3) -> str:
+    """The n words a latent makes likeliest, as they can stand in a Markdown table."""
+    return ", ".join(repr(w) for w in latent.promotes[:n]).replace("|", "\\|").replace("`", "'")
+
+
 class Top(NamedTuple):
     """Per latent its n largest codes, at most one a token row: `values`, `rows` and `positions` (latents, n), and the share of
     samples it fired on, `frequency` (latents,). Where a latent fired in fewer rows the values are 0."""

@@ -23,21 +23,17 @@ def residuals(
     sequences: Sequence[Tokens],
     layer: int,
     vector: Tensor | None = None,
-    multiplier: float = 1.0,
     batch_size: int = 16,
-    write: int | None = None,
 ) -> list[Tensor]:
     """The residual stream (tokens, d_model) float32 after block `layer` of each sequence, on the CPU.
 
-    With `vector`, of a run in which multiplier * vector is added to every token after block `write` (`layer` unless given).
+    With `vector` (d_model,), of a run in which it is added to every token after that block.
     """
     out: list[Tensor] = []
     for first in range(0, len(sequences), batch_size):
         part = sequences[first : first + batch_size]
         batch = prompts.pad(part, model.tokenizer.pad_token_id, side="right")
-        steered = (
-            nullcontext() if vector is None else hooks.add(model, layer if write is None else write, vector, multiplier)
-        )
+        steered = nullcontext() if vector is None else hooks.add(model, layer, vector)
         with steered, hooks.capture(model, [layer], stop=True) as acts:
             models.run(model, batch)
         out += [acts[layer][i, : len(t.ids)].float().cpu() for i, t in enumerate(part)]
@@ -91,7 +87,7 @@ def edited(
     """Context: the SAE's codes z (..., latents) after block `layer` become edit(z).
 
     With its error term: x + decode(edit(z)) - decode(z), in which b_dec and what the SAE misses cancel: no edit, no change, and the
-    shift is exactly the edited codes' difference times W_dec. Without: decode(edit(z)) in place of x. `edit` must return new codes.
+    shift is exactly the edited codes' difference times the decoder rows. Without: decode(edit(z)) in place of x. `edit` must return new codes.
     """
 
     def change(x: Tensor) -> Tensor:
@@ -103,7 +99,7 @@ def edited(
                     f"the edit returned codes of shape {tuple(new.shape)} for codes of shape {tuple(codes.shape)}"
                 )
             if error_term:
-                return x + ((new - codes) @ sae.W_dec).to(x.device).to(x.dtype)
+                return x + ((new - codes) @ decompose.rows_of(sae)).to(x.device).to(x.dtype)
             return sae.decode(new).to(x.device).to(x.dtype)
 
     return hooks.edit(model, layer, change, positions)

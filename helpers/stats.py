@@ -96,8 +96,8 @@ def at_level(x: Sequence[float], y: Sequence[float], level: float) -> float:
 
 
 class ChangePoint(NamedTuple):
-    """Where a series changes its mean most: `at`, the index of the first value after; the `statistic`; the share `p` of shuffled
-    series whose largest statistic is at least as large."""
+    """Where a series changes its mean most: `at`, the index of the first value after; the `statistic`; the share `p` of series, its
+    own among the shuffled ones, whose largest statistic is at least as large."""
 
     at: int
     statistic: float
@@ -124,4 +124,5 @@ def change_point(series: Sequence[float] | np.ndarray, least: int = 3, draws: in
 
     own = splits(x[None])[0]
     shuffled = splits(rng.permuted(np.tile(x, (draws, 1)), axis=1)).max(1)
-    return ChangePoint(int(before[own.argmax()]), float(own.max()), float((shuffled >= own.max() - 1e-12).mean()))
+    reached = float((shuffled >= own.max() - 1e-12).sum())
+    return ChangePoint(int(before[own.argmax()]), float(own.max()), (1 + reached) / (1 + draws))

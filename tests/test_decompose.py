@@ -82,7 +82,7 @@ def found(result, support, weight):
 
 # --- the methods -------------------------------------------------------------------------------------------------------
 
-SIGNED = {"orthogonal pursuit", "gradient pursuit", "lasso"}
+SIGNED = ("orthogonal pursuit", "gradient pursuit", "lasso")
 
 
 @pytest.mark.parametrize("name", SIGNED)
@@ -100,6 +100,29 @@ def test_a_planted_signed_sum_is_not_recovered_without_a_sign(name, sae, planted
     vectors, support, weight = planted
     result = METHODS[name](sae, vectors, K, torch.zeros(1, D))
     assert found(result, support, weight) <= 0.55 and result.cosine.max() < 0.9
+
+
+def test_thresholded_least_squares_finds_part_of_a_planted_sum_and_all_rows_the_whole_of_it(sae, planted):
+    """The least-norm solution spreads over all rows: its largest are mostly the planted ones, far too short to add up to v."""
+    vectors, support, weight = planted
+    cut, whole = METHODS["least squares, largest"](sae, vectors, K, vectors), decompose.dense(sae.W_dec, vectors)
+    assert found(cut, support, weight) > 0.6 and cut.error.min() > 0.3 and whole.error.max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "standard"])
+def test_activations_in_which_the_planted_latents_are_on_show_both_signs_of_a_change(kind):
+    """With and without v, and the codes of pairs, recover a planted sum where the activations let them: all latents on."""
+    rows = torch.linalg.qr(torch.randn(D, D)).Q
+    more = {"k": D, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
+    sae = sae_of(kind, rows, **more)
+    g = torch.Generator().manual_seed(1)
+    support = torch.randperm(D, generator=g)[None, :K]
+    weight = torch.tensor([[1.5, -1.2, 1.9, -1.1, 1.3, -1.6]])
+    v = weight @ rows[support[0]]
+    acts = (5 + torch.rand(30, D, generator=g)) @ rows  # every latent is on, by more than v takes away
+    for result in (decompose.encode_shift(sae, v, acts, K), decompose.encode_pairs(sae, acts + v, acts, K)):
+        assert found(result, support, weight) == 1.0 and result.cosine[0] > 0.999
+    assert found(decompose.encode_shift(sae, v, acts * 0, K), support, weight) <= 0.5  # all off: nothing can go out
 
 
 @pytest.mark.parametrize("name", ["gradient pursuit, unsigned", "lasso, unsigned"])
@@ -146,7 +169,7 @@ def test_every_method_keeps_to_the_number_of_latents_on_every_architecture(name,
             assert torch.allclose(result.reconstruction, result.codes @ sae.W_dec, atol=1e-4)
 
 
-def test_orthogonal_pursuit_is_sklearns(planted):
+def test_orthogonal_pursuit_is_sklearns():
     rows, vectors = unit(torch.randn(LATENTS, D)), torch.randn(7, D)
     for k in (1, 5, 20):
         ours = decompose.pursuit(rows, vectors, k)
@@ -263,7 +286,7 @@ def test_a_dead_row_and_rows_of_any_length_do_no_harm():
         (lambda r: decompose.dense(r, torch.full((1, D), torch.nan)), "NaN"),
         (lambda r: decompose.negative_projections(torch.ones(1, 4), torch.ones(1, 4)), "2 pairs or more"),
         (lambda r: decompose.negative_projections(torch.zeros(3, 4), torch.zeros(3, 4)), "no latent is active"),
-        (lambda r: decompose.retention(np.ones(3), np.ones(3)), "behaviours, items"),
+        (lambda r: decompose.retention(np.ones(3), np.ones(3)), "one equal .items,. a behaviour"),
     ],
 )
 def test_bad_input_is_refused_in_words(call, message):
@@ -275,13 +298,9 @@ def test_bad_input_is_refused_in_words(call, message):
 
 
 def test_a_features_own_vector_is_its_decoder_row_whatever_the_activations(sae):
-    x = torch.randn(9, D)
-    codes = sae.encode(x)
-    raised = codes.clone()
-    raised[:, 11] += 4.0
-    error = x - sae.decode(codes)
-    vectors = sae.decode(raised) + error - x
-    assert torch.allclose(vectors, 4 * sae.W_dec[11].expand_as(vectors), atol=1e-4)
+    for acts in (torch.randn(9, D), torch.zeros(1, D)):
+        own = decompose.raised(sae, acts, 11, 4.0)
+        assert torch.allclose(own, 4 * sae.W_dec[11].double(), atol=1e-4)
 
 
 # --- negative projections ----------------------------------------------------------------------------------------------
@@ -311,25 +330,24 @@ def test_planted_negative_latents_are_seen_and_counted():
 
 
 def test_a_negative_latent_shows_as_a_positive_one_that_is_aligned_against_it():
-    rows = unit(torch.randn(20, D))
-    rows[1] = unit(-0.9 * rows[0] + 0.436 * unit(torch.randn(D)))
+    rows = torch.eye(20)
+    rows[1, 0], rows[1, 1] = -0.8, 0.6  # opposed to latent 0
     sae = sae_of("topk", rows, k=3, rescale_acts_by_decoder_norm=False)
     difference = torch.zeros(20)
-    difference[0], difference[5] = -4.0, 3.0
-    rows_found = decompose.spurious_positives(sae, difference @ rows, difference)
-    first = rows_found[0]
-    assert first.latent == 1 and first.source == 0 and first.difference == 0 and first.cosine < -0.8
-    assert first.share == pytest.approx(1.0, abs=0.35) and first.zero == 0
-    assert 5 not in [s.latent for s in rows_found]
-    assert decompose.spurious_positives(sae, 3 * rows[5], difference.clamp_min(0)) == [] or all(
-        s.source == -1 for s in decompose.spurious_positives(sae, 3 * rows[5], difference.clamp_min(0))
-    )
+    difference[0], difference[5], difference[7] = -4.0, 3.0, -1.0
+    (only,) = decompose.spurious_positives(sae, difference @ rows, difference)
+    assert only[:5] == (1, pytest.approx(3.2), 0.0, 0.0, 0) and only.cosine == pytest.approx(-0.8)
+    assert only.share == pytest.approx(1.0)  # all of 3.2 comes from -4 times -0.8
+    assert decompose.spurious_positives(sae, 3 * rows[5], difference) == []
+    # a positive code that no lowered latent is opposed to has no source; nor has any when nothing is lowered
+    (alone,) = decompose.spurious_positives(sae, 2 * rows[9], difference)
+    assert alone.latent == 9 and alone.source == -1 and np.isnan(alone.share)
+    assert [s.source for s in decompose.spurious_positives(sae, 2 * rows[9], difference.clamp_min(0))] == [-1]
 
 
 def test_overlap_counts_shared_largest_latents():
     codes = torch.tensor([[3.0, -2, 1, 0], [0, 0, 0, 5.0], [0, 0, 0, 0]])
-    assert decompose.overlap(codes, torch.tensor([1.0, 4, 0, 0]), 2)[:2].tolist() == [1.0, 0.0]
-    assert np.isnan(decompose.overlap(codes, codes[0], 2)[2])
+    assert decompose.overlap(codes, torch.tensor([1.0, 4, 0, 0]), 2).tolist() == [1.0, 0.0, 0.0]
 
 
 # --- retention ---------------------------------------------------------------------------------------------------------
@@ -341,8 +359,52 @@ def test_retention_is_one_for_itself_negative_for_its_opposite_and_priced_by_the
     assert decompose.retention(slopes, slopes) == stats.Interval(1.0, 1.0, 1.0)
     assert decompose.retention(-slopes, slopes).high == -1.0
     assert decompose.retention(slopes, slopes, (4 * kl, kl)).value == pytest.approx(0.5)
+    assert decompose.retention(0 * slopes, slopes, (0 * kl, kl)) == (0.0, 0.0, 0.0)
+    uneven = [slopes[0], slopes[1][:7]]  # behaviours need not have equally many items
+    by_hand = (3 * slopes[0].mean() + slopes[1][:7].mean()) / (slopes[0].mean() + slopes[1][:7].mean())
+    assert decompose.retention([3 * uneven[0], uneven[1]], uneven).value == pytest.approx(by_hand)
     half = decompose.retention(slopes / 2 + np.random.default_rng(2).normal(0, 0.3, slopes.shape), slopes)
     assert half.low < 0.5 < half.high and half.high - half.low < 0.3
+
+
+def test_an_interval_of_retention_covers():
+    rng, inside = np.random.default_rng(3), 0
+    for i in range(200):
+        v = rng.normal(1.0, 1.0, (4, 50))
+        r = 0.6 * v + rng.normal(0, 0.5, v.shape)
+        found = decompose.retention(r, v, draws=200, seed=i)
+        inside += found.low <= 0.6 <= found.high
+    assert 0.9 <= inside / 200 <= 0.99
+
+
+def test_an_sae_with_gradients_on_is_read_like_any_other(sae, planted):
+    with torch.enable_grad():
+        sae.W_dec.requires_grad_(True)
+        for name, method in METHODS.items():
+            assert not method(sae, planted[0], 3, torch.randn(5, D)).codes.requires_grad, name
+
+
+def test_an_sae_that_normalises_as_it_runs_is_refused_and_one_in_units_of_its_output_is_not():
+    rows = 3 * unit(torch.randn(LATENTS, D))
+    for way in ("constant_norm_rescale", "layer_norm"):
+        other = sae_of("standard", rows, normalize_activations=way)
+        with pytest.raises(ValueError, match="normalises its inputs as it runs"):
+            METHODS["encode less zero"](other, torch.randn(1, D), 3, torch.zeros(1, D))
+    scaled = sae_of("topk", rows, k=K, rescale_acts_by_decoder_norm=True)
+    v = torch.randn(4, D)
+    expected = scaled.decode(scaled.encode(v)) - scaled.decode(scaled.encode(torch.zeros(1, D)))
+    assert torch.allclose(decompose.encode_less_zero(scaled, v).reconstruction, expected, atol=1e-4)
+    assert torch.allclose(
+        decompose.pursuit(decompose.rows_of(scaled), v, 20).codes @ decompose.rows_of(scaled),
+        decompose.pursuit(rows, v, 20).reconstruction,
+        atol=1e-3,
+    )
+
+
+def test_one_lasso_path_gives_every_size():
+    rows, v = unit(torch.randn(60, D)), torch.randn(2, D)
+    for size, at in zip((2, 6), decompose.lasso_path(rows, v, [2, 6]), strict=True):
+        assert torch.allclose(at.codes, decompose.lasso(rows, v, size).codes, atol=1e-6) and (at.l0 <= size).all()
 
 
 def test_methods_take_what_has_an_encoder_and_rows():

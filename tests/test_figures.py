@@ -13,13 +13,20 @@ def test_series_of_different_lengths_are_averaged_at_the_same_distance_from_thei
     mean = figures.around(axis, series, [5, 1, 1], before=2, after=3, least=2, label="x")
     # offsets -2..2: series one 3 4 5 6 7, series two - 4 5 6 7, series three - 0 7 - -
     assert mean == pytest.approx([8 / 3, 17 / 3, 6, 7])
+    low, high = (f(p.vertices[:, 1]) for p in axis.collections[0].get_paths() for f in (min, max))
+    spread = 1.96 * np.std([3.0 + 1, 4, 0]) / np.sqrt(3)  # at offset -1 the three series are 4, 4 and 0
+    assert low == pytest.approx(8 / 3 - spread) and high >= 7
     assert axis.lines[0].get_xdata().tolist() == [-1, 0, 1, 2] and axis.lines[0].get_label() == "x"
     plt.close(figure)
 
 
 def test_words_stand_under_their_values_and_the_answer_is_marked():
     figure = figures.over_words(
-        [" one", "\n", "two"], {"a": {"v": [1, 2, 3]}, "b": {"v": [3, 2, 1], "null": [0, 0, 0]}}, 2, "t"
+        [" one", "\n", "two"],
+        {"a": {"v": [1, 2, 3]}, "b": {"v": [3, 2, 1], "null": [0, 0, 0]}},
+        2,
+        "t",
+        {"v": "red", "null": "grey"},
     )
     axes = figure.axes
     assert [t.get_text() for t in axes[-1].get_xticklabels()] == ["one", "⏎", "two"]
@@ -29,6 +36,6 @@ def test_words_stand_under_their_values_and_the_answer_is_marked():
 
 def test_text_is_shown_letter_by_letter():
     assert figures.literal("a $5 – $6 bill\nnaïve 你") == "a \\$5 – \\$6 bill⏎naïve ?"
-    figure = figures.over_words(["$x", "_{", "$"], {"a": {"v": [1, 2, 3]}}, 1, "t")
+    figure = figures.over_words(["$x", "_{", "$"], {"a": {"v": [1, 2, 3]}}, 1, "t", {"v": "red"})
     figure.canvas.draw()  # a formula cut short would raise here
     plt.close(figure)
