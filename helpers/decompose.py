@@ -412,6 +412,14 @@ def spurious_positives(sae: Any, vector: Tensor, difference: Tensor) -> list[Spu
 # --- how much of the steering is left ----------------------------------------------------------------------------------
 
 
+def linear_slopes(vectors: Tensor | np.ndarray, gradients: np.ndarray, length: float) -> np.ndarray:
+    """Change of log-odds (n, items) that `vectors` (n, d_model), each brought to `length`, give by the linear response `gradients`
+    (items, d_model) of `steer.linear_response`. A vector of zeros has none."""
+    v = np.asarray(vectors, np.float64)
+    norm = np.linalg.norm(v, axis=1, keepdims=True)
+    return np.divide(v, norm, out=np.zeros_like(v), where=norm > 0) @ gradients.T * length
+
+
 def retention(
     steered: Sequence[np.ndarray],
     reference: Sequence[np.ndarray],
