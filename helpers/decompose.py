@@ -185,56 +185,69 @@ def pursuit(rows: Tensor, vectors: Tensor, k: int, update: str = "orthogonal", s
         raise ValueError(f"k = {k} given; it must lie between 1 and the {len(rows)} rows of the dictionary")
     v, began = _vectors(vectors, rows.shape[1]), time.perf_counter()
     unit, norms = _unit(rows)
-    target = v.to(unit.device).double()
-    left, n = target.clone(), len(v)
-    codes = torch.zeros(n, len(unit), dtype=torch.float64, device=unit.device)
-    chosen = torch.zeros(n, 0, dtype=torch.long, device=unit.device)
-    taken = torch.zeros(n, len(unit), dtype=torch.bool, device=unit.device)
-    factor = target.new_zeros(n, k, k)  # Cholesky factor of the Gram matrix of the rows chosen
-    enough = 1e-6 * target.norm(dim=1)
-    for _ in range(k):
-        aligned = left.float() @ unit.T
-        score = aligned.abs() if signed else aligned
-        if update != "matching":
-            score = score.masked_fill(taken, -1.0)
-        best = score.max(dim=1)
-        going = (left.norm(dim=1) > enough) & (best.values > 0)
-        if not bool(going.any()):
-            break
-        new = best.indices[:, None]
-        if update == "matching":
-            step = (left * unit[new[:, 0]].double()).sum(1) * going
-            codes.scatter_add_(1, new, step[:, None])
-            left = left - step[:, None] * unit[new[:, 0]].double()
-            continue
-        chosen = torch.cat([chosen, new], 1)
-        taken.scatter_(1, new, True)
-        atoms = unit[chosen].double() * going[:, None, None]  # (n, t + 1, d_model); what stopped keeps its codes
-        if update == "orthogonal":
-            values = _least_squares(factor, atoms, target, going)
-        else:
-            before = codes.gather(1, chosen)
-            slope = torch.einsum("ntd,nd->nt", atoms, left)
-            image = torch.einsum("nt,ntd->nd", slope, atoms)
-            values = before + slope * (slope.square().sum(1) / image.square().sum(1).clamp_min(1e-30))[:, None]
-            values = values if signed else values.clamp_min(0.0)
-        values = torch.where(going[:, None], values, codes.gather(1, chosen))
-        codes.scatter_(1, chosen, values)
-        left = torch.where(going[:, None], target - torch.einsum("nt,ntd->nd", values, atoms), left)
-    codes = codes.float()
+    parts = v.to(unit.device).double().split(max(1, 10**8 // (k * rows.shape[1])))  # 0.8 GB of chosen rows at a time
+    if update == "matching":
+        codes = torch.cat([_matching(unit, part, k, signed) for part in parts])
+    else:
+        codes = torch.cat([_greedy(unit, part, k, update == "orthogonal", signed) for part in parts])
     return _finish(v, _in_units(codes, norms), codes @ unit, began)
 
 
-def _least_squares(factor: Tensor, atoms: Tensor, target: Tensor, going: Tensor) -> Tensor:
-    """Codes (n, t) of `target` (n, d_model) on unit `atoms` (n, t, d_model); `factor` is extended by the newest atom in place."""
-    t = atoms.shape[1]
-    cross = torch.einsum("ntd,nd->nt", atoms[:, :-1], atoms[:, -1])
-    side = torch.linalg.solve_triangular(factor[:, : t - 1, : t - 1], cross[..., None], upper=False)[..., 0]
-    factor[:, t - 1, : t - 1] = side
-    factor[:, t - 1, t - 1] = (1 - side.square().sum(1)).clamp_min(1e-12).sqrt()
-    factor[~going, t - 1, : t - 1], factor[~going, t - 1, t - 1] = 0.0, 1.0
-    wanted = torch.einsum("ntd,nd->nt", atoms, target)
-    return torch.cholesky_solve(wanted[..., None], factor[:, :t, :t])[..., 0]
+def _matching(unit: Tensor, left: Tensor, k: int, signed: bool) -> Tensor:
+    """Matching pursuit of `left` (n, d_model) float64 in unit rows: codes (n, latents)."""
+    codes = torch.zeros(len(left), len(unit), device=unit.device)
+    for _ in range(k):
+        aligned = left.float() @ unit.T
+        new = (aligned.abs() if signed else aligned).argmax(1)
+        rows = unit[new].double()
+        step = (left * rows).sum(1, keepdim=True)
+        step = step if signed else step.clamp_min(0.0)
+        codes.scatter_add_(1, new[:, None], step.float())
+        left = left - step * rows
+    return codes
+
+
+def _greedy(unit: Tensor, target: Tensor, k: int, orthogonal: bool, signed: bool) -> Tensor:
+    """Orthogonal or gradient pursuit of `target` (n, d_model) float64 in unit rows: codes (n, latents)."""
+    n, left = len(target), target
+    atoms, wanted = target.new_zeros(n, k, target.shape[1]), target.new_zeros(n, k)  # rows chosen, and target on them
+    chosen, values = torch.zeros(n, k, dtype=torch.long, device=unit.device), target.new_zeros(n, k)
+    taken = torch.zeros(n, len(unit), dtype=torch.bool, device=unit.device)
+    factor = target.new_zeros(n, k, k)  # Cholesky factor of the Gram matrix of the rows chosen
+    enough = 1e-6 * target.norm(dim=1)
+    for t in range(k):
+        aligned = left.float() @ unit.T
+        best = (aligned.abs() if signed else aligned).masked_fill_(taken, -1.0).max(dim=1)
+        going = (left.norm(dim=1) > enough) & (best.values > 0)  # what stops here keeps its codes
+        if not bool(going.any()):
+            break
+        chosen[:, t] = best.indices
+        taken.scatter_(1, best.indices[:, None], True)
+        atoms[:, t] = unit[best.indices].double() * going[:, None]
+        here = atoms[:, : t + 1]
+        if orthogonal:
+            wanted[:, t] = (atoms[:, t] * target).sum(1)
+            now = _least_squares(factor, here, wanted[:, : t + 1], going)
+        else:
+            slope = torch.einsum("ntd,nd->nt", here, left)
+            image = torch.einsum("nt,ntd->nd", slope, here)
+            length = slope.square().sum(1, keepdim=True) / image.square().sum(1, keepdim=True).clamp_min(1e-30)
+            now = values[:, : t + 1] + length * slope
+            now = now if signed else now.clamp_min(0.0)
+        values[:, : t + 1] = torch.where(going[:, None], now, values[:, : t + 1])
+        left = torch.where(going[:, None], target - torch.einsum("nt,ntd->nd", values[:, : t + 1], here), left)
+    return torch.zeros(n, len(unit), device=unit.device).scatter_add_(1, chosen, values.float())
+
+
+def _least_squares(factor: Tensor, atoms: Tensor, wanted: Tensor, going: Tensor) -> Tensor:
+    """Codes (n, t) on unit `atoms` (n, t, d_model) of what has the inner products `wanted` (n, t) with them; `factor` (n, k, k) is
+    extended by the newest atom in place."""
+    t = atoms.shape[1] - 1
+    cross = torch.einsum("ntd,nd->nt", atoms[:, :t], atoms[:, t])
+    side = torch.linalg.solve_triangular(factor[:, :t, :t], cross[..., None], upper=False)[..., 0]
+    factor[:, t, :t] = side * going[:, None]
+    factor[:, t, t] = torch.where(going, (1 - side.square().sum(1)).clamp_min(1e-12).sqrt(), 1.0)
+    return torch.cholesky_solve(wanted[..., None], factor[:, : t + 1, : t + 1])[..., 0]
 
 
 def lasso_path(rows: Tensor, vectors: Tensor, sizes: Sequence[int], positive: bool = False) -> list[Decomposition]:

@@ -1,8 +1,9 @@
 """The hub profiles run every notebook unchanged, on tiny stand-ins: no network, no GPU.
 
 A stand-in is a random model of the same architecture and depth and a random SAE with as many latents, in the hub's own cache
-layout and in the files that sae_lens's own loaders read. Replaced are only the hub (a folder, offline) and, as an override in
-the registry's entry, the width d_in. The numbers mean nothing; that every cell runs and every claim gets a verdict does.
+layout and in the files that sae_lens's own loaders read. Replaced are the hub (a folder, offline), as an override in the
+registry's entry the width d_in, and the notebook's display; the run is at the fast setting, in float32 on one CPU thread. The
+numbers mean nothing; that every cell runs, every claim gets a verdict and every published value meets ours does.
 """
 
 import copy
@@ -26,6 +27,11 @@ from helpers.session import ROOT
 
 WIDTH, COMMIT = 32, "0123456789" * 4
 PROFILES = ("gemma-2-2b", "llama-3.1-8b")
+ZERO = (4888, 15603, 7589, 15471, 2350)
+KNOWN = {  # the latents a profile names, and the claims in which notebook 03 puts published values beside ours
+    "gemma-2-2b": ([*ZERO, 14004, 3517], {*(f"03.zero.{i}" for i in ZERO), "03.rows", "03.negative"}),
+    "llama-3.1-8b": ([58644], {"03.concept.last", "03.concept.all"}),
+}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
@@ -70,20 +76,21 @@ def write_model(folder: Path, profile: str, layer: int) -> float:
     return float(stream.detach().square().mean(-1).sqrt().median())
 
 
-def write_sae(folder: Path, path: str, latents: int, scale: float) -> None:
+def write_sae(folder: Path, path: str, latents: int, scale: float, named: list[int]) -> None:
     """A random SAE in Gemma Scope's file format or in Goodfire's.
 
     As many latents as the real one has, because profiles name some by number; in so narrow a stream most would be alike, so only
-    32, nearly orthogonal, are alive, and the others' rows are zero. Codes are of the size of `scale`, the stream's root mean
-    square; four latents fire on the zero vector too.
+    32, nearly orthogonal, are alive, those `named` among them, and the others' rows are zero. Codes are of the size of `scale`,
+    the stream's root mean square; four latents fire on the zero vector too.
     """
     random = torch.Generator().manual_seed(2)
     basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=random)).Q
-    W_dec, alive = torch.zeros(latents, WIDTH), slice(None, None, latents // WIDTH)
+    W_dec = torch.zeros(latents, WIDTH)
+    alive = list(dict.fromkeys([*named, *range(0, latents, latents // WIDTH)]))[:WIDTH]
     W_dec[alive] = torch.nn.functional.normalize(basis + 0.05 * torch.randn(WIDTH, WIDTH, generator=random))
     b_enc, b_dec = torch.full((latents,), -100 * scale), 0.1 * scale * torch.randn(WIDTH, generator=random)
     b_enc[alive] = -1.5 * scale
-    b_enc[:: latents // 4] = scale
+    b_enc[alive[:4]] = scale
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     if path.endswith(".pth"):
         weights = {"encoder_linear.weight": W_dec, "encoder_linear.bias": b_enc}
@@ -105,7 +112,7 @@ def profile(request, tmp_path_factory):
         scale = write_model(snapshot(folder / "hub", settings["chat"]), request.param, settings["layer"])
         repository, path = registry.get_repo_id_and_folder_name(settings["sae"]["release"], settings["sae"]["id"])
         latents = {"gemma-2-2b": 16_384, "llama-3.1-8b": 65_536}[request.param]
-        write_sae(snapshot(folder / "hub", repository), path, latents, scale)
+        write_sae(snapshot(folder / "hub", repository), path, latents, scale, KNOWN[request.param][0])
         entry = registry.get_pretrained_saes_directory()[settings["sae"]["release"]]
         patch.setattr(entry, "config_overrides", {"d_in": WIDTH})
         patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
@@ -147,3 +154,9 @@ def test_a_notebook_runs_unchanged_on_a_hub_profile(profile, notebook, tmp_path,
     for claim in result["claims"]:
         assert claim["verdict"] in claims.VERDICTS
         assert all(math.isfinite(claim[x]) for x in ("value", "low", "high", "null"))
+    if notebook.stem.startswith("03"):
+        beside = {c["id"]: c for c in result["claims"] if not isinstance(c["published"], str)}
+        assert set(beside) == KNOWN[profile][1]
+        assert all("gap" in claims.published(c) for c in beside.values())
+        assert all(c["verdict"] == "not run" for i, c in beside.items() if i in ("03.negative", "03.concept.last"))
+        assert len({c["value"] for c in beside.values()}) > 1  # of latents that are alive
