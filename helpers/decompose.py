@@ -5,7 +5,6 @@ models, text or files. Each method returns a Decomposition; sums of many numbers
 without the vector) answer what the SAE says of it; the others ask which sparse sum of rows comes closest, whatever an
 encoder says: orthogonal matching pursuit (Pati et al. 1993), gradient pursuit (Blumensath & Davies 2008; without sign as in
 Smith 2024, "Inference-time optimisation"), lasso along its path (Efron et al. 2004), and least squares as the dense limit.
-Negative projections and spurious positives follow Mayne et al. 2024 (arXiv:2411.08790, section 3.2).
 """
 
 import time
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import false_discovery_control, ttest_1samp
 from torch import Tensor
 from tqdm import tqdm
 
@@ -71,7 +69,8 @@ def rows_of(sae: Any) -> Tensor:
     return rows
 
 
-def _vectors(vectors: Tensor, d_model: int) -> Tensor:
+def check_vectors(vectors: Tensor, d_model: int) -> Tensor:
+    """`vectors` (n, d_model) without their gradient; ValueError that says what is wrong with their shape or values."""
     if vectors.ndim != 2 or vectors.shape[1] != d_model or not len(vectors):
         raise ValueError(
             f"vectors of shape {tuple(vectors.shape)} were given; the dictionary wants (n, {d_model}), n of 1 or more"
@@ -100,14 +99,14 @@ def codes_of(sae: Any, rows: Tensor, batch: int = 1024) -> Tensor:
 
 def encode(sae: Any, vectors: Tensor, k: int = 0) -> Decomposition:
     """decode(encode(v)): the vector taken for an activation. The k largest codes; 0: all the SAE gives."""
-    v, began = _vectors(vectors, sae.cfg.d_in), time.perf_counter()
+    v, began = check_vectors(vectors, sae.cfg.d_in), time.perf_counter()
     codes = keep_largest(codes_of(sae, v), rows_of(sae), k)
     return _finish(v, codes, sae.decode(codes), began)
 
 
 def encode_less_zero(sae: Any, vectors: Tensor, k: int = 0) -> Decomposition:
     """(encode(v) - encode(0)) W_dec: what the vector adds to the code of nothing. The k largest; 0: all."""
-    v, began = _vectors(vectors, sae.cfg.d_in), time.perf_counter()
+    v, began = check_vectors(vectors, sae.cfg.d_in), time.perf_counter()
     rows = rows_of(sae)
     codes = keep_largest(codes_of(sae, v) - codes_of(sae, torch.zeros(1, sae.cfg.d_in)), rows, k)
     return _finish(v, codes, codes @ rows, began)
@@ -118,7 +117,7 @@ def encode_shift(sae: Any, vectors: Tensor, acts: Tensor, k: int = 0) -> Decompo
 
     Codes may be negative: a latent that was active and goes out. The k largest of the mean; 0: all.
     """
-    v, rows, began = _vectors(vectors, sae.cfg.d_in), rows_of(sae), time.perf_counter()
+    v, rows, began = check_vectors(vectors, sae.cfg.d_in), rows_of(sae), time.perf_counter()
     before = codes_of(sae, acts).mean(0)
     codes = torch.stack([codes_of(sae, acts + one.to(acts.dtype)).mean(0) for one in v]) - before
     codes = keep_largest(codes, rows, k)
@@ -130,7 +129,7 @@ def encode_pairs(sae: Any, pos: Tensor, neg: Tensor, k: int = 0) -> Decompositio
 
     Needs the pairs the vector was made from, and no strength. The k largest of the mean; 0: all.
     """
-    v, began = _vectors((pos - neg).double().mean(0)[None], sae.cfg.d_in), time.perf_counter()
+    v, began = check_vectors((pos - neg).double().mean(0)[None], sae.cfg.d_in), time.perf_counter()
     rows = rows_of(sae)
     codes = keep_largest((codes_of(sae, pos) - codes_of(sae, neg)).mean(0)[None], rows, k)
     return _finish(v, codes, codes @ rows, began)
@@ -151,7 +150,7 @@ def raised(sae: Any, acts: Tensor, latent: int, amount: float) -> Tensor:
 # --- which sparse sum comes closest ------------------------------------------------------------------------------------
 
 
-def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The rows (latents, d_model) in float32 with length 1, and their lengths; a row of zeros stays one.
 
     On the CPU if their device has no float64 (mps).
@@ -183,8 +182,8 @@ def pursuit(rows: Tensor, vectors: Tensor, k: int, update: str = "orthogonal", s
         )
     if not 1 <= k <= len(rows):
         raise ValueError(f"k = {k} given; it must lie between 1 and the {len(rows)} rows of the dictionary")
-    v, began = _vectors(vectors, rows.shape[1]), time.perf_counter()
-    unit, norms = _unit(rows)
+    v, began = check_vectors(vectors, rows.shape[1]), time.perf_counter()
+    unit, norms = unit_rows(rows)
     parts = v.to(unit.device).double().split(max(1, 10**8 // (k * rows.shape[1])))  # 0.8 GB of chosen rows at a time
     if update == "matching":
         codes = torch.cat([_matching(unit, part, k, signed) for part in parts])
@@ -250,29 +249,55 @@ def _least_squares(factor: Tensor, atoms: Tensor, wanted: Tensor, going: Tensor)
     return torch.cholesky_solve(wanted[..., None], factor[:, : t + 1, : t + 1])[..., 0]
 
 
-def lasso_path(rows: Tensor, vectors: Tensor, sizes: Sequence[int], positive: bool = False) -> list[Decomposition]:
+def lasso_path(
+    rows: Tensor, vectors: Tensor, sizes: Sequence[int], positive: bool = False, start: int = 1000
+) -> list[Decomposition]:
     """The lasso's codes at several points of its path (sklearn's `lars_path`, one vector after another): for each of `sizes` the
     smallest penalty passed within 2 max(sizes) steps at which no more latents are on.
 
-    `positive`: codes not below zero. Codes are shrunk, as the lasso's are: compare directions rather than errors. On the
-    CPU; seconds are those of the whole path.
+    `positive`: codes not below zero. Codes are shrunk, as the lasso's are: compare directions rather than errors. A path is found
+    among the `start` rows most aligned with the vector; rows outside that break the optimality of a point (aligned with what
+    is left by more than the penalty) are added until none does, so the result is that of all rows. Paths are on the
+    CPU; seconds are those of all sizes together.
     """
+    v, began = check_vectors(vectors, rows.shape[1]), time.perf_counter()
+    unit, norms = unit_rows(rows)
+    codes = torch.zeros(len(sizes), len(v), len(unit), device=unit.device)
+    for i, one in enumerate(tqdm(v.to(unit.device).double(), desc="lasso", leave=False)):
+        if bool(one.any()):
+            chosen, values = _lasso_points(unit, one, sizes, positive, min(start, len(unit)))
+            codes[:, i, chosen] = values.float().to(codes.device)
+    return [_finish(v, _in_units(c, norms), c @ unit, began) for c in codes]
+
+
+def _lasso_points(unit: Tensor, v: Tensor, sizes: Sequence[int], positive: bool, start: int) -> tuple[Tensor, Tensor]:
+    """The rows looked at (m,) and the codes (sizes, m) of one vector (d_model,) float64 at each size; optimal among all rows."""
     from sklearn.linear_model import lars_path
 
-    v, began = _vectors(vectors, rows.shape[1]), time.perf_counter()
-    unit, norms = (t.cpu() for t in _unit(rows))
-    design = unit.double().numpy().T
-    codes = torch.zeros(len(sizes), len(v), len(unit))
-    for i, one in enumerate(tqdm(v.double().cpu().numpy(), desc="lasso", leave=False)):
-        if not one.any():
-            continue
+    def aligned(left: Tensor) -> Tensor:
+        c = left.float() @ unit.T
+        return c if positive else c.abs()
+
+    chosen = aligned(v).topk(start).indices
+    while True:
+        design, inside = unit[chosen].double().T, torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
         with warnings.catch_warnings():  # the path ends early where rows are collinear: what is there is used
             warnings.simplefilter("ignore")
-            path = lars_path(design, one, method="lasso", positive=positive, max_iter=2 * max(sizes))[2]
+            penalties, _, path = lars_path(
+                design.cpu().numpy(), v.cpu().numpy(), method="lasso", positive=positive, max_iter=2 * max(sizes)
+            )
         count = (path != 0).sum(0)
-        for j, k in enumerate(sizes):
-            codes[j, i] = torch.from_numpy(path[:, np.flatnonzero(count <= k)[-1]])
-    return [_finish(v, _in_units(c, norms), c @ unit, began) for c in codes]
+        at = [int(np.flatnonzero(count <= k)[-1]) for k in sizes]
+        values = torch.from_numpy(np.ascontiguousarray(path[:, at].T))
+        left = v - values.to(v.device) @ design.T
+        limits = torch.from_numpy(penalties[at] * len(v)).to(
+            v.device
+        )  # sklearn divides penalties by the number of samples
+        inside[chosen] = True
+        broken = (aligned(left) > 1.0001 * limits[:, None] + 1e-6 * float(v.norm())).any(0) & ~inside
+        if not bool(broken.any()):
+            return chosen, values
+        chosen = torch.cat([chosen, broken.nonzero()[:, 0]])
 
 
 def lasso(rows: Tensor, vectors: Tensor, k: int, positive: bool = False) -> Decomposition:
@@ -282,8 +307,8 @@ def lasso(rows: Tensor, vectors: Tensor, k: int, positive: bool = False) -> Deco
 
 def dense(rows: Tensor, vectors: Tensor, k: int = 0) -> Decomposition:
     """Least squares on all rows at once, of least norm: the dense limit, exact where the rows span. The k largest; 0: all."""
-    v, began = _vectors(vectors, rows.shape[1]), time.perf_counter()
-    unit, norms = _unit(rows)
+    v, began = check_vectors(vectors, rows.shape[1]), time.perf_counter()
+    unit, norms = unit_rows(rows)
     gram = sum(part.double().T @ part.double() for part in unit.split(4096))
     codes = (v.to(gram.device).double() @ torch.linalg.pinv(gram, hermitian=True)).float() @ unit.T
     codes = keep_largest(codes, unit, k)
@@ -316,110 +341,6 @@ def overlap(codes: Tensor, other: Tensor, k: int) -> np.ndarray:
 
     mine, theirs = largest(codes), largest(other.expand_as(codes))
     return ((mine & theirs).sum(1) / mine.sum(1).clamp_min(1)).double().cpu().numpy()
-
-
-# --- negative projections ----------------------------------------------------------------------------------------------
-
-
-class Negative(NamedTuple):
-    """Latents active on either side of contrast pairs: how many (`active`); the `share` more active on the negative side, with
-    its `null` (draws,) from pairs with sides shuffled; the share that is so beyond doubt (`reliable`: paired t-test, false
-    discovery rate 5 % over the active) and its null, `reliable_null` (draws,); the mean `difference` (latents,)."""
-
-    active: int
-    share: Interval
-    null: np.ndarray
-    reliable: Interval
-    reliable_null: np.ndarray
-    difference: Tensor
-
-
-def _share(point: float, draws: Sequence[float] | np.ndarray) -> Interval:
-    """`stats.centred` for a share: no end of the interval lies outside 0 to 1."""
-    return Interval(*np.clip(stats.centred(point, draws), 0.0, 1.0).tolist())
-
-
-def negative_projections(pos: Tensor, neg: Tensor, draws: int = 500, seed: int = 0) -> Negative:
-    """Which latents fire more on the negative side: from codes `pos` and `neg` (pairs, latents) of the two sides.
-
-    Intervals: bootstrap over pairs, each resample with the latents active in it. Null: half of the pairs, drawn at random, have
-    their sides swapped. ValueError for fewer than two pairs, or if nothing is active.
-    """
-    if pos.shape != neg.shape or pos.ndim != 2 or len(pos) < 2:
-        raise ValueError(
-            f"pos {tuple(pos.shape)} and neg {tuple(neg.shape)} were given; two equal (pairs, latents) with 2 pairs or more"
-        )
-    used = ((pos > 0) | (neg > 0)).any(0)
-    if not bool(used.any()):
-        raise ValueError("no latent is active on either side of any pair: are these codes?")
-    gap = (pos - neg)[:, used].double().cpu().numpy()
-    on = ((pos > 0) | (neg > 0))[:, used].double().cpu().numpy()
-    rng, n = np.random.default_rng(seed), len(gap)
-
-    def reliably(rows: np.ndarray) -> float:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            p = np.nan_to_num(ttest_1samp(rows, 0).pvalue, nan=1.0)
-        return float(((false_discovery_control(p) < 0.05) & (rows.mean(0) < 0)).mean())
-
-    picks = rng.multinomial(n, np.full(n, 1 / n), size=draws)
-    alive = picks @ on > 0
-    shares = ((picks @ gap < 0) & alive).sum(1) / alive.sum(1)
-    half = np.where(np.arange(n) < n // 2, -1.0, 1.0)
-    signs = np.stack([rng.permutation(half) for _ in range(draws)])
-    share = _share(float((gap.mean(0) < 0).mean()), shares)
-    few = min(draws, 200)
-    again = [
-        reliably(np.repeat(gap, row, axis=0)[:, on_row]) for row, on_row in zip(picks[:few], alive[:few], strict=True)
-    ]
-    return Negative(
-        gap.shape[1], share, (signs @ gap < 0).mean(1), _share(reliably(gap), again),
-        np.array([reliably(gap * s[:, None]) for s in signs[:few]]), (pos - neg).mean(0).float().cpu(),
-    )  # fmt: skip
-
-
-class Spurious(NamedTuple):
-    """A latent with a positive code of v though the pairs do not raise it: its `code`, its code in the zero vector (`zero`), the
-    pairs' `difference`; and the negatively aligned latent that explains it (`source`, -1 if there is none): their decoder rows'
-    `cosine`, and the `share` of the latent's rise over the zero vector's pre-code that the source alone supplies (NaN where it
-    does not rise: then the bias explains it)."""
-
-    latent: int
-    code: float
-    zero: float
-    difference: float
-    source: int
-    cosine: float
-    share: float
-
-
-def spurious_positives(sae: Any, vector: Tensor, difference: Tensor) -> list[Spurious]:
-    """The spurious positives of encode(v), largest code first; `difference` (latents,): mean code, positive less negative side.
-
-    A latent i with difference D_i < 0 adds D_i (W_dec_i . W_enc_j) to the pre-code of j: positive where the two are negatively
-    aligned. The source of j is the i with cos(W_dec_i, W_dec_j) < 0 that adds most.
-    """
-    v, rows = _vectors(vector[None], sae.cfg.d_in).float(), rows_of(sae).float()
-    codes, zero = codes_of(sae, torch.cat([v, torch.zeros_like(v)])).cpu()
-    found = ((codes > 0) & (difference <= 0)).nonzero()[:, 0]
-    found = found[codes[found].argsort(descending=True)]
-    down = (difference < 0).nonzero()[:, 0]
-    if not len(down):
-        nothing = (-1, float("nan"), float("nan"))
-        return [Spurious(j, float(codes[j]), float(zero[j]), float(difference[j]), *nothing) for j in found.tolist()]
-    W_enc, lowered = sae.W_enc.detach()[:, found.to(sae.device)].float(), rows[down.to(sae.device)]
-    cosines = (_unit(lowered)[0] @ _unit(rows[found.to(sae.device)])[0].T).cpu()  # (lowered, found)
-    adds = (difference[down, None] * (lowered @ W_enc).cpu()).masked_fill(cosines >= 0, -torch.inf)
-    best = adds.max(0)
-    rise = v[0].cpu() @ W_enc.cpu()
-    out = []
-    for i, j in enumerate(found.tolist()):
-        source, cosine, share = -1, float("nan"), float("nan")
-        if best.values[i] > 0:
-            source, cosine = int(down[best.indices[i]]), float(cosines[best.indices[i], i])
-            share = float(best.values[i] / rise[i]) if rise[i] > 0 else float("nan")
-        out.append(Spurious(j, float(codes[j]), float(zero[j]), float(difference[j]), source, cosine, share))
-    return out
 
 
 # --- how much of the steering is left ----------------------------------------------------------------------------------

@@ -284,8 +284,6 @@ def test_a_dead_row_and_rows_of_any_length_do_no_harm():
         (lambda r: decompose.pursuit(r, torch.randn(2, D), 3, signed=False), "gradient"),
         (lambda r: decompose.pursuit(r, torch.randn(2, D + 1), 3), r"wants \(n, 160\)"),
         (lambda r: decompose.dense(r, torch.full((1, D), torch.nan)), "NaN"),
-        (lambda r: decompose.negative_projections(torch.ones(1, 4), torch.ones(1, 4)), "2 pairs or more"),
-        (lambda r: decompose.negative_projections(torch.zeros(3, 4), torch.zeros(3, 4)), "no latent is active"),
         (lambda r: decompose.retention(np.ones(3), np.ones(3)), "one equal .items,. a behaviour"),
     ],
 )
@@ -301,48 +299,6 @@ def test_a_features_own_vector_is_its_decoder_row_whatever_the_activations(sae):
     for acts in (torch.randn(9, D), torch.zeros(1, D)):
         own = decompose.raised(sae, acts, 11, 4.0)
         assert torch.allclose(own, 4 * sae.W_dec[11].double(), atol=1e-4)
-
-
-# --- negative projections ----------------------------------------------------------------------------------------------
-
-
-def sides(pairs=40, latents=300, planted=0, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    level = torch.rand(latents, generator=g) * 5
-    pos, neg = ((torch.randn(pairs, latents, generator=g) + level - 3).relu() for _ in range(2))
-    neg[:, :planted] += 2.0
-    pos[:, planted : 2 * planted] += 1e-3
-    return pos, neg
-
-
-def test_half_of_the_latents_lean_to_the_negative_side_when_nothing_does():
-    result = decompose.negative_projections(*sides())
-    assert abs(result.share.value - 0.5) < 0.12 and result.share.low < 0.5 < result.share.high
-    assert np.quantile(result.null, 0.025) < result.share.value < np.quantile(result.null, 0.975)
-    assert result.reliable.value < 0.02 and result.reliable_null.max() < 0.05
-
-
-def test_planted_negative_latents_are_seen_and_counted():
-    result = decompose.negative_projections(*sides(planted=100))
-    assert result.share.low > np.quantile(result.null, 0.975)
-    assert result.reliable.low > 0.2 and result.reliable.value > np.quantile(result.reliable_null, 0.975)
-    assert result.active <= 300 and (result.difference[:100] < 0).all()
-
-
-def test_a_negative_latent_shows_as_a_positive_one_that_is_aligned_against_it():
-    rows = torch.eye(20)
-    rows[1, 0], rows[1, 1] = -0.8, 0.6  # opposed to latent 0
-    sae = sae_of("topk", rows, k=3, rescale_acts_by_decoder_norm=False)
-    difference = torch.zeros(20)
-    difference[0], difference[5], difference[7] = -4.0, 3.0, -1.0
-    (only,) = decompose.spurious_positives(sae, difference @ rows, difference)
-    assert only[:5] == (1, pytest.approx(3.2), 0.0, 0.0, 0) and only.cosine == pytest.approx(-0.8)
-    assert only.share == pytest.approx(1.0)  # all of 3.2 comes from -4 times -0.8
-    assert decompose.spurious_positives(sae, 3 * rows[5], difference) == []
-    # a positive code that no lowered latent is opposed to has no source; nor has any when nothing is lowered
-    (alone,) = decompose.spurious_positives(sae, 2 * rows[9], difference)
-    assert alone.latent == 9 and alone.source == -1 and np.isnan(alone.share)
-    assert [s.source for s in decompose.spurious_positives(sae, 2 * rows[9], difference.clamp_min(0))] == [-1]
 
 
 def test_overlap_counts_shared_largest_latents():
@@ -405,6 +361,14 @@ def test_one_lasso_path_gives_every_size():
     rows, v = unit(torch.randn(60, D)), torch.randn(2, D)
     for size, at in zip((2, 6), decompose.lasso_path(rows, v, [2, 6]), strict=True):
         assert torch.allclose(at.codes, decompose.lasso(rows, v, size).codes, atol=1e-6) and (at.l0 <= size).all()
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_lasso_among_few_rows_is_that_of_all_rows(positive):
+    rows, v = unit(torch.randn(900, 48)), torch.randn(3, 48)
+    whole = decompose.lasso_path(rows, v, [3, 12, 30], positive, start=900)
+    for few, every in zip(decompose.lasso_path(rows, v, [3, 12, 30], positive, start=12), whole, strict=True):
+        assert torch.allclose(few.codes, every.codes, atol=1e-4) and (every.l0 >= 2).all()
 
 
 def test_methods_take_what_has_an_encoder_and_rows():

@@ -1,0 +1,119 @@
+"""What contrast pairs lower: latents more active on their negative side, and the positives that those can feign.
+
+Pure: codes, vectors and an SAE in, numbers out, each with what chance gives. Follows Mayne et al. 2024 (arXiv:2411.08790, section
+3.2), which reports a share of latents and one example pair, without a null.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import false_discovery_control, ttest_1samp
+from torch import Tensor
+
+from helpers import stats
+from helpers.decompose import check_vectors, codes_of, rows_of, unit_rows
+from helpers.stats import Interval
+
+
+class Negative(NamedTuple):
+    """Latents active on either side of contrast pairs: how many (`active`); the `share` more active on the negative side, with
+    its `null` (draws,) from pairs with sides shuffled; the share that is so beyond doubt (`reliable`: paired t-test, false
+    discovery rate 5 % over the active) and its null, `reliable_null` (draws,); the mean `difference` (latents,)."""
+
+    active: int
+    share: Interval
+    null: np.ndarray
+    reliable: Interval
+    reliable_null: np.ndarray
+    difference: Tensor
+
+
+def _share(point: float, draws: Sequence[float] | np.ndarray) -> Interval:
+    """`stats.centred` for a share: no end of the interval lies outside 0 to 1."""
+    return Interval(*np.clip(stats.centred(point, draws), 0.0, 1.0).tolist())
+
+
+def negative(pos: Tensor, neg: Tensor, draws: int = 500, seed: int = 0) -> Negative:
+    """Which latents fire more on the negative side: from codes `pos` and `neg` (pairs, latents) of the two sides.
+
+    Intervals: bootstrap over pairs, each resample with the latents active in it. Null: half of the pairs, drawn at random, have
+    their sides swapped. ValueError for fewer than two pairs, or if nothing is active.
+    """
+    if pos.shape != neg.shape or pos.ndim != 2 or len(pos) < 2:
+        raise ValueError(
+            f"pos {tuple(pos.shape)} and neg {tuple(neg.shape)} were given; two equal (pairs, latents) with 2 pairs or more"
+        )
+    used = ((pos > 0) | (neg > 0)).any(0)
+    if not bool(used.any()):
+        raise ValueError("no latent is active on either side of any pair: are these codes?")
+    gap = (pos - neg)[:, used].double().cpu().numpy()
+    on = ((pos > 0) | (neg > 0))[:, used].double().cpu().numpy()
+    rng, n = np.random.default_rng(seed), len(gap)
+
+    def reliably(rows: np.ndarray) -> float:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            p = np.nan_to_num(ttest_1samp(rows, 0).pvalue, nan=1.0)
+        return float(((false_discovery_control(p) < 0.05) & (rows.mean(0) < 0)).mean())
+
+    picks = rng.multinomial(n, np.full(n, 1 / n), size=draws)
+    alive = picks @ on > 0
+    shares = ((picks @ gap < 0) & alive).sum(1) / alive.sum(1)
+    half = np.where(np.arange(n) < n // 2, -1.0, 1.0)
+    signs = np.stack([rng.permutation(half) for _ in range(draws)])
+    share = _share(float((gap.mean(0) < 0).mean()), shares)
+    few = min(draws, 200)
+    again = [
+        reliably(np.repeat(gap, row, axis=0)[:, on_row]) for row, on_row in zip(picks[:few], alive[:few], strict=True)
+    ]
+    return Negative(
+        gap.shape[1], share, (signs @ gap < 0).mean(1), _share(reliably(gap), again),
+        np.array([reliably(gap * s[:, None]) for s in signs[:few]]), (pos - neg).mean(0).float().cpu(),
+    )  # fmt: skip
+
+
+class Spurious(NamedTuple):
+    """A latent with a positive code of v though the pairs do not raise it: its `code`, its code in the zero vector (`zero`), the
+    pairs' `difference`; and the negatively aligned latent that explains it (`source`, -1 if there is none): their decoder rows'
+    `cosine`, and the `share` of the latent's rise over the zero vector's pre-code that the source alone supplies (NaN where it
+    does not rise: then the bias explains it)."""
+
+    latent: int
+    code: float
+    zero: float
+    difference: float
+    source: int
+    cosine: float
+    share: float
+
+
+def spurious(sae: Any, vector: Tensor, difference: Tensor) -> list[Spurious]:
+    """The spurious positives of encode(v), largest code first; `difference` (latents,): mean code, positive less negative side.
+
+    A latent i with difference D_i < 0 adds D_i (W_dec_i . W_enc_j) to the pre-code of j: positive where the two are negatively
+    aligned. The source of j is the i with cos(W_dec_i, W_dec_j) < 0 that adds most.
+    """
+    v, rows = check_vectors(vector[None], sae.cfg.d_in).float(), rows_of(sae).float()
+    codes, zero = codes_of(sae, torch.cat([v, torch.zeros_like(v)])).cpu()
+    found = ((codes > 0) & (difference <= 0)).nonzero()[:, 0]
+    found = found[codes[found].argsort(descending=True)]
+    down = (difference < 0).nonzero()[:, 0]
+    if not len(down):
+        nothing = (-1, float("nan"), float("nan"))
+        return [Spurious(j, float(codes[j]), float(zero[j]), float(difference[j]), *nothing) for j in found.tolist()]
+    W_enc, lowered = sae.W_enc.detach()[:, found.to(sae.device)].float(), rows[down.to(sae.device)]
+    cosines = (unit_rows(lowered)[0] @ unit_rows(rows[found.to(sae.device)])[0].T).cpu()  # (lowered, found)
+    adds = (difference[down, None] * (lowered @ W_enc).cpu()).masked_fill(cosines >= 0, -torch.inf)
+    best = adds.max(0)
+    rise = v[0].cpu() @ W_enc.cpu()
+    out = []
+    for i, j in enumerate(found.tolist()):
+        source, cosine, share = -1, float("nan"), float("nan")
+        if best.values[i] > 0:
+            source, cosine = int(down[best.indices[i]]), float(cosines[best.indices[i], i])
+            share = float(best.values[i] / rise[i]) if rise[i] > 0 else float("nan")
+        out.append(Spurious(j, float(codes[j]), float(zero[j]), float(difference[j]), source, cosine, share))
+    return out

@@ -1,0 +1,69 @@
+"""Leaning latents and feigned positives: silent where nothing is planted, exact where something is."""
+
+import numpy as np
+import pytest
+import torch
+from test_decompose import sae_of
+
+from helpers import projections
+
+
+def sides(pairs=40, latents=300, planted=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    level = torch.rand(latents, generator=g) * 5
+    pos, neg = ((torch.randn(pairs, latents, generator=g) + level - 3).relu() for _ in range(2))
+    neg[:, :planted] += 2.0
+    pos[:, planted : 2 * planted] += 1e-3
+    return pos, neg
+
+
+def test_half_of_the_latents_lean_to_the_negative_side_when_nothing_does():
+    result = projections.negative(*sides())
+    assert abs(result.share.value - 0.5) < 0.12 and result.share.low < 0.5 < result.share.high
+    assert np.quantile(result.null, 0.025) < result.share.value < np.quantile(result.null, 0.975)
+    assert result.reliable.value < 0.02 and result.reliable_null.max() < 0.05
+
+
+def test_planted_negative_latents_are_seen_and_counted():
+    result = projections.negative(*sides(planted=100))
+    assert result.share.low > np.quantile(result.null, 0.975)
+    assert result.reliable.low > 0.2 and result.reliable.value > np.quantile(result.reliable_null, 0.975)
+    assert result.active <= 300 and (result.difference[:100] < 0).all()
+
+
+def test_a_negative_latent_shows_as_a_positive_one_that_is_aligned_against_it():
+    rows = torch.eye(20)
+    rows[1, 0], rows[1, 1] = -0.8, 0.6  # opposed to latent 0
+    sae = sae_of("topk", rows, k=3, rescale_acts_by_decoder_norm=False)
+    difference = torch.zeros(20)
+    difference[0], difference[5], difference[7] = -4.0, 3.0, -1.0
+    (only,) = projections.spurious(sae, difference @ rows, difference)
+    assert only[:5] == (1, pytest.approx(3.2), 0.0, 0.0, 0) and only.cosine == pytest.approx(-0.8)
+    assert only.share == pytest.approx(1.0)  # all of 3.2 comes from -4 times -0.8
+    assert projections.spurious(sae, 3 * rows[5], difference) == []
+    # a positive code that no lowered latent is opposed to has no source; nor has any when nothing is lowered
+    (alone,) = projections.spurious(sae, 2 * rows[9], difference)
+    assert alone.latent == 9 and alone.source == -1 and np.isnan(alone.share)
+    assert [s.source for s in projections.spurious(sae, 2 * rows[9], difference.clamp_min(0))] == [-1]
+
+
+@pytest.mark.parametrize(
+    "codes,message",
+    [
+        (torch.ones(1, 4), "2 pairs or more"),
+        (torch.zeros(3, 4), "no latent is active"),
+        (torch.ones(4), "2 pairs or more"),
+    ],
+)
+def test_codes_that_cannot_be_compared_are_refused(codes, message):
+    with pytest.raises(ValueError, match=message):
+        projections.negative(codes, codes)
+
+
+def test_no_end_of_an_interval_lies_outside_zero_to_one():
+    pos, neg = torch.zeros(12, 30), torch.zeros(12, 30)
+    pos[:, :15], neg[3, 15:] = 1.0, 1.0
+    found = projections.negative(pos, neg, draws=100)
+    for interval in (found.share, found.reliable):
+        assert 0 <= interval.low <= interval.value <= interval.high <= 1
+    assert found.share.value == 0.5 and found.reliable.value == 0
