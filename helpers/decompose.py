@@ -1,10 +1,11 @@
 """A vector written in a dictionary's latents, by every method that is in use, at a chosen number of latents.
 
 Pure: vectors (n, d_model) and an SAE as sae_lens holds one (`encode`, `decode`, `W_enc`, `W_dec`), or just its rows. Nothing of
-models, text or files. Each method returns a Decomposition; sums of many numbers are in float64, on the CPU where a device has none. The encoder's methods (encode, minus the zero vector's code, with and
-without the vector) answer what the SAE says of it; the others ask which sparse sum of rows comes closest, whatever an
-encoder says: orthogonal matching pursuit (Pati et al. 1993), gradient pursuit (Blumensath & Davies 2008; without sign as in
-Smith 2024, "Inference-time optimisation"), lasso along its path (Efron et al. 2004), and least squares as the dense limit.
+models, text or files. Each method returns a Decomposition; what is summed to many is in float64, on the CPU where a device
+has none. The encoder's methods (encode, minus the zero vector's code, with and without the vector) answer what the SAE says
+of it; the others ask which sparse sum of rows comes closest, whatever an encoder says: orthogonal matching pursuit (Pati et al.
+1993), gradient pursuit (Blumensath & Davies 2008; without sign as in Smith 2024, "Inference-time optimisation"), lasso
+along its path (Efron et al. 2004), and least squares as the dense limit.
 """
 
 import time

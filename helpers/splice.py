@@ -87,7 +87,8 @@ def edited(
     """Context: the SAE's codes z (..., latents) after block `layer` become edit(z).
 
     With its error term: x + decode(edit(z)) - decode(z), in which b_dec and what the SAE misses cancel: no edit, no change, and the
-    shift is exactly the edited codes' difference times the decoder rows. Without: decode(edit(z)) in place of x. `edit` must return new codes.
+    shift is exactly the edited codes' difference times the decoder rows. Without: decode(edit(z)) in place of x. `edit` gets a copy
+    and returns codes of the same shape (ValueError otherwise).
     """
 
     def change(x: Tensor) -> Tensor:
