@@ -1,0 +1,125 @@
+"""Optimal matches against scipy's dense solver, planted permutations both ways, and certificates that notice a worse match."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from helpers import matching
+
+
+def dense_optimum(A, B):
+    costs = 1 - (matching.unit_rows(A) @ matching.unit_rows(B).T).double().numpy()
+    i, j = linear_sum_assignment(costs)
+    return costs[i, j].sum()
+
+
+@pytest.mark.parametrize("shape", [(60, 60, 8), (300, 300, 24), (90, 140, 8), (140, 90, 8), (40, 40, 2), (1, 5, 3)])
+@pytest.mark.parametrize("k", [1, 8, 64])
+def test_the_total_is_the_dense_optimum_and_proven(shape, k):
+    n, m, d = shape
+    A, B = torch.randn(n, d), torch.randn(m, d)
+    found = matching.match(A, B, k=k, block=37)
+    assert found.total == pytest.approx(dense_optimum(A, B), abs=1e-4)
+    assert found.violation <= matching.TOLERANCE and found.gap <= min(n, m) * matching.TOLERANCE
+    pairs = (found.B_for_A >= 0).nonzero()[:, 0]
+    assert len(pairs) == min(n, m) and len(found.B_for_A[pairs].unique()) == len(pairs)
+    assert torch.equal(found.A_for_B[found.B_for_A[pairs]], pairs)
+    expected = torch.cosine_similarity(A[pairs], B[found.B_for_A[pairs]])
+    assert torch.allclose(found.cosine[pairs], expected, atol=1e-5) and torch.isnan(found.cosine).sum() == n - len(
+        pairs
+    )
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_planted_permutation_is_found_the_right_way_round(swap):
+    A, order = torch.randn(200, 16), torch.randperm(200)
+    B = 3 * A[order] + 0.05 * torch.randn(200, 16)  # row r of B is row order[r] of A, three times as long
+    found = matching.match(B, A) if swap else matching.match(A, B)
+    one, other = (found.B_for_A, found.A_for_B) if swap else (found.A_for_B, found.B_for_A)
+    assert torch.equal(one, order) and torch.equal(other[order], torch.arange(200))
+    right = (A - B[found.B_for_A if not swap else found.A_for_B] / 3).norm()
+    assert right < 0.1 * (A[order] - B[torch.arange(200).flip(0)]).norm()
+
+
+def test_candidates_that_no_full_matching_fits_are_widened():
+    """All rows of A are nearest to one row of B, and k = 1: nothing can be matched until more edges join."""
+    hub = torch.randn(1, 12)
+    A = hub + 0.01 * torch.randn(50, 12)
+    B = torch.cat([hub, -hub + torch.randn(49, 12)])
+    found = matching.match(A, B, k=1)
+    assert found.total == pytest.approx(dense_optimum(A, B), abs=1e-4) and found.violation <= matching.TOLERANCE
+
+
+def test_ties_duplicate_rows_and_rows_of_zeros_do_no_harm():
+    A = torch.randn(30, 6)[torch.arange(60) // 2]
+    A[5] = 0
+    B = A[torch.randperm(60)]
+    found = matching.match(A, B, k=3)
+    assert found.total == pytest.approx(1.0, abs=1e-4)  # all but the row of zeros, which goes with anything, are found
+    assert found.total == pytest.approx(dense_optimum(A, B), abs=1e-4)
+
+
+def test_the_certificate_notices_a_worse_assignment():
+    A, B = (matching.unit_rows(torch.randn(40, 6)) for _ in range(2))
+    i, j, c = matching._candidates(A, B, 40, 16)
+    best = matching._solve(i, j, c, 40, 40)
+    worse = best.copy()
+    worse[[0, 1]] = best[[1, 0]]
+    for columns, fine in ((best, True), (worse, False)):
+        u, v = matching._prices(i, j, c, columns, 40)
+        assert (matching._check(A, B, u, v, 16)[3] <= matching.TOLERANCE) == fine
+
+
+def test_nearest_counts_collisions_and_greedy_takes_the_best_pair_first():
+    A = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1]])
+    B = torch.tensor([[1.0, 0.05], [0.6, 0.8], [-1, 0]])
+    found = matching.nearest(A, B, block=2)
+    assert found.B_for_A.tolist() == [0, 0, 1] and found.collisions == pytest.approx(2 / 3)
+    assert found.mutual.sum() == 2
+    C, D = torch.randn(80, 5), torch.randn(70, 5)
+    cosines = matching.unit_rows(C) @ matching.unit_rows(D).T
+    expected, left = torch.full((80,), -1), cosines.clone()
+    for _ in range(70):
+        at = int(left.argmax())
+        i, j = divmod(at, 70)
+        expected[i], left[i], left[:, j] = j, -9.0, -9.0
+    assert torch.equal(matching.greedy(C, D, block=13), expected)
+    total = (1 - cosines[expected >= 0, expected[expected >= 0]]).sum()
+    assert matching.match(C, D).total <= float(total)
+
+
+def test_agreement_and_cycles():
+    A = torch.randn(50, 10)
+    one, two = torch.randperm(50), torch.randperm(50)
+    B, C = A[one], A[two]
+    there, on, back = matching.match(A, B), matching.match(B, C), matching.match(C, A)
+    assert matching.cycle_consistency(there, on, back) == 1.0 and matching.agreement(there, there) == 1.0
+    assert matching.cycle_consistency(there, on, matching.match(torch.randn(50, 10), A)) < 0.3
+    assert matching.agreement(there, matching.match(A, torch.randn(50, 10))) < 0.3
+    with pytest.raises(ValueError, match="not of the same two dictionaries"):
+        matching.agreement(there, matching.match(A, B[:20]))
+
+
+def test_the_floor_is_low_and_a_permuted_copy_is_one():
+    A = torch.randn(120, 32)
+    B = A + 0.3 * torch.randn(120, 32)
+    found = matching.references(A, B)
+    assert found["own rows, permuted"].cosine.min() > 0.9999
+    own = matching.match(A, B).cosine.mean()
+    assert max(found[x].cosine.mean() for x in ("rotated", "random")) < 0.6 < own
+    assert np.isclose(found["rotated"].total, 120 - float(found["rotated"].cosine.sum()), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: matching.match(torch.randn(4, 3), torch.randn(4, 5)), "width 3 and 5"),
+        (lambda: matching.match(torch.randn(4, 3), torch.full((4, 3), torch.nan)), "NaN"),
+        (lambda: matching.match(torch.randn(4, 3), torch.randn(4, 3), k=0), "k = 0"),
+        (lambda: matching.match(torch.randn(3), torch.randn(4, 3)), r"shape \(3,\)"),
+    ],
+)
+def test_bad_input_is_refused_in_words(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
