@@ -291,9 +291,7 @@ def _lasso_points(unit: Tensor, v: Tensor, sizes: Sequence[int], positive: bool,
         at = [int(np.flatnonzero(count <= k)[-1]) for k in sizes]
         values = torch.from_numpy(np.ascontiguousarray(path[:, at].T))
         left = v - values.to(v.device) @ design.T
-        limits = torch.from_numpy(penalties[at] * len(v)).to(
-            v.device
-        )  # sklearn divides penalties by the number of samples
+        limits = torch.from_numpy(penalties[at] * len(v)).to(v.device)  # sklearn's are divided by the number of samples
         inside[chosen] = True
         broken = (aligned(left) > 1.0001 * limits[:, None] + 1e-6 * float(v.norm())).any(0) & ~inside
         if not bool(broken.any()):

@@ -18,6 +18,8 @@ from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bip
 from torch import Tensor
 from tqdm import tqdm
 
+from helpers import decompose
+
 TOLERANCE = (
     2e-6  # of a reduced cost: float32 products of unit rows are exact to about 1e-7 times the root of their length
 )
@@ -52,7 +54,7 @@ def unit_rows(rows: Tensor, device: str | torch.device = "cpu") -> Tensor:
     rows = rows.detach().to(device).float()
     if not bool(torch.isfinite(rows).all()):
         raise ValueError("a dictionary row holds NaN or infinity: which SAE is this?")
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return decompose.unit_rows(rows)[0]
 
 
 def _blocks(A: Tensor, B: Tensor, rows: int, what: str) -> Iterator[tuple[int, Tensor]]:
