@@ -1,8 +1,8 @@
 """Certified optimal matching of two dictionaries against scipy's dense `linear_sum_assignment`, by cosine; same total.
 
-    python -m benchmarks.matching [--n 16384] [--d 576] [--kind independent|planted] [--rounds 3] [--alone] [--device cpu]
+    python -m benchmarks.matching [--n 16384] [--d 576] [--kind independent|planted|real] [--rounds 3] [--alone] [--device cpu]
 
-`independent`: two sets of random rows, the hardest case; `planted`: three tenths of the rows shared, with noise, in another order.
+`independent`: two sets of random rows, the hardest case; `planted`: three tenths of the rows shared, with noise, in another order; `real`: decoders of two SAEs of the packaged model, n latents each, that differ in their seed (trained on first use).
 `--alone` leaves scipy out, for sizes at which its dense float64 cost does not fit. The peak of memory is the process's.
 """
 
@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks import clock, line
-from helpers import matching
+from helpers import harvest, matching, models, saes, session, train
 
 
 def dictionaries(n, d, kind):
@@ -27,15 +27,27 @@ def dictionaries(n, d, kind):
     return matching.unit_rows(A), matching.unit_rows(B)
 
 
+def decoders(n, device):
+    profile = session.load_profile("smollm2")
+    bare = models.plain(profile["chat"], *session.device_and_dtype(profile))
+    samples = harvest.of_profile(bare, profile)
+    out = []
+    for seed in (0, 1):
+        config = train.of_profile(profile, samples.d_model, seed)._replace(latents=n)
+        out.append(saes.load(train.sae(samples, config, device)).sae.W_dec.detach())
+    return tuple(map(matching.unit_rows, out))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     for name, default in (("n", 16_384), ("d", 576), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--kind", choices=("independent", "planted"), default="independent")
+    parser.add_argument("--kind", choices=("independent", "planted", "real"), default="independent")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--alone", action="store_true")
     o = parser.parse_args()
-    A, B = dictionaries(o.n, o.d, o.kind)
+    A, B = decoders(o.n, o.device) if o.kind == "real" else dictionaries(o.n, o.d, o.kind)
+    o.d = A.shape[1]
     ours, theirs, totals = [], [], {}
 
     def certified():

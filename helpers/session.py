@@ -85,6 +85,8 @@ def load_profile(name: str = "") -> dict[str, Any]:
         tag = hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:6]
         model = re.sub(r"[^A-Za-z0-9.-]+", "-", str(overrides.get("chat", profile["chat"])).split("/")[-1])
         profile.update(overrides, name=f"{name}+{model}-{tag}")
+        if overrides.keys() & {"chat", "base"}:
+            profile.pop("pair", None)  # it belongs to the profile's own model
     return profile
 
 
@@ -93,6 +95,13 @@ def device_and_dtype(profile: dict[str, Any] | None = None) -> tuple[str, torch.
     profile = profile or {}
     device = choose_device(setting("DEVICE", profile.get("device", "auto")))
     return device, choose_dtype(setting("DTYPE", profile.get("dtype", "auto")), device)
+
+
+def shown(model: str) -> str:
+    """A model's name as it may stand in a result: of a folder, and of an adapter's, only the last part."""
+    name, plus, adapter = model.partition(" + ")
+    name = f"folder:{Path(name).name}" if Path(name).expanduser().is_dir() else name
+    return f"{name}{plus}{Path(adapter).name}"
 
 
 @dataclass(frozen=True)
@@ -112,8 +121,7 @@ class Session:
     @property
     def model(self) -> str:
         """The model's name as it may be shown: of a folder only its last part."""
-        chat = str(self.profile["chat"])
-        return f"folder:{Path(chat).name}" if Path(chat).expanduser().is_dir() else chat
+        return shown(str(self.profile["chat"]))
 
     @property
     def name(self) -> str:

@@ -26,9 +26,7 @@ def test_the_total_is_the_dense_optimum_and_proven(shape, k):
     assert len(pairs) == min(n, m) and len(found.B_for_A[pairs].unique()) == len(pairs)
     assert torch.equal(found.A_for_B[found.B_for_A[pairs]], pairs)
     expected = torch.cosine_similarity(A[pairs], B[found.B_for_A[pairs]])
-    assert torch.allclose(found.cosine[pairs], expected, atol=1e-5) and torch.isnan(found.cosine).sum() == n - len(
-        pairs
-    )
+    assert torch.allclose(found.score[pairs], expected, atol=1e-5) and torch.isnan(found.score).sum() == n - len(pairs)
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -58,6 +56,24 @@ def test_ties_duplicate_rows_and_rows_of_zeros_do_no_harm():
     found = matching.match(A, B, k=3)
     assert found.total == pytest.approx(1.0, abs=1e-4)  # all but the row of zeros, which goes with anything, are found
     assert found.total == pytest.approx(dense_optimum(A, B), abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(50, 50), (40, 70), (70, 40)])
+def test_a_given_cost_takes_the_place_of_the_cosine(shape):
+    """Any matrix, of any scale and sign; and distances of rows, where long rows would mislead a cosine."""
+    costs = 1000 * torch.randn(shape) - 300
+    found = matching.match_costs(costs, k=4, block=16)
+    i, j = linear_sum_assignment(costs.numpy())
+    assert found.total == pytest.approx(float(costs[i, j].double().sum()), rel=1e-6)
+    pairs = (found.B_for_A >= 0).nonzero()[:, 0]
+    assert torch.allclose(1 - found.score[pairs], costs[pairs, found.B_for_A[pairs]], rtol=1e-5)
+    A, B = torch.randn(shape[0], 6), torch.randn(shape[1], 6)
+    near = matching.match(A, B, k=4, block=16, score=lambda x, y: -torch.cdist(x, y))
+    i, j = linear_sum_assignment(torch.cdist(A, B).numpy())
+    assert near.total == pytest.approx(len(i) + float(torch.cdist(A, B)[i, j].sum()), rel=1e-5)
+    uneven = matching.match(A, B, k=4, score=lambda x, y: x[:, :1] * y[:, 1])  # not symmetric
+    i, j = linear_sum_assignment(-(A[:, :1] * B[:, 1]).numpy())
+    assert uneven.total == pytest.approx(len(i) - float((A[i, 0] * B[j, 1]).sum()), rel=1e-4)
 
 
 def test_the_certificate_notices_a_worse_assignment():
@@ -105,10 +121,10 @@ def test_the_floor_is_low_and_a_permuted_copy_is_one():
     A = torch.randn(120, 32)
     B = A + 0.3 * torch.randn(120, 32)
     found = matching.references(A, B)
-    assert found["own rows, permuted"].cosine.min() > 0.9999
-    own = matching.match(A, B).cosine.mean()
-    assert max(found[x].cosine.mean() for x in ("rotated", "random")) < 0.6 < own
-    assert np.isclose(found["rotated"].total, 120 - float(found["rotated"].cosine.sum()), atol=1e-3)
+    assert found["own rows, permuted"].score.min() > 0.9999
+    own = matching.match(A, B).score.mean()
+    assert max(found[x].score.mean() for x in ("rotated", "random")) < 0.6 < own
+    assert np.isclose(found["rotated"].total, 120 - float(found["rotated"].score.sum()), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +133,8 @@ def test_the_floor_is_low_and_a_permuted_copy_is_one():
         (lambda: matching.match(torch.randn(4, 3), torch.randn(4, 5)), "width 3 and 5"),
         (lambda: matching.match(torch.randn(4, 3), torch.full((4, 3), torch.nan)), "NaN"),
         (lambda: matching.match(torch.randn(4, 3), torch.randn(4, 3), k=0), "k = 0"),
+        (lambda: matching.match_costs(torch.full((4, 3), torch.nan)), "NaN or infinite"),
+        (lambda: matching.match_costs(torch.zeros(4)), r"\(n, m\)"),
         (lambda: matching.match(torch.randn(3), torch.randn(4, 3)), r"shape \(3,\)"),
     ],
 )

@@ -1,0 +1,246 @@
+"""Linear maps from one model's activations to another's, how well they hold on held-out documents, and when not to fit one.
+
+Pure: tensors in, tensors out; sums and solutions in float64. Rows are tokens, row i of X and of Y the same token. The gate
+exists because a map between two constants is perfect: with more dimensions than distinct rows any fit interpolates.
+Sources: orthogonal Procrustes, Schoenemann 1966; ridge, Hoerl & Kennard 1970.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers.stats import Interval
+
+PENALTIES = tuple(10.0**e for e in range(-8, 1))  # in units of the mean eigenvalue of the covariance of X
+
+
+class Map(NamedTuple):
+    """x -> x @ weight + bias: `weight` (d, d) and `bias` (d,) float64; the ridge `penalty`, 0 where there is none."""
+
+    kind: str
+    weight: Tensor
+    bias: Tensor
+    penalty: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rows (n, d) mapped, float64."""
+        return x.double() @ self.weight + self.bias
+
+    def directions(self, rows: Tensor) -> Tensor:
+        """Directions (n, d), such as a decoder's rows, mapped: the weight alone, float32."""
+        return (rows.double() @ self.weight).float()
+
+
+def _two(X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+    if X.ndim != 2 or X.shape != Y.shape or len(X) < 2:
+        raise ValueError(
+            f"X {tuple(X.shape)} and Y {tuple(Y.shape)} were given; two equal (tokens, d_model) with two rows or more are wanted"
+        )
+    X, Y = X.detach().double(), Y.detach().double()
+    if not bool(torch.isfinite(X).all() & torch.isfinite(Y).all()):
+        raise ValueError("X or Y holds NaN or infinity: look at the activations first")
+    return X, Y
+
+
+def identity(X: Tensor, Y: Tensor) -> Map:
+    """No map at all: between a model and its own fine-tune, the baseline to beat."""
+    d = X.shape[1]
+    return Map("identity", torch.eye(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64))
+
+
+def shift(X: Tensor, Y: Tensor) -> Map:
+    """The identity plus the difference of means."""
+    X, Y = _two(X, Y)
+    return Map("identity + shift", torch.eye(X.shape[1], dtype=torch.float64), Y.mean(0) - X.mean(0))
+
+
+def procrustes(X: Tensor, Y: Tensor) -> Map:
+    """The orthogonal map (rotation or reflection) of least squared error between the centred rows, and the means."""
+    X, Y = _two(X, Y)
+    mean_x, mean_y = X.mean(0), Y.mean(0)
+    U, _, Vh = torch.linalg.svd((X - mean_x).T @ (Y - mean_y))
+    return Map("orthogonal Procrustes", U @ Vh, mean_y - mean_x @ (U @ Vh))
+
+
+def ridge(
+    X: Tensor, Y: Tensor, dev: tuple[Tensor, Tensor], affine: bool = True, penalties: Sequence[float] = PENALTIES
+) -> Map:
+    """Least squares with penalty * (mean eigenvalue) * rows * |W|^2, the penalty that fits `dev` (X, Y of other documents) best.
+
+    `affine`: rows are centred and the bias is free; else it is zero. One eigendecomposition serves all penalties.
+    """
+    X, Y = _two(X, Y)
+    dev_x, dev_y = _two(*dev)
+    zero = torch.zeros(X.shape[1], dtype=torch.float64)
+    mean_x, mean_y = (X.mean(0), Y.mean(0)) if affine else (zero, zero)
+    values, axes = torch.linalg.eigh((X - mean_x).T @ (X - mean_x))
+    if not float(values.clamp_min(0).mean()) > 0:
+        raise ValueError(f"the {len(X)} rows of X are all the same: there is nothing to fit")
+    cross = axes.T @ ((X - mean_x).T @ (Y - mean_y))
+    best, least = None, float("inf")
+    for penalty in penalties:
+        weight = axes @ (cross / (values.clamp_min(0) + penalty * values.clamp_min(0).mean())[:, None])
+        found = Map("affine ridge" if affine else "ridge", weight, mean_y - mean_x @ weight, penalty)
+        error = float((dev_y - found(dev_x)).square().sum())
+        if error < least:
+            best, least = found, error
+    return best
+
+
+# --- how well it holds -------------------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """A map on held-out rows. R^2 = 1 - sum|y - map(x)|^2 / sum|y - mean(y)|^2, over all rows and dimensions (`r2`) and of each dimension
+    (`per_dimension` (d,)); and, a document each, what resampling needs: squared `error`, `rows`, `sums` (documents, d), `squares`."""
+
+    r2: float
+    per_dimension: Tensor
+    error: np.ndarray
+    rows: np.ndarray
+    sums: np.ndarray
+    squares: np.ndarray
+
+
+def score(fitted: Map, X: Tensor, Y: Tensor, documents: Tensor) -> Score:
+    """How well a map holds on rows X, Y (n, d) of `documents` (n,) that it was not fitted on."""
+    X, Y = _two(X, Y)
+    centre = Y.mean(0)
+    Y, squared = Y - centre, (Y - fitted(X)).square()
+    of = torch.unique(documents, return_inverse=True)[1]
+    n = int(of.max()) + 1
+
+    def by_document(values: Tensor) -> np.ndarray:
+        return torch.zeros(n, *values.shape[1:], dtype=torch.float64).index_add_(0, of, values.double()).numpy()
+
+    total = Y.square()
+    return Score(
+        1 - float(squared.sum() / total.sum()),
+        1 - squared.sum(0) / total.sum(0).clamp_min(1e-300),
+        *(by_document(v) for v in (squared.sum(1), torch.ones(len(Y)), Y, total.sum(1))),
+    )
+
+
+def _resampled(scores: Sequence[Score], draws: int, seed: int) -> np.ndarray:
+    """R^2 (scores, draws) of each score over the same resampled documents."""
+    n = len(scores[0].rows)
+    if n < 2:
+        raise ValueError("an interval over one document was asked for; it needs two or more held-out documents")
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+    out = []
+    for s in scores:
+        total = counts @ s.squares - ((counts @ s.sums) ** 2).sum(1) / (counts @ s.rows)
+        out.append(1 - counts @ s.error / total)
+    return np.stack(out)
+
+
+def interval(of: Score, draws: int = 1000, seed: int = 0) -> Interval:
+    """R^2 with its 95 % interval over documents."""
+    low, high = np.quantile(_resampled([of], draws, seed)[0], [0.025, 0.975])
+    return Interval(of.r2, float(min(low, of.r2)), float(max(high, of.r2)))
+
+
+def removed(of: Score, baseline: Score, draws: int = 1000, seed: int = 0) -> Interval:
+    """The share of a baseline's held-out error that a map removes, 1 - (1 - R^2) / (1 - R^2 baseline), 95 % over documents."""
+    one, two = 1 - _resampled([of, baseline], draws, seed)
+    value = 1 - (1 - of.r2) / (1 - baseline.r2)
+    low, high = np.quantile(1 - one / two, [0.025, 0.975])
+    return Interval(value, float(min(low, value)), float(max(high, value)))
+
+
+# --- the gate ----------------------------------------------------------------------------------------------------------
+
+
+class Check(NamedTuple):
+    """One condition for comparing two models' activations: what was found, what is wanted, and whether it is met."""
+
+    name: str
+    found: str
+    wanted: str
+    passed: bool
+
+
+class Gate(NamedTuple):
+    """All conditions; `passed` if every one is met, `reason` in words if not."""
+
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        return all(c.passed for c in self.checks)
+
+    @property
+    def reason(self) -> str:
+        """What is not met, in a sentence; empty if nothing."""
+        return "; ".join(f"{c.name}: {c.found} (wanted: {c.wanted})" for c in self.checks if not c.passed)
+
+    def table(self) -> str:
+        """The checks as a Markdown table."""
+        rows = [f"| {c.name} | {c.found} | {c.wanted} | {'met' if c.passed else '**not met**'} |" for c in self.checks]
+        return "\n".join(["| condition | found | wanted | |", "|---|---|---|---|", *rows])
+
+
+class Fit(NamedTuple):
+    """How an SAE fits activations: explained variance and mean L0."""
+
+    explained_variance: float
+    l0: float
+
+
+def distinct(rows: Tensor) -> int:
+    """How many of the rows (n, d) differ: rows of equal values have equal sums under random float64 weights."""
+    weights = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return len(torch.unique((rows.double().cpu() * weights).sum(1)))
+
+
+def rank(rows: Tensor, tolerance: float = 1e-6) -> int:
+    """Directions in which the centred rows (n, d) vary, in float64: singular values above `tolerance` of the largest."""
+    x = rows.double()
+    values = torch.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).clamp_min(0).sqrt()
+    return int((values > tolerance * values.max()).sum()) if float(values.max()) > 0 else 0
+
+
+def gate(
+    X: Tensor, Y: Tensor, transfer: Mapping[str, tuple[Fit, Fit]] | None = None, rows_per_dimension: float = 10,
+) -> Gate:  # fmt: skip
+    """Whether two models' activations X, Y (tokens, d) can carry a linear map and their SAEs a comparison.
+
+    `transfer`: for each SAE, by name, how it fits its own model and how the other. Wanted: half of the rows distinct or more, nearly
+    full rank, `rows_per_dimension` distinct rows a dimension, norms within a factor of two, and SAEs that keep half of their
+    explained variance on the other model, with L0 within a factor of two.
+    """
+    X, Y = _two(X, Y)
+    (n, d), checks = X.shape, []
+    for name, rows in (("X", X), ("Y", Y)):
+        different = distinct(rows)
+        checks.append(
+            Check(f"distinct rows of {name}", f"{different:,} of {n:,}", "half of them or more", different >= n / 2)
+        )
+        checks.append(
+            Check(
+                f"distinct rows a dimension, {name}", f"{different / d:.1f}", f"{rows_per_dimension:g} or more",
+                different >= rows_per_dimension * d,
+            )
+        )  # fmt: skip
+        full = rank(rows)
+        checks.append(Check(f"rank of {name}", f"{full} of {d}", "nine tenths or more", full >= 0.9 * d))
+    ratio = float(Y.norm(dim=1).median() / X.norm(dim=1).median().clamp_min(1e-300))
+    checks.append(Check("norm, Y over X (medians)", f"{ratio:.2f}", "0.5 to 2", 0.5 <= ratio <= 2))
+    for name, (own, other) in (transfer or {}).items():
+        checks.append(
+            Check(
+                f"SAE of {name} on the other model", f"explains {other.explained_variance:.2f} (at home {own.explained_variance:.2f})",
+                "half as much as at home or more, and that above zero",
+                own.explained_variance > 0 and other.explained_variance >= 0.5 * own.explained_variance,
+            )
+        )  # fmt: skip
+        checks.append(
+            Check(
+                f"its L0 there, SAE of {name}", f"{other.l0:.0f} (at home {own.l0:.0f})", "within a factor of two",
+                own.l0 > 0 and 0.5 <= other.l0 / own.l0 <= 2,
+            )
+        )  # fmt: skip
+    return Gate(checks)

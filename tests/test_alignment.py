@@ -1,0 +1,126 @@
+"""Maps that are known, maps of noise, and activations between which no map should be fitted."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from helpers import alignment
+from helpers.alignment import Fit
+
+D = 12
+
+
+def rows(n=600, noise=0.0, weight=None, seed=0):
+    """X, Y = X weight + 1 + noise, documents of ten rows."""
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, D, generator=g, dtype=torch.float64) @ torch.diag(torch.linspace(0.5, 3, D).double())
+    weight = torch.eye(D, dtype=torch.float64) if weight is None else weight
+    return X, X @ weight + 1 + noise * torch.randn(n, D, generator=g, dtype=torch.float64), torch.arange(n) // 10
+
+
+def turned(seed=3):
+    g = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(D, D, generator=g, dtype=torch.float64)).Q
+
+
+def test_each_map_is_exact_on_its_own_kind():
+    general = torch.randn(D, D, dtype=torch.float64)
+    for weight, fit in (
+        (torch.eye(D, dtype=torch.float64), alignment.shift),
+        (turned(), alignment.procrustes),
+        (general, lambda X, Y: alignment.ridge(X, Y, (X, Y), penalties=(1e-12,))),
+    ):
+        X, Y, documents = rows(weight=weight)
+        fitted = fit(X, Y)
+        assert torch.allclose(fitted.weight, weight, atol=1e-8) and torch.allclose(
+            fitted.bias, torch.ones(D).double(), atol=1e-8
+        )
+        assert alignment.score(fitted, X, Y, documents).r2 == pytest.approx(1, abs=1e-12)
+    assert torch.allclose(fitted.directions(torch.eye(D)), general.float(), atol=1e-6)  # directions get no bias
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_ridge_is_sklearns_at_the_penalty_that_dev_prefers(affine):
+    X, Y, _ = rows(80, noise=3.0, weight=turned())
+    dev = rows(300, noise=3.0, weight=turned(), seed=1)[:2]
+    fitted = alignment.ridge(X, Y, dev, affine)
+    x = X - X.mean(0) if affine else X
+    alpha = fitted.penalty * float(torch.linalg.eigvalsh(x.T @ x).mean())
+    theirs = Ridge(alpha=alpha, fit_intercept=affine).fit(X.numpy(), Y.numpy())
+    assert np.allclose(fitted.weight.numpy(), theirs.coef_.T, atol=1e-8)
+    assert np.allclose(fitted.bias.numpy(), theirs.intercept_, atol=1e-8)
+    errors = {
+        p: float((dev[1] - alignment.ridge(X, Y, dev, affine, (p,))(dev[0])).square().sum())
+        for p in alignment.PENALTIES
+    }
+    assert fitted.penalty == min(errors, key=errors.get) > min(alignment.PENALTIES)
+
+
+def test_the_score_is_r2_overall_and_by_dimension_and_resamples_documents():
+    from sklearn.metrics import r2_score
+
+    X, Y, documents = rows(noise=1.5)
+    fitted = alignment.shift(X, Y)
+    found = alignment.score(fitted, X, Y, documents)
+    assert found.r2 == pytest.approx(r2_score(Y.numpy(), fitted(X).numpy(), multioutput="variance_weighted"), abs=1e-12)
+    assert np.allclose(found.per_dimension.numpy(), r2_score(Y.numpy(), fitted(X).numpy(), multioutput="raw_values"))
+    assert found.rows.sum() == 600 and len(found.rows) == 60
+    counts = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), size=1)[0]
+    drawn = torch.cat([torch.arange(10) + 10 * d for d in np.repeat(np.arange(60), counts)])
+    by_hand = r2_score(Y[drawn].numpy(), fitted(X[drawn]).numpy(), multioutput="variance_weighted")
+    assert alignment._resampled([found], 1, 0)[0, 0] == pytest.approx(by_hand, abs=1e-12)
+    around = alignment.interval(found)
+    assert around.low < around.value < around.high
+
+
+def test_what_a_map_removes_of_the_identitys_error_and_the_shuffled_null_removes_nothing():
+    """Interpolating rows look perfect where they were fitted; held-out rows and shuffled pairs show what that is worth."""
+    g = torch.Generator().manual_seed(5)
+    weight = torch.eye(D, dtype=torch.float64) + 0.3 * torch.randn(D, D, generator=g, dtype=torch.float64)
+    (X, Y, _), (dx, dy, _), (hx, hy, documents) = (rows(400, 0.3, weight, seed) for seed in range(3))
+    base = alignment.score(alignment.identity(X, Y), hx, hy, documents)
+    good = alignment.score(alignment.ridge(X, Y, (dx, dy)), hx, hy, documents)
+    assert alignment.removed(good, base).low > 0.9
+    mixed = Y[torch.randperm(400, generator=g)]
+    null = alignment.score(alignment.ridge(X, mixed, (dx, dy[torch.randperm(400, generator=g)])), hx, hy, documents)
+    assert alignment.interval(null).high < 0.05
+    few = alignment.ridge(X[:8], mixed[:8], (X[:8], mixed[:8]))
+    assert alignment.score(few, X[:8], mixed[:8], torch.arange(8)).r2 > 0.999  # perfect, on nothing
+    assert alignment.score(few, hx, hy, documents).r2 < 0
+
+
+def test_the_gate_lets_real_pairs_through_and_refuses_with_the_reason():
+    X, Y, _ = rows(noise=0.5)
+    fine = {"base": (Fit(0.8, 30), Fit(0.7, 35)), "chat": (Fit(0.8, 30), Fit(0.75, 28))}
+    passed = alignment.gate(X, Y, fine)
+    assert passed.passed and passed.reason == "" and "**not met**" not in passed.table()
+    constant = X[:1].repeat(500, 1)
+    constant[7] = X[7]  # source 002: 499 of 500 rows are the same
+    refused = alignment.gate(constant, constant * 1.01)
+    assert not refused.passed and "2 of 500" in refused.reason and "rank of X: 1 of 12" in refused.reason
+    assert "8.3" in alignment.gate(X[:100], Y[:100]).reason
+    flat = X.clone()
+    flat[:, 6:] = flat[:, :6]
+    assert "rank of Y: 6 of 12" in alignment.gate(X, flat).reason
+    assert "norm, Y over X" in alignment.gate(X, 30 * Y).reason
+    published = {"gemma-2b": (Fit(0.79, 60), Fit(-14.99, 900))}  # the pair that does not transfer
+    told = alignment.gate(X, Y, published).reason
+    assert "explains -14.99 (at home 0.79)" in told and "900 (at home 60)" in told
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: alignment.shift(torch.zeros(4, 3), torch.zeros(4, 2)), "two equal"),
+        (lambda: alignment.procrustes(torch.full((4, 3), torch.nan), torch.zeros(4, 3)), "NaN"),
+        (lambda: alignment.ridge(torch.ones(9, 3), torch.ones(9, 3), (torch.ones(9, 3),) * 2), "all the same"),
+        (
+            lambda: alignment.interval(alignment.score(alignment.shift(*rows()[:2]), *rows()[:2], torch.zeros(600))),
+            "one document",
+        ),
+    ],
+)
+def test_bad_input_is_refused_in_words(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
