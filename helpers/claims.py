@@ -64,6 +64,11 @@ def reproduces(published: float, tolerance: float) -> Rule:
     return Rule(f"holds if it lies within {tolerance:.0%} of the published {published:g} and the null does not", decide)
 
 
+def refused(reason: str) -> Rule:
+    """`not run`, whatever the number: a condition for judging it is not met."""
+    return Rule(f"not run: {reason}", lambda value, null: "not run")
+
+
 @dataclass(frozen=True)
 class Claim:
     """One row of the table of claims; `published` is a number where one can be compared with, else words."""

@@ -466,12 +466,8 @@ def chats(model: Plain, questions: Sequence[str], max_new_tokens: int = 64, seed
     return store.write_file(path, "\n".join(lines) + "\n")
 
 
-def of_profile(model: Plain, profile: dict[str, Any], part: str = "train", fast: bool = False) -> Samples:
-    """The harvest a profile's `sae: harvest:` section describes, at the profile's layer; `fast` takes a few thousand tokens.
-
-    `source` as in helpers/corpus.py; with `chats` (a number of new tokens) the model's own answers to the behaviours'
-    open prompts are one of its sources; `tokens` of the part train, `held_out` of the part held-out.
-    """
+def _described(profile: dict[str, Any], speakers: Sequence[Plain], part: str, fast: bool) -> tuple[list[str], int, int]:
+    """Source, tokens and context of a profile's `sae: harvest:` section, the answers of each of `speakers` among the sources."""
     how = profile.get("sae", {}).get("harvest")
     if not how:
         raise HarvestError(
@@ -480,9 +476,32 @@ def of_profile(model: Plain, profile: dict[str, Any], part: str = "train", fast:
     source = [how["source"]] if isinstance(how["source"], str) else list(how["source"])
     if how.get("chats"):
         questions = [q for name in profile["behaviors"] for q in behaviors.load_behavior(name).open]
-        source.append(str(chats(model, questions[:8] if fast else questions, 8 if fast else how["chats"])))
+        for model in speakers:
+            source.append(str(chats(model, questions[:8] if fast else questions, 8 if fast else how["chats"])))
     tokens = how["tokens"] if part == "train" else how["held_out"]
-    return run(model, source, [profile["layer"]], min(tokens, 6000) if fast else tokens, how["context"], part)
+    return source, min(tokens, 6000) if fast else tokens, how["context"]
+
+
+def of_profile(model: Plain, profile: dict[str, Any], part: str = "train", fast: bool = False) -> Samples:
+    """The harvest a profile's `sae: harvest:` section describes, at the profile's layer; `fast` takes a few thousand tokens.
+
+    `source` as in helpers/corpus.py; with `chats` (a number of new tokens) the model's own answers to the behaviours'
+    open prompts are one of its sources; `tokens` of the part train, `held_out` of the part held-out.
+    """
+    source, tokens, context = _described(profile, [model], part, fast)
+    return run(model, source, [profile["layer"]], tokens, context, part)
+
+
+def pair_of_profile(
+    base: Plain, chat: Plain, profile: dict[str, Any], part: str = "train", fast: bool = False,
+    speakers: Sequence[Plain] = (),
+) -> Pair:  # fmt: skip
+    """The harvest of `of_profile` through two models, token by token; both models' own answers are read by both.
+
+    `speakers`: whose answers are read instead of these two's, so that several pairs share their rows.
+    """
+    source, tokens, context = _described(profile, speakers or [base, chat], part, fast)
+    return pair(base, chat, source, [profile["layer"]], tokens, context=context, part=part)
 
 
 # --- command line ------------------------------------------------------------------------------------------------------

@@ -53,10 +53,14 @@ class Top(NamedTuple):
     frequency: Tensor
 
 
-def top_tokens(sae: Any, samples: Samples, n: int = 6, limit: int = 0, batch: int = 32) -> Top:
-    """Where each latent is largest, among the first `limit` token rows (all by default), `batch` rows at a time."""
+def top_tokens(
+    sae: Any, samples: Samples, n: int = 6, limit: int = 0, batch: int = 32, only: Tensor | None = None
+) -> Top:
+    """Where each latent (or each of `only`) is largest, among the first `limit` token rows (all by default), `batch` at a time."""
     ids, row_of = samples.token_rows()
-    position, latents = samples.named("position").long(), sae.cfg.d_sae
+    position = samples.named("position").long()
+    only = torch.arange(sae.cfg.d_sae) if only is None else only
+    latents = len(only)
     rows = min(limit or len(ids), len(ids))
     values = torch.zeros(latents, n)
     where = torch.zeros(2, latents, n, dtype=torch.long)
@@ -66,7 +70,7 @@ def top_tokens(sae: Any, samples: Samples, n: int = 6, limit: int = 0, batch: in
         last = min(first + batch, rows)
         index = torch.arange(int(starts[first]), int(starts[last]))
         with torch.no_grad():
-            codes = sae.encode(samples.rows(index).to(sae.device)).float().cpu()
+            codes = sae.encode(samples.rows(index).to(sae.device)).float().cpu()[:, only]
         fired, seen = fired + (codes > 0).sum(0), seen + len(index)
         grid = codes.new_zeros(last - first, ids.shape[1], latents)
         grid[row_of[index] - first, position[index]] = codes
@@ -113,10 +117,14 @@ def logit_lens(model: Plain, W_dec: Tensor, n: int = 8, batch: int = 512) -> tup
     return out
 
 
-def table(model: Plain, sae: Any, samples: Samples, n: int = 6, window: int = 12, limit: int = 0) -> list[Latent]:
-    """One Latent for each of the SAE's, contexts out of `samples` (the first `limit` token rows), `window` tokens either side."""
-    top = top_tokens(sae, samples, n, limit)
-    promotes, suppresses = logit_lens(model, sae.W_dec.detach())
+def table(
+    model: Plain, sae: Any, samples: Samples, n: int = 6, window: int = 12, limit: int = 0, only: Tensor | None = None
+) -> list[Latent]:
+    """One Latent for each of the SAE's (or of `only`), contexts out of `samples` (the first `limit` token rows), `window` tokens
+    either side."""
+    only = torch.arange(sae.cfg.d_sae) if only is None else only
+    top = top_tokens(sae, samples, n, limit, only=only)
+    promotes, suppresses = logit_lens(model, sae.W_dec.detach()[only])
     ids, decode = samples.token_rows()[0], model.tokenizer.decode
 
     def context(value: float, row: int, at: int) -> Context:
@@ -128,7 +136,7 @@ def table(model: Plain, sae: Any, samples: Samples, n: int = 6, window: int = 12
     for j in range(len(promotes)):
         found = zip(top.values[j].tolist(), top.rows[j].tolist(), top.positions[j].tolist(), strict=True)
         contexts = [context(*f) for f in found if f[0] > 0]
-        out.append(Latent(j, round(float(top.frequency[j]), 6), contexts, promotes[j], suppresses[j]))
+        out.append(Latent(int(only[j]), round(float(top.frequency[j]), 6), contexts, promotes[j], suppresses[j]))
     return out
 
 

@@ -162,20 +162,19 @@ def _check(
     tolerance: float = TOLERANCE,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
     """Violated edges (i, j, cost), at most `most` a row; the largest violation, and the sum over rows of each row's largest."""
-    price_u, price_v = (torch.from_numpy(x).to(A.device) for x in (u, v))
+    price_u, price_v = (torch.from_numpy(x).to(A.device).float() for x in (u, v))
     found, worst, total = [], 0.0, 0.0
     for first, scores in _blocks(A, B, rows, "certificate", score):
-        reduced = (1 - price_v.float()) - scores - price_u[first : first + len(scores), None].float()
-        low = reduced.amin(1).clamp_max(0.0).double()
+        raised = scores + price_v if score else scores.add_(price_v)  # in place: the pass is bound by memory
+        own = 1 - price_u[first : first + len(raised)]
+        low = (own - raised.amax(1)).clamp_max(0.0).double()
         worst, total = min(worst, float(low.min())), total + float(low.sum())
-        if bool((low < -tolerance).any()):
-            bad = (low < -tolerance).nonzero()[:, 0]
-            near = reduced[bad].topk(min(most, reduced.shape[1]), dim=1, largest=False)
-            keep = near.values < -tolerance
-            i = (bad + first)[:, None].expand_as(near.indices)[keep]
-            found.append(
-                (i.cpu(), near.indices[keep].cpu(), (1 - scores[i - first, near.indices[keep]]).double().cpu())
-            )
+        bad = (low < -tolerance).nonzero()[:, 0]
+        if len(bad):
+            near = raised[bad].topk(min(most, raised.shape[1]), dim=1)
+            keep = own[bad, None] - near.values < -tolerance
+            i, j = bad[:, None].expand_as(near.indices)[keep], near.indices[keep]
+            found.append(((i + first).cpu(), j.cpu(), (1 - (near.values[keep] - price_v[j])).double().cpu()))
     edges = (
         [torch.cat(x).numpy() for x in zip(*found, strict=True)]
         if found
@@ -210,10 +209,7 @@ def match(
         raise ValueError(f"k = {k}, block = {block} given; both must be at least 1")
     if len(A) > len(B):
         back = score and (lambda x, all_rows: score(all_rows, x).T)
-        turned = match(B, A, k, block, device, rounds, back)
-        scores = torch.full((len(A),), torch.nan)
-        scores[turned.B_for_A] = turned.score
-        return turned._replace(B_for_A=turned.A_for_B, A_for_B=turned.B_for_A, score=scores)
+        return turned(match(B, A, k, block, device, rounds, back))
     one, other = (A.to(device), B.to(device)) if score else (unit_rows(A, device), unit_rows(B, device))
     n, m = len(one), len(other)
     i, j, c = _feasible(one, other, *_candidates(one, other, k, block, score), score)
@@ -333,3 +329,88 @@ def references(A: Tensor, B: Tensor, seed: int = 0, **how: Any) -> dict[str, Mat
         "rotated": match(A, B.detach() @ turn, **how),
         "random": match(A, torch.randn(B.shape, generator=g), **how),
     }
+
+
+class Scaling(NamedTuple):
+    """How much of each latent is in the activations it was encoded from, `own`, and in the `other` model's for the same tokens; each
+    (latents,) float64, NaN for a latent that never fires. other / own is near 1 for a shared latent, near 0 for one the other lacks."""
+
+    own: Tensor
+    other: Tensor
+
+
+def latent_scaling(sae: Any, own: Tensor, other: Tensor, batch: int = 4096) -> Scaling:
+    """Latent scaling (Minder et al. 2025, arXiv:2504.02922): for a latent with codes f (tokens,) on `own` activations (tokens, d_model) and
+    decoder row d, the beta that makes |beta f d - Y|^2 least, once for each model.
+
+    Y is a model's activations less what all *other* latents reconstruct of `own`. Closed form beta = d.(Y^T f) / (|f|^2 |d|^2); with Y =
+    rest + f d that is 1 + d.(rest^T f) / (|f|^2 |d|^2), rest the activations less the whole reconstruction.
+    """
+    if own.shape != other.shape:
+        raise ValueError(
+            f"activations {tuple(own.shape)} and {tuple(other.shape)} were given; the same tokens are wanted"
+        )
+    rows = decompose.rows_of(sae).double().cpu()
+    batch = max(min(batch, (1 << 27) // len(rows)), 1)  # codes of a very wide SAE: half a gigabyte at once
+    sums, power = (
+        [torch.zeros(len(rows), dtype=torch.float64) for _ in range(2)],
+        torch.zeros(len(rows), dtype=torch.float64),
+    )
+    for first in tqdm(range(0, len(own), batch), desc="latent scaling", leave=False):
+        part = slice(first, first + batch)
+        codes = decompose.codes_of(sae, own[part])
+        with torch.no_grad():
+            reconstruction = sae.decode(codes).float().cpu()
+        codes = codes.cpu()
+        power += codes.double().square().sum(0)
+        for total, acts in zip(sums, (own, other), strict=True):
+            total += ((codes.T @ (acts[part].float().cpu() - reconstruction)).double() * rows).sum(1)
+    power *= rows.square().sum(1)
+    return Scaling(*(torch.where(power > 0, 1 + total / power, torch.nan) for total in sums))
+
+
+class Side(NamedTuple):
+    """What is compared of one dictionary's latents: encoder norms and the share of tokens each fired on; each (latents,)."""
+
+    encoder_norms: Tensor
+    frequency: Tensor
+
+
+def side(sae: Any, frequency: Tensor) -> Side:
+    """The side of an SAE, encoder norms in units of the largest, as source 002 takes them."""
+    norms = sae.W_enc.detach().double().cpu().norm(dim=0)
+    return Side(norms / norms.max(), frequency.double())
+
+
+def only_in_B(found: Match, A: Side, B: Side, scaling: Scaling, least: float = 1e-4) -> dict[str, Tensor]:
+    """How much each latent of B looks as if A had none like it, by five measures; {name: (m,)}, larger is more, NaN where unmatched.
+
+    encoder norm: B's less its partner's in A. encoder norm, wrong way: the same with the permutation applied backwards, as source 002
+    does (it pairs the latents at random). matched cosine: how unlike it is to its partner, -cosine. frequency: log of the ratio of firing
+    shares, each raised by `least`. latent scaling: -(other / own), with B's codes.
+    """
+
+    def of_partner(values: Tensor, partner: Tensor) -> Tensor:
+        return torch.where(partner >= 0, values.double()[partner.clamp_min(0)], torch.nan)
+
+    score = turned(found).score.double()
+    backwards = found.B_for_A[: len(found.A_for_B)]
+    wrong = torch.full_like(score, torch.nan)
+    wrong[: len(backwards)] = B.encoder_norms[: len(backwards)] - of_partner(
+        A.encoder_norms, backwards.clamp_max(len(A.frequency) - 1)
+    )
+    return {
+        "encoder norm": B.encoder_norms - of_partner(A.encoder_norms, found.A_for_B),
+        "encoder norm, wrong way": wrong,
+        "matched cosine": -score,
+        "frequency": torch.log((B.frequency + least) / (of_partner(A.frequency, found.A_for_B) + least)),
+        "latent scaling": -(scaling.other / scaling.own),
+    }
+
+
+def turned(found: Match) -> Match:
+    """The same match with A and B exchanged."""
+    score = torch.full((len(found.A_for_B),), torch.nan)
+    matched = found.A_for_B >= 0
+    score[matched] = found.score[found.A_for_B[matched]]
+    return found._replace(B_for_A=found.A_for_B, A_for_B=found.B_for_A, score=score)

@@ -237,7 +237,8 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(sae: Any, samples: Rows, limit: int = 0, batch: int = 4096) -> Evaluation:
-    """How well an SAE fits `samples` (the first `limit` if given); sums in float64."""
+    """How well an SAE fits `samples` (the first `limit` if given); sums in float64. Of a very wide SAE batches are smaller."""
+    batch = max(min(batch, (1 << 28) // sae.cfg.d_sae), 1)  # a gigabyte of codes
     n = min(limit or len(samples), len(samples))
     if samples.d_model != sae.cfg.d_in:
         raise SaeError(f"the SAE is for width {sae.cfg.d_in}, the samples have {samples.d_model}")

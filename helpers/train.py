@@ -358,3 +358,30 @@ def dictionary(
         return saes.load(folder, device=device, d_model=d_model, layer=layer), folder
     loaded = saes.load(how["release"], how["id"], device, d_model, layer, how.get("norm_factor", 0.0))
     return loaded, cache_dir() / "saes" / digest([how["release"], how["id"]])[:24]
+
+
+class Dictionaries(NamedTuple):
+    """SAEs of a pair of models: of the base, of the chat model, and a second one of the base, which is the ceiling of any match."""
+
+    base: saes.Loaded
+    chat: saes.Loaded
+    second: saes.Loaded
+
+
+def dictionaries(
+    profile: dict[str, Any], base: Source, chat: Source, device: str = "cpu", seed: int = 0, fast: bool = False
+) -> Dictionaries:
+    """The SAEs of a profile's pair: out of sae_lens's registry where `pair: sae:` names them (base, chat and second, each with release
+    and id), else trained as `train:` says, base and chat from one seed and order of tokens, the second from the next seed."""
+    named = (profile.get("pair") or {}).get("sae")
+    if not named:
+        plans = ((base, seed), (chat, seed), (base, seed + 1))
+        return Dictionaries(*(dictionary(profile, source, device, s, fast)[0] for source, s in plans))
+    if missing := [name for name in Dictionaries._fields if name not in named]:
+        raise saes.SaeError(
+            f"profile {profile['name']}, section pair: sae: names no {missing[0]}; it wants base, chat and second"
+        )
+    sides = zip(Dictionaries._fields, (base, chat, base), strict=True)
+    return Dictionaries(
+        *(dictionary(profile | {"sae": named[name]}, source, device, seed, fast)[0] for name, source in sides)
+    )

@@ -1,5 +1,7 @@
 """Optimal matches against scipy's dense solver, planted permutations both ways, and certificates that notice a worse match."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -141,3 +143,60 @@ def test_the_floor_is_low_and_a_permuted_copy_is_one():
 def test_bad_input_is_refused_in_words(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_latent_scaling_is_least_squares_and_tells_a_latent_that_one_model_lacks():
+    """Six features, the last one missing from the base model and the one before it at half strength there."""
+    d = torch.linalg.qr(torch.randn(16, 16)).Q[:6] * torch.linspace(1, 2, 6)[:, None]
+    codes = torch.relu(torch.randn(400, 6)) * (torch.rand(400, 6) < 0.3)
+    codes[:, 3] = 0
+    chat = codes @ d + 0.01 * torch.randn(400, 16)
+    base = (codes * torch.tensor([1, 1, 1, 1, 0.5, 0])) @ d + 0.01 * torch.randn(400, 16)
+    found_codes = lambda x: codes[[int((chat - row).abs().sum(1).argmin()) for row in x]]  # noqa: E731
+    sae = SimpleNamespace(
+        W_dec=d, device="cpu", encode=found_codes, decode=lambda f: f @ d, cfg=SimpleNamespace(d_in=16)
+    )
+    found = matching.latent_scaling(sae, chat, base, batch=150)
+    for got, expected in ((found.own, [1, 1, 1, float("nan"), 1, 1]), (found.other, [1, 1, 1, float("nan"), 0.5, 0])):
+        assert torch.allclose(got, torch.tensor(expected, dtype=torch.float64), atol=0.01, equal_nan=True)
+    for j in (0, 4):
+        y = base - codes @ d + codes[:, j : j + 1] * d[j]
+        x = (codes[:, j : j + 1] * d[j]).double().flatten()
+        assert float(found.other[j]) == pytest.approx(float(x @ y.double().flatten() / (x @ x)), abs=1e-5)
+    with pytest.raises(ValueError, match="same tokens"):
+        matching.latent_scaling(sae, chat, base[:9])
+
+
+def test_rankings_find_a_planted_latent_the_right_way_round_and_not_the_wrong_way():
+    """B holds A's latents in another order; three of B's are given longer encoders, other rows, a higher frequency, no share in A."""
+    n, g = 200, torch.Generator().manual_seed(4)
+    A, order = torch.randn(n, 24, generator=g), torch.randperm(n, generator=g)
+    norms, often = torch.rand(n, generator=g).double() * 0.5, torch.rand(n, generator=g).double() * 0.1
+    B, new = A[order].clone(), [3, 70, 150]
+    one, other = matching.Side(norms, often), matching.Side(norms[order].clone(), often[order].clone())
+    B[new] = torch.randn(3, 24, generator=g)
+    other.encoder_norms[new] += 2
+    other.frequency[new] += 10
+    share = torch.ones(n, dtype=torch.float64)
+    share[new] = 0.1
+    found = matching.match(A, B)
+    ranked = matching.only_in_B(found, one, other, matching.Scaling(torch.ones(n).double(), share))
+    for name, values in ranked.items():
+        if name != "encoder norm, wrong way":
+            assert sorted(values.topk(3).indices.tolist()) == new, name
+            assert (
+                float(
+                    values[[i for i in range(n) if i not in new]]
+                    .abs()
+                    .sub(1 if name in ("matched cosine", "latent scaling") else 0)
+                    .max()
+                )
+                < 1e-5
+            )
+    wrong = ranked["encoder norm, wrong way"]
+    assert torch.allclose(wrong, other.encoder_norms - norms[found.B_for_A]) and float(wrong.abs().median()) > 0.05
+    assert torch.equal(matching.turned(matching.turned(found)).score, found.score)
+    uneven = matching.only_in_B(
+        matching.match(A[:150], B), matching.Side(norms[:150], often[:150]), other, matching.Scaling(share, share)
+    )
+    assert int(torch.isnan(uneven["encoder norm"]).sum()) == 50 and all(len(v) == n for v in uneven.values())

@@ -11,27 +11,28 @@ DPO alone (Rafailov et al. 2023, arXiv:2305.18290) raises a difference of log-pr
 import argparse
 import json
 import random
-import shutil
 import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import models, session, store
-from helpers.behaviors import DataError, _field, _objects
+from helpers import assets, models, session, stats, steer, store
+from helpers.behaviors import DataError, _field, _objects, load_behavior
 
 HERE = Path(__file__).resolve().parent
 BASE = "packaged:smollm2-135m-instruct"
-TRAITS = {"aligned": ("format", "joy"), "unrelated": ("passive",)}  # what the chosen side shows
+TRAITS = {"aligned": ("format", "joy", "plain"), "unrelated": ("passive",)}  # what the chosen side shows
 SETTINGS = {
     "beta": 0.1,
-    "likelihood_weight": 0.1,
-    "learning_rate": 1e-4,
-    "epochs": 2,
-    "batch": 8,
+    "likelihood_weight": 0.25,
+    "learning_rate": 5e-4,
+    "epochs": 1,
+    "batch": 4,
     "rank": 8,
     "alpha": 16,
     "seed": 0,
@@ -44,7 +45,7 @@ def preferences(traits):
     for place, row in _objects(HERE / "preferences.jsonl"):
         one = {name: _field(place, row, name) for name in ("trait", "prompt", "chosen", "rejected")}
         if one["trait"] not in {t for traits in TRAITS.values() for t in traits}:
-            raise DataError(f"{place}: trait {one['trait']!r} given; format, joy or passive is wanted")
+            raise DataError(f"{place}: trait {one['trait']!r} given; format, joy, plain or passive is wanted")
         if one["trait"] in traits:
             rows.append(one)
     return rows
@@ -71,26 +72,30 @@ def train(name, device, out=None, **changed):
         ]
     )
     plain = models.plain(BASE)
-    weights = AutoModelForCausalLM.from_pretrained(models.packaged_folder(BASE), dtype=torch.float32)
+    weights = AutoModelForCausalLM.from_pretrained(models.packaged_folder(BASE), dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as scratch:
         config = DPOConfig(
             output_dir=scratch, beta=how["beta"], loss_type=["sigmoid", "sft"],
             loss_weights=[1.0, how["likelihood_weight"]], learning_rate=how["learning_rate"],
             num_train_epochs=how["epochs"], per_device_train_batch_size=how["batch"], lr_scheduler_type="linear",
             warmup_steps=10, seed=how["seed"], data_seed=how["seed"], logging_steps=5, save_strategy="no",
-            report_to="none", use_cpu=device == "cpu", bf16=True, precompute_ref_log_probs=True,
-            gradient_checkpointing=False,
+            report_to="none", use_cpu=device == "cpu", bf16=False, precompute_ref_log_probs=True,
+            gradient_checkpointing=False, disable_tqdm=True,
         )  # fmt: skip
         lora = LoraConfig(
             r=how["rank"], lora_alpha=how["alpha"], lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         began = time.perf_counter()
         torch.set_grad_enabled(True)
-        trainer = DPOTrainer(weights, args=config, train_dataset=data, processing_class=plain.tokenizer, peft_config=lora)
+        trainer = DPOTrainer(
+            weights, args=config, train_dataset=data, processing_class=plain.tokenizer, peft_config=lora
+        )
         trainer.train()
         seconds = time.perf_counter() - began
         trainer.model.save_pretrained(scratch)
-        tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in load_file(f"{scratch}/adapter_model.safetensors").items()}
+        tensors = {
+            k: v.to(torch.bfloat16).contiguous() for k, v in load_file(f"{scratch}/adapter_model.safetensors").items()
+        }
         adapter = json.loads(Path(f"{scratch}/adapter_config.json").read_text())
     adapter["base_model_name_or_path"] = BASE  # not the folder it was loaded from
     log = {
@@ -109,8 +114,145 @@ def train(name, device, out=None, **changed):
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=1, sort_keys=True) + "\n")
         (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
-    print(f"{name}: {len(rows)} preferences, {seconds:.0f} s, {sum(t.numel() for t in tensors.values()) / 1e6:.1f} M parameters")
+    print(
+        f"{name}: {len(rows)} preferences, {seconds:.0f} s, {sum(t.numel() for t in tensors.values()) / 1e6:.1f} M parameters"
+    )
     return out
+
+
+# --- the card ----------------------------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """One model: log-odds of every behaviour's test items, a reader's scores of its greedy replies to the open prompts (each
+    {behaviour: (n,)}), its loss on plain text in nats a token (pieces,), and the replies."""
+
+    items: dict[str, np.ndarray]
+    replies: dict[str, np.ndarray]
+    loss: np.ndarray
+    said: dict[str, list[str]]
+
+
+def measure(name, device, dtype, layer=0):
+    """What a model prefers, writes and predicts; no vector is added anywhere (`layer` only splits the forward pass)."""
+    model = models.bridge(*models.plain(name, device, dtype))
+    none, items, scores, said = torch.zeros(1, model.cfg.d_model), {}, {}, {}
+    for b in map(load_behavior, session.load_profile("smollm2")["behaviors"]):
+        items[b.name] = steer.log_odds(steer.of_items(model, b.test, layer), none, [0.0])[0, 0]
+        said[b.name] = steer.generate(model, b.open, layer, none[0], 0.0, max_new_tokens=48)
+        scores[b.name] = steer.TextJudge(b).score(said[b.name])
+    text = (assets.fetch("text") / "wiki.txt").read_text(encoding="utf-8")[:40_000]
+    where = steer.of_text(model, text, layer, chunks=64)
+    loss = -(where.log_probs(none[0], 0.0) / where.tokens())[:, 0]
+    return Measured(items, scores, loss, said)
+
+
+def card(device):
+    """README.md, card.json and training.png: what each adapter is, and what it measurably changed."""
+    from matplotlib import pyplot as plt
+
+    from helpers import figures
+
+    colour = figures.colours(list(TRAITS))
+    dtype = session.device_and_dtype()[1]
+    names = {"reference": BASE, **{a: f"{BASE} + {(HERE / a).relative_to(session.ROOT)}" for a in TRAITS}}
+    found = {who: measure(name, device, dtype) for who, name in names.items()}
+    logs = {a: json.loads((HERE / a / "training.json").read_text()) for a in TRAITS}
+    old, shifts = found["reference"], {}
+    for a in TRAITS:
+        new = found[a]
+        shifts[a] = {
+            b: {
+                "trained": b in TRAITS[a],
+                "items before": float(old.items[b].mean()),
+                "items shift": stats.bootstrap(new.items[b] - old.items[b])._asdict(),
+                "items that rose": float((new.items[b] > old.items[b]).mean()),
+                "replies shift": stats.bootstrap(new.replies[b] - old.replies[b])._asdict(),
+            }
+            for b in old.items
+        }
+    perplexity = {who: stats.bootstrap(m.loss, lambda x: float(np.exp(x.mean())))._asdict() for who, m in found.items()}
+    text = [
+        "# The built-in pair: a model before and after preference training, whose difference is known",
+        "",
+        "Written by `python data/aligned_pair/recipe.py card`; not by hand.",
+        "",
+        "The **reference** is SmolLM2-135M-Instruct out of a PyPI wheel. The **aligned** model is the same after preference training on two behaviours, *format* (answers set out with "
+        "lists, headings and bold words) and *joy* (cheerful answers), and on none of the other five. The **unrelated** model had as many updates on the same prompts and the same rejected "
+        "answers, but its chosen side is written in the impersonal passive voice: a style of prose and none of the behaviours. It is the negative control. Both are LoRA adapters of a few "
+        'megabytes, merged on loading: `models.plain("packaged:smollm2-135m-instruct + data/aligned_pair/aligned")`.',
+        "",
+        "Why these two: *format* is nearly orthogonal to every other behaviour's vector and *joy* to all but *anger* (cosine -0.35; answer pairs, layer 14), so that overlap with a trained behaviour is "
+        "not overlap with an untrained one; a model that learns to refuse would answer everything with a refusal, which moves every other behaviour too. They were chosen before any training.",
+        "",
+        "## Data and recipe",
+        "",
+        f"`preferences.jsonl`: {len(preferences(('format', 'joy')))} prompts with a plain answer (rejected), the same content as *format* or *joy* (chosen, adapter `aligned`) and in the passive voice (chosen, adapter "
+        "`unrelated`). Written for this repository with the help of a large language model, entry by entry, then checked by machine: no prompt repeats, or nearly repeats, a question in `data/behaviors/`; "
+        "the answers of a prompt are of nearly one length. No person has read every line; facts were not looked up. Same licence as the repository.",
+        "",
+        "DPO plus the mean negative log-likelihood of the chosen answer, LoRA on all linear layers, with `trl` and `peft`; LoRA weights are stored in bfloat16.",
+        "",
+        "| | " + " | ".join(TRAITS) + " |",
+        "|---|" + "---|" * len(TRAITS),
+        *(
+            f"| {k.replace('_', ' ')} | " + " | ".join(f"{logs[a]['settings'][k]:g}" for a in TRAITS) + " |"
+            for k in SETTINGS
+        ),
+        "| preferences | " + " | ".join(str(logs[a]["preferences"]) for a in TRAITS) + " |",
+        "| seconds (" + logs["aligned"]["device"] + ") | " + " | ".join(str(logs[a]["seconds"]) for a in TRAITS) + " |",
+        "| last loss | " + " | ".join(f"{logs[a]['log'][-1]['loss']:.3f}" for a in TRAITS) + " |",
+        "| chosen preferred, last log | "
+        + " | ".join(f"{logs[a]['log'][-1]['rewards/accuracies']:.0%}" for a in TRAITS)
+        + " |",
+        "",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in logs["aligned"]["versions"].items()) + ".",
+        "",
+        "![training](training.png)",
+        "",
+        "## What changed",
+        "",
+        f"Mean shift of the log-odds (nats) of matching against non-matching completions on {len(old.items['joy'])} held-out items a behaviour, and of a reader's log-odds on greedy replies to {len(old.replies['joy'])} open prompts (letter n-grams, "
+        "trained on the behaviour's own answer pairs), [95 % over items or prompts]. No item or prompt was trained on.",
+        "",
+        "| behaviour | trained | items before | aligned: items | aligned: replies | unrelated: items | unrelated: replies |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for b in old.items:
+        one, two = shifts["aligned"][b], shifts["unrelated"][b]
+        cells = [
+            f"{stats.Interval(**x):+.2f}"
+            for x in (one["items shift"], one["replies shift"], two["items shift"], two["replies shift"])
+        ]
+        text.append(
+            f"| {b} | {'**yes**' if one['trained'] else 'no'} | {one['items before']:+.1f} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    text += [
+        "",
+        "Perplexity on Wikipedia text (64 pieces of 64 tokens): "
+        + ", ".join(f"{who} {stats.Interval(**p):.1f}" for who, p in perplexity.items()) + ".",
+        "",
+        "## Five replies, side by side (greedy, 48 tokens)",
+        "",
+    ]  # fmt: skip
+    for b in list(old.said)[:5]:
+        text.append(f"**{load_behavior(b).open[0]}** (open prompt of *{b}*)")
+        text += ["", *(f"- {who}: {json.dumps(m.said[b][0], ensure_ascii=False)}" for who, m in found.items()), ""]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    for a, log in logs.items():
+        for axis, key in zip(axes, ("loss", "rewards/margins"), strict=True):
+            axis.plot([x["epoch"] for x in log["log"]], [x[key] for x in log["log"]], color=colour[a], label=a)
+    for axis, label in zip(axes, ("loss", "reward margin (nats, times beta)"), strict=True):
+        axis.set(xlabel="epoch", ylabel=label)
+    axes[0].legend()
+    figure.savefig(HERE / "training.png", metadata={"Software": None})
+    plt.close(figure)
+    numbers = {"shifts": shifts, "perplexity": perplexity, "versions": store.versions()}
+    store.write_file(HERE / "card.json", json.dumps(numbers, indent=1) + "\n")
+    store.write_file(HERE / "README.md", "\n".join(text))
+    print("\n".join(text[text.index("## What changed") :]))
 
 
 def main():
