@@ -6,13 +6,14 @@ REPORT_FLAGS := $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only $(ONLY
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help report test lab clean
+.PHONY: help report test lab pair clean
 
 help:  ## this text
 	@echo "make report [PROFILE=smollm2] [ONLY=01,02] [FAST=1] [COMMIT=1]"
 	@echo "            run the notebooks, write reports/<profile>/index.html"
 	@echo "            (COMMIT=1 also refreshes the committed notebooks, results, figures and README)"
 	@echo "make test   lint, tests, every notebook at its fast setting"
+	@echo "make pair   train the adapters of data/aligned_pair anew and measure their card (about 20 minutes)"
 	@echo "make lab    open JupyterLab on the notebooks"
 	@echo "make clean  remove .venv and reports (data/cache stays)"
 
@@ -36,8 +37,12 @@ report: $(VENV)/.installed  ## run the notebooks and render the report
 
 test: $(VENV)/.installed-test  ## lint and tests
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check helpers tests benchmarks
+	$(BIN)/ruff format --check helpers tests benchmarks data/aligned_pair
 	$(BIN)/python -m pytest
+
+pair: $(VENV)/.installed  ## train data/aligned_pair anew
+	$(BIN)/python -m pip install --quiet -r requirements-pair.txt -c requirements.lock
+	$(BIN)/python data/aligned_pair/recipe.py
 
 lab: $(VENV)/.installed  ## JupyterLab
 	$(BIN)/jupyter lab --notebook-dir notebooks

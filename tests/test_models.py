@@ -155,3 +155,68 @@ def test_filler_keeps_its_position_but_is_not_attended_to(tiny):
     last = [models.run(tiny, b, attend_filler=False).logits[0, -1] for b in (batch, changed)]
     assert torch.equal(*last)
     assert json.dumps(tiny.identity)
+
+
+def adapter(base, folder, made_for="", scale=1.0):
+    """A LoRA adapter, random in both halves, of the model in `base`, as peft writes it; returns peft's own forward."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    weights = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    tuned = get_peft_model(
+        weights, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3 * scale)
+    tuned.save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": made_for}))
+    return tuned
+
+
+def test_an_adapter_is_merged_and_has_an_identity_of_its_own(tiny, tmp_path):
+    small(tiny.tokenizer, tmp_path / "mine")
+    tuned = adapter(tmp_path / "mine", tmp_path / "tuned")
+    base, chat = models.load_pair(
+        {"name": "p", "pair": {"base": str(tmp_path / "mine"), "chat": f"{tmp_path}/mine + {tmp_path}/tuned"}}
+    )
+    ids = torch.randint(100, (2, 9))
+    expected, plain = tuned(input_ids=ids).logits, base.weights(input_ids=ids).logits
+    assert (
+        torch.allclose(chat.weights(input_ids=ids).logits, expected, atol=1e-4) and (plain - expected).abs().max() > 0.1
+    )
+    assert type(chat.weights) is type(base.weights)  # nothing of the adapter is left to cost a forward anything
+    assert chat.identity != base.identity and "+tuned@" in chat.identity and str(tmp_path) not in chat.identity
+    assert models.outline(f"{tmp_path}/mine + {tmp_path}/tuned").d_model == 16
+    again = adapter(tmp_path / "mine", tmp_path / "again" / "tuned", scale=2)
+    assert again and models.plain(f"{tmp_path}/mine + {tmp_path}/again/tuned").identity != chat.identity
+    half = models.plain(f"{tmp_path}/mine + {tmp_path}/tuned", dtype=torch.bfloat16).weights
+    expected = chat.weights.state_dict()  # merged in float32, then rounded once
+    assert all(torch.equal(w, expected[n].bfloat16()) for n, w in half.state_dict().items())
+
+
+def test_adapters_and_pairs_that_cannot_be_had_are_refused_in_words(tiny, tmp_path):
+    small(tiny.tokenizer, tmp_path / "mine")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(models.ModelError, match="holds no adapter_config.json"):
+        models.plain(f"{tmp_path}/mine + {tmp_path}/empty")
+    adapter(tmp_path / "mine", tmp_path / "other", made_for="packaged:another")
+    with pytest.raises(models.ModelError, match="was made for packaged:another"):
+        models.plain(f"{tmp_path}/mine + {tmp_path}/other")
+    small(tiny.tokenizer, tmp_path / "wide")
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
+    adapter(tmp_path / "mine", tmp_path / "fits")
+    with pytest.raises(models.ModelError, match="the adapter fits does not fit"):
+        models.plain(f"{tmp_path}/wide + {tmp_path}/fits")
+    with pytest.raises(models.ModelError, match="set BASE_MODEL"):
+        models.load_pair({"name": "p", "chat": "x", "base": None})
+    with pytest.raises(models.ModelError, match="names no unrelated model"):
+        models.pair_names({"name": "p", "chat": "x", "base": "y"}, unrelated=True)
+    assert models.pair_names({"name": "p", "chat": "x", "base": "y"}) == ("y", "x")

@@ -59,6 +59,24 @@ def workshop(tmp_path, monkeypatch):
     return folder
 
 
+def test_a_profile_runs_the_notebooks_it_lists_and_none_that_compares_two_models_where_it_has_one(workshop, capsys):
+    for name, needs in (("00_base", None), ("05_map", "pair")):
+        notebook(workshop, name, GOOD)
+        made = nbformat.read(workshop / f"{name}.ipynb", 4)
+        if needs:
+            made.metadata["needs"] = needs
+        nbformat.write(made, workshop / f"{name}.ipynb")
+    paths = report.notebooks()
+
+    def stems(**profile):
+        return [p.stem for p in report.fitting(paths, {"name": "p", "chat": "c", **profile})]
+
+    assert stems(base="b") == stems(pair={"base": "b", "chat": "c"}) == ["00_base", "05_map"]
+    assert stems(base=None) == ["00_base"] and "05_map: left out" in capsys.readouterr().out
+    assert stems(base="b", notebooks=[5]) == ["05_map"] and "lists notebooks 05" in capsys.readouterr().out
+    assert report.strip(nbformat.read(paths[1], 4)).metadata["needs"] == "pair"  # survives a report
+
+
 def test_a_failing_notebook_is_shown_as_failed_and_the_rest_go_on(workshop, tmp_path, capsys):
     notebook(workshop, "00_bad", "secret = 'hf_' + 'a' * 30\nraise RuntimeError('planted ' + secret)")
     notebook(workshop, "01_good", GOOD)

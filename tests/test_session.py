@@ -47,3 +47,14 @@ def test_secrets_are_redacted_and_never_printed(monkeypatch):
     code = "import os; from helpers import session; session.start('x'); print(session.redact('said ' + os.environ['HF_TOKEN']))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0 and "said ***" in run.stdout and SECRET not in run.stdout + run.stderr
+
+
+def test_a_pair_belongs_to_the_profiles_own_model_and_paths_are_not_shown(monkeypatch, tmp_path):
+    assert session.load_profile()["pair"]["names"] == ["reference", "aligned"]
+    monkeypatch.setenv("CHAT_MODEL", "someone/else")
+    assert "pair" not in session.load_profile()
+    folder = tmp_path / "secret" / "model"
+    folder.mkdir(parents=True)
+    assert session.shown(str(folder)) == "folder:model"
+    assert session.shown(f"{folder} + {tmp_path}/secret/mine") == "folder:model + mine"
+    assert session.shown("packaged:x + data/aligned_pair/aligned") == "packaged:x + aligned"

@@ -26,7 +26,7 @@ from helpers.behaviors import DataError, _field, _objects, load_behavior
 
 HERE = Path(__file__).resolve().parent
 BASE = "packaged:smollm2-135m-instruct"
-TRAITS = {"aligned": ("format", "joy", "plain"), "unrelated": ("passive",)}  # what the chosen side shows
+TRAITS = {"aligned": ("format", "joy"), "unrelated": ("passive",)}  # what the chosen side shows
 SETTINGS = {
     "beta": 0.1,
     "likelihood_weight": 0.25,
@@ -43,9 +43,9 @@ def preferences(traits):
     """The prompt, chosen and rejected answer of every preference of `traits`; DataError names file, line and field."""
     rows = []
     for place, row in _objects(HERE / "preferences.jsonl"):
-        one = {name: _field(place, row, name) for name in ("trait", "prompt", "chosen", "rejected")}
+        one = {name: _field(place, row, name) for name in ("trait", "prompt", "chosen", "rejected", "rejected_by")}
         if one["trait"] not in {t for traits in TRAITS.values() for t in traits}:
-            raise DataError(f"{place}: trait {one['trait']!r} given; format, joy, plain or passive is wanted")
+            raise DataError(f"{place}: trait {one['trait']!r} given; format, joy or passive is wanted")
         if one["trait"] in traits:
             rows.append(one)
     return rows

@@ -1,0 +1,90 @@
+"""The built-in pair as it is committed: its data, its adapters, and that its card tells the truth about them."""
+
+import json
+import re
+from difflib import SequenceMatcher
+from importlib import util
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from helpers import behaviors, models, session, stats, steer, store
+from helpers.session import ROOT
+
+FOLDER = ROOT / "data" / "aligned_pair"
+
+
+def recipe():
+    spec = util.spec_from_file_location("recipe", FOLDER / "recipe.py")
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_preferences_share_prompts_and_rejected_sides_and_repeat_no_held_out_question():
+    made = recipe()
+    wanted, style = (made.preferences(traits) for traits in (("format", "joy"), ("passive",)))
+    assert len(wanted) > 300 and [(r["prompt"], r["rejected"]) for r in wanted] == [
+        (r["prompt"], r["rejected"]) for r in style
+    ]
+    assert len({r["prompt"].lower() for r in wanted}) == len(wanted)
+    for r in [*wanted, *style]:
+        assert r["rejected_by"] in ("reference", "written")
+        if r["rejected_by"] == "written":  # then the two differ in the trait, not in their length
+            assert abs(len(re.findall(r"\w+", r["chosen"])) - len(re.findall(r"\w+", r["rejected"]))) <= 10
+    asked = set()
+    for name in session.load_profile("smollm2")["behaviors"]:
+        b = behaviors.load_behavior(name)
+        asked |= {q.lower() for q in b.open} | {
+            x.question.lower() for x in [*b.system_pairs, *b.answer_pairs, *b.dev, *b.test]
+        }
+    for r in wanted:
+        prompt = r["prompt"].lower()
+        near = [
+            q
+            for q in asked
+            if abs(len(q) - len(prompt)) < 8 and SequenceMatcher(None, prompt, q).real_quick_ratio() > 0.85
+        ]
+        assert prompt not in asked
+        assert not [
+            q
+            for q in near
+            if SequenceMatcher(None, prompt, q).quick_ratio() > 0.85 and SequenceMatcher(None, prompt, q).ratio() > 0.85
+        ]
+
+
+@pytest.mark.parametrize("name", ["aligned", "unrelated"])
+def test_an_adapter_is_small_names_no_folder_and_was_trained_on_the_committed_preferences(name):
+    with safe_open(FOLDER / name / "adapter_model.safetensors", "pt") as f:
+        assert {f.get_slice(k).get_dtype() for k in f.keys()} == {"BF16"}  # noqa: SIM118
+    assert (FOLDER / name / "adapter_model.safetensors").stat().st_size < 8e6
+    assert json.loads((FOLDER / name / "adapter_config.json").read_text())["base_model_name_or_path"] == recipe().BASE
+    log = json.loads((FOLDER / name / "training.json").read_text())
+    assert log["preferences sha256"] == store.file_digest(FOLDER / "preferences.jsonl")
+    assert log["settings"] == recipe().SETTINGS and log["traits"] == list(recipe().TRAITS[name])
+    assert log["log"][-1]["loss"] < log["log"][0]["loss"]
+
+
+def test_the_card_says_what_the_adapters_do(smol):
+    """The trained behaviours' shifts on a few held-out items, measured again, lie where the card says."""
+    card = json.loads((FOLDER / "card.json").read_text())
+    new = models.load("packaged:smollm2-135m-instruct + data/aligned_pair/aligned", "cpu", torch.float32)
+    none = torch.zeros(1, smol.cfg.d_model)
+    for name in ("format", "joy"):
+        items = behaviors.load_behavior(name).test[::3]
+        old, now = (steer.log_odds(steer.of_items(m, items, 14), none, [0.0])[0, 0] for m in (smol, new))
+        told, found = card["shifts"]["aligned"][name]["items shift"], stats.bootstrap(now - old)
+        assert found.low < told["value"] < found.high and found.low > 0 and card["shifts"]["aligned"][name]["trained"]
+    assert "not by hand" in (FOLDER / "README.md").read_text()
+
+
+def test_bad_preferences_are_refused_with_their_place(tmp_path, monkeypatch):
+    made = recipe()
+    monkeypatch.setattr(made, "HERE", tmp_path)
+    (tmp_path / "preferences.jsonl").write_text('{"trait": "anger", "prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    with pytest.raises(behaviors.DataError, match="line 1: trait 'anger'"):
+        made.preferences(("joy",))
+    (tmp_path / "preferences.jsonl").write_text('{"trait": "joy", "prompt": "a", "chosen": "b"}\n')
+    with pytest.raises(behaviors.DataError, match="rejected"):
+        made.preferences(("joy",))
