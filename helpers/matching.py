@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import decompose
+from helpers.topk import product
 
 TOLERANCE = (
     2e-6  # of a reduced cost: float32 products of unit rows are exact to about 1e-7 times the root of their length
@@ -64,14 +65,7 @@ def unit_rows(rows: Tensor, device: str | torch.device = "cpu") -> Tensor:
 def _blocks(A: Tensor, B: Tensor, rows: int, what: str, score: Score | None = None) -> Iterator[tuple[int, Tensor]]:
     """(first row, scores (block, m)), block by block; of unit rows the cosines."""
     for first in tqdm(range(0, len(A), rows), desc=what, leave=False):
-        yield first, (score or _product)(A[first : first + rows], B)
-
-
-def _product(x: Tensor, rows: Tensor) -> Tensor:
-    """x rows^T; in float32 on a CPU oneDNN's, which can be twice as fast as torch's default (see `topk`)."""
-    if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, rows, None, "none", [], "")
-    return x @ rows.T
+        yield first, (score or product)(A[first : first + rows], B)
 
 
 def _candidates(
@@ -121,7 +115,7 @@ def _feasible(
     alone = np.flatnonzero(maximum_bipartite_matching(graph, perm_type="column") < 0)
     if not len(alone):
         return i, j, c
-    costs = 1 - (score or _product)(A[torch.from_numpy(alone).to(A.device)], B).double().cpu().numpy()
+    costs = 1 - (score or product)(A[torch.from_numpy(alone).to(A.device)], B).double().cpu().numpy()
     every = np.repeat(alone, m), np.tile(np.arange(m), len(alone)), costs.ravel()
     return _once(*(np.concatenate(pair) for pair in zip((i, j, c), every, strict=True)), m)
 

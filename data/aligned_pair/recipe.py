@@ -187,9 +187,10 @@ def card(device):
         "",
         "## Data and recipe",
         "",
-        f"`preferences.jsonl`: {len(preferences(('format', 'joy')))} prompts with a plain answer (rejected), the same content as *format* or *joy* (chosen, adapter `aligned`) and in the passive voice (chosen, adapter "
-        "`unrelated`). Written for this repository with the help of a large language model, entry by entry, then checked by machine: no prompt repeats, or nearly repeats, a question in `data/behaviors/`; "
-        "the answers of a prompt are of nearly one length. No person has read every line; facts were not looked up. Same licence as the repository.",
+        f"`preferences.jsonl`: {len(preferences(('format', 'joy')))} prompts. Chosen: an answer that shows *format* or *joy* (adapter `aligned`), or one in the impersonal passive voice (adapter `unrelated`). Rejected, the same for "
+        "both adapters: in half of the entries a plain answer of the same content (`rejected_by` written), in the other half the reference model's own greedy answer (`rejected_by` reference). All but the latter was written for this "
+        "repository with the help of a large language model, entry by entry, and checked by machine: no prompt repeats, or nearly repeats, a question in `data/behaviors/`; written answers to a prompt are of nearly one length. No person "
+        "has read every line, and facts were not looked up. Same licence as the repository.",
         "",
         "DPO plus the mean negative log-likelihood of the chosen answer, LoRA on all linear layers, with `trl` and `peft`; LoRA weights are stored in bfloat16.",
         "",
