@@ -540,6 +540,20 @@ def test_a_pair_uses_the_chat_models_template_and_end_of_text(model, cache, tmp_
     assert torch.equal(torch.from_numpy(next(stream._chunks()).ids[:8]), alone.token_rows()[0][:8])
 
 
+def test_pairs_of_a_profile_share_their_rows_and_hold_every_speakers_answers(model, text, cache):
+    second, third = small(seed=2), small(seed=3)
+    how = {"source": text, "chats": 4, "tokens": 900, "held_out": 200, "context": 64}
+    profile = {"name": "p", "layer": 1, "behaviors": ["joy"], "sae": {"harvest": how}}
+    speakers = [model, second, third]
+    one, two = (harvest.pair_of_profile(model, m, profile, fast=True, speakers=speakers) for m in (second, third))
+    assert one.base.folder == two.base.folder != harvest.pair_of_profile(model, second, profile, fast=True).base.folder
+    sources = one.base.note["parameters"]["source"]
+    assert len(sources) == len(set(sources)) == 4 and sum(s.startswith("file:") for s in sources) == 4
+    assert harvest.of_profile(model, profile, fast=True).note["parameters"]["source"] == sources[:2]
+    with pytest.raises(HarvestError, match="no section sae: harvest"):
+        harvest.pair_of_profile(model, second, {"name": "p", "sae": {}})
+
+
 def test_streams_of_another_dtype_are_not_mistaken_for_one_another(model, text, cache):
     half = model._replace(weights=copy.deepcopy(model.weights).bfloat16())
     a, b = (harvest.Stream(m, text, 1, context=32, batch_rows=4).about() for m in (model, half))

@@ -222,6 +222,23 @@ def test_the_profiles_section_is_checked():
             train.of_profile({"name": "p", "sae": {"train": wrong}}, 576)
 
 
+def test_the_dictionaries_of_a_pair_share_a_seed_and_the_second_does_not(cache):
+    base, chat = (
+        Array(planted(samples=4000)[0] + i, model_name=f"m{i}", hook_name="blocks.0.hook_resid_post") for i in (0, 1)
+    )
+    section = {"expansion": 2, "k": 4, "samples": 8192, "batch": 512, "low": False}
+    made = train.dictionaries({"name": "p", "layer": 0, "sae": {"train": section}}, base, chat, seed=5)
+    alone = [train.dictionary({"name": "p", "layer": 0, "sae": {"train": section}}, base, seed=s)[0] for s in (5, 6)]
+    for one, other in ((made.base, alone[0]), (made.second, alone[1])):
+        assert torch.equal(one.sae.W_dec, other.sae.W_dec)
+    same, apart = (
+        torch.cosine_similarity(made.base.sae.W_dec, x.sae.W_dec, dim=1).mean() for x in (made.chat, made.second)
+    )
+    assert same > 0.9 > 0.5 > apart  # one start, one order of rows
+    with pytest.raises(saes.SaeError, match="names no second"):
+        train.dictionaries({"name": "p", "pair": {"sae": {"base": {}, "chat": {}}}}, base, chat)
+
+
 def test_wandb_is_asked_for_by_name_and_missed_with_a_sentence(monkeypatch):
     lines = []
     run = types.SimpleNamespace(log=lines.append, finish=lambda: lines.append("finished"))

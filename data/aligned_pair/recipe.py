@@ -43,7 +43,7 @@ def preferences(traits):
     """The prompt, chosen and rejected answer of every preference of `traits`; DataError names file, line and field."""
     rows = []
     for place, row in _objects(HERE / "preferences.jsonl"):
-        one = {name: _field(place, row, name) for name in ("trait", "prompt", "chosen", "rejected", "rejected_by")}
+        one = {name: _field(place, row, name) for name in ("trait", "prompt", "chosen", "rejected")}
         if one["trait"] not in {t for traits in TRAITS.values() for t in traits}:
             raise DataError(f"{place}: trait {one['trait']!r} given; format, joy or passive is wanted")
         if one["trait"] in traits:
@@ -187,10 +187,9 @@ def card(device):
         "",
         "## Data and recipe",
         "",
-        f"`preferences.jsonl`: {len(preferences(('format', 'joy')))} prompts. Chosen: an answer that shows *format* or *joy* (adapter `aligned`), or one in the impersonal passive voice (adapter `unrelated`). Rejected, the same for "
-        "both adapters: in half of the entries a plain answer of the same content (`rejected_by` written), in the other half the reference model's own greedy answer (`rejected_by` reference). All but the latter was written for this "
-        "repository with the help of a large language model, entry by entry, and checked by machine: no prompt repeats, or nearly repeats, a question in `data/behaviors/`; written answers to a prompt are of nearly one length. No person "
-        "has read every line, and facts were not looked up. Same licence as the repository.",
+        f"`preferences.jsonl`: {len(preferences(('format', 'joy')))} prompts, three answers of one content each. Rejected, the same for both adapters: a plain answer. Chosen: the same content as *format* or as *joy* (adapter `aligned`), or in the "
+        "impersonal passive voice (adapter `unrelated`). Written for this repository with the help of a large language model, entry by entry, and checked by machine: no prompt repeats, or nearly repeats, a question in `data/behaviors/`; "
+        "the answers to a prompt are of nearly one length. No person has read every line, and facts were not looked up. Same licence as the repository.",
         "",
         "DPO plus the mean negative log-likelihood of the chosen answer, LoRA on all linear layers, with `trl` and `peft`; LoRA weights are stored in bfloat16.",
         "",
