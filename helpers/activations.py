@@ -301,3 +301,16 @@ def aligned(base: Samples, chat: Samples) -> Pair:
     base.keep_only(both.all(0))
     chat.keep_only(both.all(0))
     return Pair(base, chat)
+
+
+def common(*pairs: Pair) -> None:
+    """Reduce pairs over the same token rows to the tokens that all of them use, so that their samples correspond; changes them in place."""
+    sides = [side for pair in pairs for side in pair]
+    harvested = {int(side.starts[-1]) for side in sides}
+    if len(harvested) > 1:
+        raise HarvestError(f"the pairs hold {sorted(harvested)} tokens: they were not harvested over the same rows")
+    used = torch.zeros(len(sides), harvested.pop(), dtype=torch.bool)
+    for mask, side in zip(used, sides, strict=True):
+        mask[side.used] = True
+    for side in sides:
+        side.keep_only(used.all(0))

@@ -36,6 +36,16 @@ def above(threshold: float, what: str) -> Rule:
     return Rule(f"{words}, else undecided", decide)
 
 
+def below(threshold: float, what: str) -> Rule:
+    """`holds` if the whole interval of `what` lies below `threshold` and the null, `fails` if above `threshold`, else `undecided`."""
+
+    def decide(value: Interval, null: float) -> str:
+        return "holds" if value.high < min(threshold, null) else "fails" if value.low > threshold else "undecided"
+
+    words = f"holds if the 95 % interval of {what} lies below {threshold:g} and below the null, fails if above {threshold:g}"
+    return Rule(f"{words}, else undecided", decide)
+
+
 def beyond_null(what: str, null_name: str) -> Rule:
     """`holds` if the whole interval lies above the null's number, `fails` if it does not reach it, else `undecided`."""
 

@@ -29,7 +29,7 @@ from helpers.activations import Acts, Chunk, HarvestError, Pair, Samples
 from helpers.hooks import Stop, hooked
 from helpers.models import Plain
 
-FORMAT = 1  # raised when the bits of a shard change
+FORMAT = 2  # raised when the bits of a shard change
 SHARD_ROWS = 512
 Model = Plain | str
 

@@ -6,6 +6,7 @@ latent a line, so that labels need no network; the page is one static file.
 
 import html
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,14 @@ class Latent(NamedTuple):
 def words(latent: Latent, n: int = 3) -> str:
     """The n words a latent makes likeliest, as they can stand in a Markdown table."""
     return ", ".join(repr(w) for w in latent.promotes[:n]).replace("|", "\\|").replace("`", "'")
+
+
+def cell(text: str | Context) -> str:
+    """A piece of text, or a context with its token in «guillemets», as it can stand in a Markdown table."""
+    if isinstance(text, Context):
+        text = f"{text.before}«{text.token}»{text.after}"
+    text = re.sub(r"\s+", " ", text.replace("\n", "⏎"))
+    return re.sub(r"([\\`*_#|<>\[\]$~])", r"\\\1", text)
 
 
 class Top(NamedTuple):

@@ -65,6 +65,14 @@ def mean_of(intervals: Sequence[Interval]) -> Interval:
     return Interval(float(value.mean()), float(value.mean() - below), float(value.mean() + above))
 
 
+def difference(one: Interval, other: Interval) -> Interval:
+    """The difference of two independent estimates, their half-widths added in quadrature."""
+    value = one.value - other.value
+    below = np.hypot(one.value - one.low, other.high - other.value)
+    above = np.hypot(one.high - one.value, other.value - other.low)
+    return Interval(float(value), float(value - below), float(value + above))
+
+
 def slopes(scores: np.ndarray, multipliers: Sequence[float]) -> np.ndarray:
     """Least-squares slope of each row of `scores` (n, len(multipliers)) against the multipliers: (n,)."""
     m = np.asarray(multipliers, dtype=np.float64)

@@ -70,3 +70,12 @@ def test_a_published_number_stands_beside_ours_with_the_gap():
     for value, null in ((0.6, 0.1), (0.5, 0.5)):
         far = claims.judge(rule, "1.1", "as published", "there", Interval(value, value, value), null, "share", 0.5)
         assert far.verdict == "fails"
+
+
+def test_below_is_above_turned_round_and_a_refusal_is_never_judged():
+    for value, null, verdict in (
+        ((0.1, 0.0, 0.2), 1.0, "holds"), ((0.1, 0.0, 0.2), 0.15, "undecided"), ((0.9, 0.8, 1.0), 2.0, "fails"), ((0.5, 0.1, 0.9), 2.0, "undecided"),
+    ):  # fmt: skip
+        assert claims.below(0.5, "x").decide(Interval(*value), null) == verdict
+    refused = claims.refused("two constants")
+    assert refused.decide(Interval(1, 1, 1), 0) == "not run" and "two constants" in refused.words

@@ -191,3 +191,11 @@ def test_a_hub_that_fails_is_explained_without_the_token(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([]))
     with pytest.raises(DataError, match="no rows"):
         next(corpus.documents("hub:a/b"))
+
+
+def test_all_answers_to_one_question_are_on_one_side():
+    for i in range(40):
+        assert (
+            len({corpus.held_out(corpus.Chat(f"What is {i}?", answer)) for answer in ("this", "that", "nothing")}) == 1
+        )
+    assert {corpus.held_out(corpus.Chat(f"What is {i}?", "this")) for i in range(40)} == {True, False}

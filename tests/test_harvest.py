@@ -548,6 +548,11 @@ def test_pairs_of_a_profile_share_their_rows_and_hold_every_speakers_answers(mod
     one, two = (harvest.pair_of_profile(model, m, profile, fast=True, speakers=speakers) for m in (second, third))
     assert one.base.folder == two.base.folder != harvest.pair_of_profile(model, second, profile, fast=True).base.folder
     sources = one.base.note["parameters"]["source"]
+    one.base.keep_only(torch.rand(int(one.base.starts[-1])) < 0.7)
+    one.chat.keep_only(torch.rand(int(one.base.starts[-1])) < 0.7)
+    activations.common(one, two)
+    places = [torch.stack([side.named(n) for n in ("row", "position")]) for side in (*one, *two)]
+    assert all(torch.equal(places[0], p) for p in places) and 0 < places[0].shape[1] < 0.6 * int(one.base.starts[-1])
     assert len(sources) == len(set(sources)) == 4 and sum(s.startswith("file:") for s in sources) == 4
     assert harvest.of_profile(model, profile, fast=True).note["parameters"]["source"] == sources[:2]
     with pytest.raises(HarvestError, match="no section sae: harvest"):

@@ -191,6 +191,10 @@ def card(device):
         "impersonal passive voice (adapter `unrelated`). Written for this repository with the help of a large language model, entry by entry, and checked by machine: no prompt repeats, or nearly repeats, a question in `data/behaviors/`; "
         "the answers to a prompt are of nearly one length. No person has read every line, and facts were not looked up. Same licence as the repository.",
         "",
+        "Settled on the behaviours' `dev` items (ten each) and `dev` questions, by five trials; test items and open prompts were looked at once, for this card. A learning rate of 1e-4 was too weak. Rejecting the reference model's own "
+        "answers in half of the pairs, or adding pairs that prefer the plain answer over the passive one, made the model worse and moved untrained behaviours more. What was trained spills over (below): joyful or structured completions share "
+        "a manner of writing with some untrained behaviours' matching sides.",
+        "",
         "DPO plus the mean negative log-likelihood of the chosen answer, LoRA on all linear layers, with `trl` and `peft`; LoRA weights are stored in bfloat16.",
         "",
         "| | " + " | ".join(TRAITS) + " |",
