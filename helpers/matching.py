@@ -151,7 +151,7 @@ def _check(
     u: np.ndarray,
     v: np.ndarray,
     rows: int,
-    most: int = 8,
+    most: int = 64,
     score: Score | None = None,
     tolerance: float = TOLERANCE,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
@@ -211,11 +211,13 @@ def match(
         raise ValueError("a score is NaN or infinite: every row of A must have one with every row of B")
     tolerance = TOLERANCE * max(1.0, float(np.abs(c).max()) / 2)  # cosine costs go to 2
     done = 0
-    while True:
+    while (
+        True
+    ):  # each round may add four times as many edges a row: few violated ones at a time can take dozens of rounds
         done += 1
         column_of = _solve(i, j, c, n, m)
         u, v = _prices(i, j, c, column_of, m)
-        more_i, more_j, more_c, violation, gap = _check(one, other, u, v, block, score=score, tolerance=tolerance)
+        more_i, more_j, more_c, violation, gap = _check(one, other, u, v, block, 64 * 4 ** (done - 1), score, tolerance)
         if not len(more_i):
             break
         if done == rounds:

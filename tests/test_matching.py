@@ -51,6 +51,17 @@ def test_candidates_that_no_full_matching_fits_are_widened():
     assert found.total == pytest.approx(dense_optimum(A, B), abs=1e-4) and found.violation <= matching.TOLERANCE
 
 
+def test_nearly_equal_dictionaries_are_proven_in_a_few_rounds():
+    """Partners that nearly coincide, and a few rows that have none, as SAEs of one seed: adding a few violated pairs at a time took
+    more than twenty rounds."""
+    A = torch.randn(1000, 64)
+    B = A[torch.randperm(1000)] + 0.3 * torch.randn(1000, 64)
+    B[:20] = torch.randn(20, 64)
+    found = matching.match(A, B, k=1)
+    assert found.total == pytest.approx(dense_optimum(A, B), abs=1e-3) and found.violation <= matching.TOLERANCE
+    assert found.rounds <= 8
+
+
 def test_ties_duplicate_rows_and_rows_of_zeros_do_no_harm():
     A = torch.randn(30, 6)[torch.arange(60) // 2]
     A[5] = 0
