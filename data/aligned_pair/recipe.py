@@ -98,6 +98,7 @@ def train(name, device, out=None, **changed):
         }
         adapter = json.loads(Path(f"{scratch}/adapter_config.json").read_text())
     adapter["base_model_name_or_path"] = BASE  # not the folder it was loaded from
+    adapter["target_modules"] = sorted(adapter["target_modules"])  # a set: its order changes from run to run
     log = {
         "adapter": name,
         "traits": list(TRAITS[name]),
@@ -173,7 +174,7 @@ def card(device):
         }
     perplexity = {who: stats.bootstrap(m.loss, lambda x: float(np.exp(x.mean())))._asdict() for who, m in found.items()}
     text = [
-        "# The built-in pair: a model before and after preference training, whose difference is known",
+        "# The built-in pair: a model before and after preference training, and what it was trained on is known",
         "",
         "Written by `python data/aligned_pair/recipe.py card`; not by hand.",
         "",
