@@ -289,13 +289,21 @@ class Pair(NamedTuple):
         return Difference(self.base, self.chat)
 
 
+def _same_tokens(one: Samples, other: Samples) -> None:
+    """HarvestError if two harvests do not hold the same tokens in the same places."""
+    same = len(one.files) == len(other.files) and len(one.parts[0]) == len(other.parts[0])
+    for part in zip(one.files, other.files, strict=True) if same else ():
+        same = same and all(torch.equal(*(f.get_tensor(name) for f in part)) for name in ("ids", "row", "position"))
+    if not same:
+        raise HarvestError(
+            "the two harvests do not hold the same tokens: make them with harvest.pair, several pairs with "
+            "harvest.pair_of_profile and the same speakers"
+        )
+
+
 def aligned(base: Samples, chat: Samples) -> Pair:
     """The pair, each side reduced to the tokens that are outliers in neither."""
-    if len(base.files) != len(chat.files) or len(base.parts[0]) != len(chat.parts[0]):
-        raise HarvestError("the two harvests do not hold the same tokens: they were not made by harvest.pair")
-    for part in zip(base.files, chat.files, strict=True):
-        if any(not torch.equal(*(f.get_tensor(name) for f in part)) for name in ("ids", "row", "position")):
-            raise HarvestError("the two harvests do not hold the same tokens: they were not made by harvest.pair")
+    _same_tokens(base, chat)
     both = torch.zeros(2, int(base.starts[-1]), dtype=torch.bool)
     both[0, base.used], both[1, chat.used] = True, True
     base.keep_only(both.all(0))
@@ -306,10 +314,9 @@ def aligned(base: Samples, chat: Samples) -> Pair:
 def common(*pairs: Pair) -> None:
     """Reduce pairs over the same token rows to the tokens that all of them use, so that their samples correspond; changes them in place."""
     sides = [side for pair in pairs for side in pair]
-    harvested = {int(side.starts[-1]) for side in sides}
-    if len(harvested) > 1:
-        raise HarvestError(f"the pairs hold {sorted(harvested)} tokens: they were not harvested over the same rows")
-    used = torch.zeros(len(sides), harvested.pop(), dtype=torch.bool)
+    for side in sides[1:]:
+        _same_tokens(sides[0], side)
+    used = torch.zeros(len(sides), int(sides[0].starts[-1]), dtype=torch.bool)
     for mask, side in zip(used, sides, strict=True):
         mask[side.used] = True
     for side in sides:

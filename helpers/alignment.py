@@ -78,7 +78,10 @@ def ridge(
     mean_x, mean_y = (X.mean(0), Y.mean(0)) if affine else (zero, zero)
     values, axes = torch.linalg.eigh((X - mean_x).T @ (X - mean_x))
     if not float(values.clamp_min(0).mean()) > 0:
-        raise ValueError(f"the {len(X)} rows of X are all the same: there is nothing to fit")
+        raise ValueError(
+            f"the {len(X)} rows of X {'are all the same' if affine else 'are all zero'}: there is nothing to fit; look at the tokens they are "
+            "of, and at alignment.gate"
+        )
     cross = axes.T @ ((X - mean_x).T @ (Y - mean_y))
     best, least = None, float("inf")
     for penalty in penalties:

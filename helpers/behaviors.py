@@ -92,7 +92,7 @@ def _text(path: Path) -> str:
     return content
 
 
-def _objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(place, object) for each entry of a JSON list or a JSONL file; the place is for error messages."""
     content = _text(path)
     if content.lstrip().startswith("["):
@@ -117,7 +117,8 @@ def _objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return placed
 
 
-def _field(place: str, row: dict[str, Any], field: str) -> str:
+def field(place: str, row: dict[str, Any], field: str) -> str:
+    """The non-empty string in a field of an entry; DataError with the entry's place if there is none."""
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
         given = "is missing" if field not in row else f"is {value!r}"
@@ -167,21 +168,21 @@ def load_behavior(name: str | Path) -> Behavior:
             f"no behaviour {name!r}; there are {', '.join(sorted(p.stem for p in BEHAVIORS.glob('*.jsonl')))}"
         )
     out = Behavior(path.stem, [], [], [], [], [])
-    for place, row in _objects(path):
-        kind = _field(place, row, "kind")
-        question = _field(place, row, "question")
+    for place, row in objects(path):
+        kind = field(place, row, "kind")
+        question = field(place, row, "question")
         if kind == "open":
             out.open.append(question)
             continue
         one, other = ("matching", "non_matching") if kind == "item" else ("positive", "negative")
-        first, second = _field(place, row, one), _field(place, row, other)
+        first, second = field(place, row, one), field(place, row, other)
         _distinct(place, first, second)
         if kind == "system_pair":
             out.system_pairs.append(SystemPair(first, second, question))
         elif kind == "answer_pair":
             out.answer_pairs.append(AnswerPair(question, first, second))
         elif kind == "item":
-            split = _field(place, row, "split")
+            split = field(place, row, "split")
             if split not in ("dev", "test"):
                 raise DataError(f"{place}: field 'split' is {split!r}; 'dev' or 'test' is wanted")
             getattr(out, split).append(Item(question, first, second))
@@ -204,10 +205,10 @@ def _packaged(name: str) -> Behavior:
     if name not in known:
         raise DataError(f"no packaged behaviour {name!r}; there are {', '.join(f'packaged:{n}' for n in known)}")
     path = assets.fetch("pairs") / f"{name}.json"
-    entries, seen, sides = _objects(path), set(), ([], [])
+    entries, seen, sides = objects(path), set(), ([], [])
     for place, row in entries:
         halves = [
-            re.fullmatch(r"(.*\S)(\s+\()([A-Z])\)\s*", _field(place, row, f), re.S) for f in ("positive", "negative")
+            re.fullmatch(r"(.*\S)(\s+\()([A-Z])\)\s*", field(place, row, f), re.S) for f in ("positive", "negative")
         ]
         if not all(halves) or halves[0][1] != halves[1][1] or halves[0][3] == halves[1][3]:
             raise DataError(
@@ -243,15 +244,15 @@ def load_pairs(path: str | Path) -> list[AnswerPair] | list[TextPair]:
     """
     path = Path(path)
     pairs: list[Any] = []
-    for place, row in _objects(path):
+    for place, row in objects(path):
         if "answer_matching_behavior" in row or "answer_not_matching_behavior" in row:
             pair = AnswerPair(
-                _field(place, row, "question"),
-                _field(place, row, "answer_matching_behavior").strip(),
-                _field(place, row, "answer_not_matching_behavior").strip(),
+                field(place, row, "question"),
+                field(place, row, "answer_matching_behavior").strip(),
+                field(place, row, "answer_not_matching_behavior").strip(),
             )
         elif "positive" in row or "negative" in row:
-            pair = TextPair(_field(place, row, "positive"), _field(place, row, "negative"))
+            pair = TextPair(field(place, row, "positive"), field(place, row, "negative"))
         else:
             raise DataError(
                 f"{place}: fields {sorted(row)} given; wanted are question, answer_matching_behavior and "

@@ -27,7 +27,8 @@ TOLERANCE = (
 )
 
 
-Score = Callable[[Tensor, Tensor], Tensor]  # rows (r, ...) of A and all of B (m, ...) -> (r, m), larger is more alike
+# Rows (r, ...) of A and all of B (m, ...) -> (r, m), larger is more alike.
+Likeness = Callable[[Tensor, Tensor], Tensor]
 
 
 class Match(NamedTuple):
@@ -62,14 +63,14 @@ def unit_rows(rows: Tensor, device: str | torch.device = "cpu") -> Tensor:
     return decompose.unit_rows(rows)[0]
 
 
-def _blocks(A: Tensor, B: Tensor, rows: int, what: str, score: Score | None = None) -> Iterator[tuple[int, Tensor]]:
+def _blocks(A: Tensor, B: Tensor, rows: int, what: str, score: Likeness | None = None) -> Iterator[tuple[int, Tensor]]:
     """(first row, scores (block, m)), block by block; of unit rows the cosines."""
     for first in tqdm(range(0, len(A), rows), desc=what, leave=False):
         yield first, (score or product)(A[first : first + rows], B)
 
 
 def _candidates(
-    A: Tensor, B: Tensor, k: int, rows: int, score: Score | None = None
+    A: Tensor, B: Tensor, k: int, rows: int, score: Likeness | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Edges (i, j, cost): the k nearest of each row and of each column, each once, sorted by row."""
     found = []
@@ -107,7 +108,7 @@ def _solve(i: np.ndarray, j: np.ndarray, c: np.ndarray, n: int, m: int) -> np.nd
 
 
 def _feasible(
-    A: Tensor, B: Tensor, i: np.ndarray, j: np.ndarray, c: np.ndarray, score: Score | None = None
+    A: Tensor, B: Tensor, i: np.ndarray, j: np.ndarray, c: np.ndarray, score: Likeness | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The candidates, with every column for the rows that no matching within them can serve: a full matching then exists."""
     n, m = len(A), len(B)
@@ -152,7 +153,7 @@ def _check(
     v: np.ndarray,
     rows: int,
     most: int = 64,
-    score: Score | None = None,
+    score: Likeness | None = None,
     tolerance: float = TOLERANCE,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
     """Violated edges (i, j, cost), at most `most` a row; the largest violation, and the sum over rows of each row's largest."""
@@ -184,7 +185,7 @@ def match(
     block: int = 2048,
     device: str | torch.device = "cpu",
     rounds: int = 20,
-    score: Score | None = None,
+    score: Likeness | None = None,
 ) -> Match:
     """The one-to-one assignment of A's rows (n, d) to B's (m, d) with the greatest summed cosine, and its certificate.
 
@@ -211,12 +212,11 @@ def match(
         raise ValueError("a score is NaN or infinite: every row of A must have one with every row of B")
     tolerance = TOLERANCE * max(1.0, float(np.abs(c).max()) / 2)  # cosine costs go to 2
     done = 0
-    while (
-        True
-    ):  # each round may add four times as many edges a row: few violated ones at a time can take dozens of rounds
+    while True:
         done += 1
         column_of = _solve(i, j, c, n, m)
         u, v = _prices(i, j, c, column_of, m)
+        # Each round may add four times as many edges a row: a few at a time took dozens of rounds.
         more_i, more_j, more_c, violation, gap = _check(one, other, u, v, block, 64 * 4 ** (done - 1), score, tolerance)
         if not len(more_i):
             break

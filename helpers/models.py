@@ -224,8 +224,8 @@ def plain(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, re
     weights = AutoModelForCausalLM.from_pretrained(path, dtype=first, attn_implementation="eager").eval()
     if adapter:
         weights = _merged(weights, adapter.path).to(dtype)
-        name, version = identity.split("@")
-        identity = f"{name}+{adapter.path.name}@{version}.{adapter.digest}"
+        stem, _, version = identity.rpartition("@")
+        identity = f"{stem}+{adapter.path.name}@{version}.{adapter.digest}"
     return Plain(weights.to(device), _tokenizer(path), identity)
 
 
@@ -237,7 +237,8 @@ def _merged(weights: Any, adapter: Path) -> Any:
         return PeftModel.from_pretrained(weights, adapter).merge_and_unload().eval()
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
-            f"the adapter {adapter.name} does not fit {type(weights).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            f"the adapter {adapter.name} does not fit {type(weights).__name__}: {str(error).strip().splitlines()[0][:200]}; "
+            "name the model it was trained on before the +"
         ) from None
 
 
@@ -286,9 +287,11 @@ def pair_names(profile: dict[str, Any], unrelated: bool = False) -> tuple[str, s
     pair = profile.get("pair") or {"base": profile.get("base"), "chat": profile["chat"]}
     wanted = "unrelated" if unrelated else "chat"
     if not pair.get("base") or not pair.get(wanted):
+        missing = wanted if pair.get("base") else "base"
+        do = "" if missing == "unrelated" else "set BASE_MODEL beside CHAT_MODEL in .env, or "
         raise ModelError(
-            f"profile {profile['name']} names no {wanted if pair.get('base') else 'base'} model to compare: set BASE_MODEL beside "
-            "CHAT_MODEL in .env, or write a section pair: with base and chat (see notebooks/profiles/smollm2.yaml)"
+            f"profile {profile['name']} names no {missing} model to compare: {do}write {missing}: into its section pair: "
+            "(see notebooks/profiles/smollm2.yaml)"
         )
     return pair["base"], pair[wanted]
 

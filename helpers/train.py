@@ -374,6 +374,11 @@ def dictionaries(
     """The SAEs of a profile's pair: out of sae_lens's registry where `pair: sae:` names them (base, chat and second, each with release
     and id), else trained as `train:` says, base and chat from one seed and order of tokens, the second from the next seed."""
     named = (profile.get("pair") or {}).get("sae")
+    if not named and "release" in profile.get("sae", {}):
+        raise saes.SaeError(
+            f"profile {profile['name']} names one SAE of a registry for its own model, and a pair needs three: write pair: sae: with base, "
+            "chat and second, or a section sae: train:"
+        )
     if not named:
         plans = ((base, seed), (chat, seed), (base, seed + 1))
         return Dictionaries(*(dictionary(profile, source, device, s, fast)[0] for source, s in plans))

@@ -553,6 +553,8 @@ def test_pairs_of_a_profile_share_their_rows_and_hold_every_speakers_answers(mod
     activations.common(one, two)
     places = [torch.stack([side.named(n) for n in ("row", "position")]) for side in (*one, *two)]
     assert all(torch.equal(places[0], p) for p in places) and 0 < places[0].shape[1] < 0.6 * int(one.base.starts[-1])
+    with pytest.raises(HarvestError, match="the same speakers"):
+        activations.common(one, harvest.pair_of_profile(model, second, profile, fast=True))
     assert len(sources) == len(set(sources)) == 4 and sum(s.startswith("file:") for s in sources) == 4
     assert harvest.of_profile(model, profile, fast=True).note["parameters"]["source"] == sources[:2]
     with pytest.raises(HarvestError, match="no section sae: harvest"):

@@ -213,10 +213,10 @@ def test_adapters_and_pairs_that_cannot_be_had_are_refused_in_words(tiny, tmp_pa
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
     adapter(tmp_path / "mine", tmp_path / "fits")
-    with pytest.raises(models.ModelError, match="the adapter fits does not fit"):
+    with pytest.raises(models.ModelError, match="the adapter fits does not fit.*before the"):
         models.plain(f"{tmp_path}/wide + {tmp_path}/fits")
     with pytest.raises(models.ModelError, match="set BASE_MODEL"):
         models.load_pair({"name": "p", "chat": "x", "base": None})
-    with pytest.raises(models.ModelError, match="names no unrelated model"):
+    with pytest.raises(models.ModelError, match="names no unrelated model.*write unrelated: into"):
         models.pair_names({"name": "p", "chat": "x", "base": "y"}, unrelated=True)
     assert models.pair_names({"name": "p", "chat": "x", "base": "y"}) == ("y", "x")

@@ -235,6 +235,8 @@ def test_the_dictionaries_of_a_pair_share_a_seed_and_the_second_does_not(cache):
         torch.cosine_similarity(made.base.sae.W_dec, x.sae.W_dec, dim=1).mean() for x in (made.chat, made.second)
     )
     assert same > 0.9 > 0.5 > apart  # one start, one order of rows
+    with pytest.raises(saes.SaeError, match="names one SAE"):
+        train.dictionaries({"name": "p", "sae": {"release": "r", "id": "i"}}, base, chat)
     with pytest.raises(saes.SaeError, match="names no second"):
         train.dictionaries({"name": "p", "pair": {"sae": {"base": {}, "chat": {}}}}, base, chat)
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import assets, models, session, stats, steer, store
-from helpers.behaviors import DataError, _field, _objects, load_behavior
+from helpers.behaviors import DataError, field, load_behavior, objects
 
 HERE = Path(__file__).resolve().parent
 BASE = "packaged:smollm2-135m-instruct"
@@ -42,8 +42,8 @@ SETTINGS = {
 def preferences(traits):
     """The prompt, chosen and rejected answer of every preference of `traits`; DataError names file, line and field."""
     rows = []
-    for place, row in _objects(HERE / "preferences.jsonl"):
-        one = {name: _field(place, row, name) for name in ("trait", "prompt", "chosen", "rejected")}
+    for place, row in objects(HERE / "preferences.jsonl"):
+        one = {name: field(place, row, name) for name in ("trait", "prompt", "chosen", "rejected")}
         if one["trait"] not in {t for traits in TRAITS.values() for t in traits}:
             raise DataError(f"{place}: trait {one['trait']!r} given; format, joy or passive is wanted")
         if one["trait"] in traits:
@@ -51,14 +51,14 @@ def preferences(traits):
     return rows
 
 
-def train(name, device, out=None, **changed):
+def train(name, device):
     """One adapter, trained and saved in bfloat16; its log beside it. Seeded: one device gives one adapter."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    how, out = {**SETTINGS, **changed}, out or HERE / name
+    how, out = SETTINGS, HERE / name
     rows = preferences(TRAITS[name])
     random.Random(how["seed"]).shuffle(rows)
     data = Dataset.from_list(
@@ -134,8 +134,9 @@ class Measured(NamedTuple):
     said: dict[str, list[str]]
 
 
-def measure(name, device, dtype, layer=0):
-    """What a model prefers, writes and predicts; no vector is added anywhere (`layer` only splits the forward pass)."""
+def measure(name, device, dtype):
+    """What a model prefers, writes and predicts; no vector is added anywhere (the layer only splits the forward pass)."""
+    layer = 0
     model = models.bridge(*models.plain(name, device, dtype))
     none, items, scores, said = torch.zeros(1, model.cfg.d_model), {}, {}, {}
     for b in map(load_behavior, session.load_profile("smollm2")["behaviors"]):
@@ -146,6 +147,26 @@ def measure(name, device, dtype, layer=0):
     where = steer.of_text(model, text, layer, chunks=64)
     loss = -(where.log_probs(none[0], 0.0) / where.tokens())[:, 0]
     return Measured(items, scores, loss, said)
+
+
+def conclusions(shifts):
+    """What the table of shifts says of the untrained behaviours, and of the replies, in sentences."""
+
+    def moved(adapter, key, trained):
+        rows = {b: stats.Interval(**x[key]) for b, x in shifts[adapter].items() if x["trained"] == trained}
+        return {b: x for b, x in rows.items() if not x.low <= 0 <= x.high}
+
+    untrained = {
+        a: ", ".join(f"{b} {x.value:+.1f}" for b, x in moved(a, "items shift", False).items()) or "none" for a in shifts
+    }
+    still = [
+        b for b, x in shifts["aligned"].items() if x["trained"] and b not in moved("aligned", "replies shift", True)
+    ]
+    return [
+        "Behaviours it was not trained on whose items moved (interval without zero): " + "; ".join(f"{a} {x}" for a, x in untrained.items())
+        + f". Trained behaviours that the reader does not find in the replies: {', '.join(still) or 'none'}. So the untrained behaviours are not clean negatives, and the unrelated model is a control for a change of "
+        "style, not a model that stood still.",
+    ]  # fmt: skip
 
 
 def card(device):
@@ -183,7 +204,7 @@ def card(device):
         "answers, but its chosen side is written in the impersonal passive voice: a style of prose and none of the behaviours. It is the negative control. Both are LoRA adapters of a few "
         'megabytes, merged on loading: `models.plain("packaged:smollm2-135m-instruct + data/aligned_pair/aligned")`.',
         "",
-        "Why these two: *format* is nearly orthogonal to every other behaviour's vector and *joy* to all but *anger* (cosine -0.35; answer pairs, layer 14), so that overlap with a trained behaviour is "
+        "Why these two: *format* is nearly orthogonal to every other behaviour's vector and *joy* to all but *anger* (cosines of the answer pairs' vectors; notebook 02 makes them), so that overlap with a trained behaviour is "
         "not overlap with an untrained one; a model that learns to refuse would answer everything with a refusal, which moves every other behaviour too. They were chosen before any training.",
         "",
         "## Data and recipe",
@@ -192,7 +213,7 @@ def card(device):
         "impersonal passive voice (adapter `unrelated`). Written for this repository with the help of a large language model, entry by entry, and checked by machine: no prompt repeats, or nearly repeats, a question in `data/behaviors/`; "
         "the answers to a prompt are of nearly one length. No person has read every line, and facts were not looked up. Same licence as the repository.",
         "",
-        "Settled on the behaviours' `dev` items (ten each) and `dev` questions, by five trials; test items and open prompts were looked at once, for this card. A learning rate of 1e-4 was too weak. Rejecting the reference model's own "
+        "Settled on the behaviours' `dev` items (ten each) and `dev` questions, by five trials, not on test items or open prompts. A learning rate of 1e-4 was too weak. Rejecting the reference model's own "
         "answers in half of the pairs, or adding pairs that prefer the plain answer over the passive one, made the model worse and moved untrained behaviours more. What was trained spills over (below): joyful or structured completions share "
         "a manner of writing with some untrained behaviours' matching sides.",
         "",
@@ -235,6 +256,8 @@ def card(device):
             + " |"
         )
     text += [
+        "",
+        *conclusions(shifts),
         "",
         "Perplexity on Wikipedia text (64 pieces of 64 tokens): "
         + ", ".join(f"{who} {stats.Interval(**p):.1f}" for who, p in perplexity.items()) + ".",
