@@ -7,6 +7,7 @@ model's does. Knows how to load and run a model, not what is done with it.
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,7 +235,9 @@ def _merged(weights: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(weights, adapter).merge_and_unload().eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in words of yesterday; prints a path
+            return PeftModel.from_pretrained(weights, adapter).merge_and_unload().eval()
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
             f"the adapter {adapter.name} does not fit {type(weights).__name__}: {str(error).strip().splitlines()[0][:200]}; "
