@@ -236,7 +236,7 @@ def _merged(weights: Any, adapter: Path) -> Any:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in words of yesterday; prints a path
+            warnings.simplefilter("ignore", FutureWarning)  # peft's, of a name that transformers changed
             return PeftModel.from_pretrained(weights, adapter).merge_and_unload().eval()
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
