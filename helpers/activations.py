@@ -303,12 +303,9 @@ def _same_tokens(one: Samples, other: Samples) -> None:
 
 def aligned(base: Samples, chat: Samples) -> Pair:
     """The pair, each side reduced to the tokens that are outliers in neither."""
-    _same_tokens(base, chat)
-    both = torch.zeros(2, int(base.starts[-1]), dtype=torch.bool)
-    both[0, base.used], both[1, chat.used] = True, True
-    base.keep_only(both.all(0))
-    chat.keep_only(both.all(0))
-    return Pair(base, chat)
+    pair = Pair(base, chat)
+    common(pair)
+    return pair
 
 
 def common(*pairs: Pair) -> None:

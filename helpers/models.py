@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from helpers import assets, prompts
-from helpers.session import ROOT, cache_dir, redact, setting
+from helpers.session import ROOT, cache_dir, redact, setting, split
 from helpers.store import digest, writing
 
 transformers_logging.disable_progress_bar()  # its widgets stay behind, dead, in saved notebooks
@@ -142,12 +142,6 @@ def _folder_digest(folder: Path) -> str:
 def packaged_names() -> list[str]:
     """Names of the models that travel in wheels, as `load` takes them."""
     return [f"packaged:{name}" for name, wheel in assets.WHEELS.items() if "model.gguf" in wheel.members]
-
-
-def split(name: str) -> tuple[str, str]:
-    """A model's name and its adapter's folder, "" where there is none: `NAME + FOLDER`, spaces included."""
-    base, _, adapter = name.partition(" + ")
-    return base.strip(), adapter.strip()
 
 
 class Adapter(NamedTuple):

@@ -97,11 +97,17 @@ def device_and_dtype(profile: dict[str, Any] | None = None) -> tuple[str, torch.
     return device, choose_dtype(setting("DTYPE", profile.get("dtype", "auto")), device)
 
 
+def split(model: str) -> tuple[str, str]:
+    """A model's name and its adapter's folder, "" where there is none: `NAME + FOLDER`, spaces included."""
+    name, _, adapter = model.partition(" + ")
+    return name.strip(), adapter.strip()
+
+
 def shown(model: str) -> str:
     """A model's name as it may stand in a result: of a folder, and of an adapter's, only the last part."""
-    name, plus, adapter = model.partition(" + ")
+    name, adapter = split(model)
     name = f"folder:{Path(name).name}" if Path(name).expanduser().is_dir() else name
-    return f"{name}{plus}{Path(adapter).name}"
+    return f"{name} + {Path(adapter).name}" if adapter else name
 
 
 @dataclass(frozen=True)
