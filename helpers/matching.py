@@ -63,22 +63,27 @@ def unit_rows(rows: Tensor, device: str | torch.device = "cpu") -> Tensor:
     return decompose.unit_rows(rows)[0]
 
 
-def _blocks(A: Tensor, B: Tensor, rows: int, what: str, score: Likeness | None = None) -> Iterator[tuple[int, Tensor]]:
+def _blocks(A: Tensor, B: Tensor, rows: int, what: str, likeness: Likeness = product) -> Iterator[tuple[int, Tensor]]:
     """(first row, scores (block, m)), block by block; of unit rows the cosines."""
     for first in tqdm(range(0, len(A), rows), desc=what, leave=False):
-        yield first, (score or product)(A[first : first + rows], B)
+        yield first, likeness(A[first : first + rows], B)
+
+
+def _back(likeness: Likeness) -> Likeness:
+    """The same likeness asked from B's side: one that is given need not be symmetric."""
+    return lambda x, rows: likeness(rows, x).T
 
 
 def _candidates(
-    A: Tensor, B: Tensor, k: int, rows: int, score: Likeness | None = None
+    A: Tensor, B: Tensor, k: int, rows: int, likeness: Likeness = product
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Edges (i, j, cost): the k nearest of each row and of each column, each once, sorted by row."""
     found = []
-    back = score and (lambda x, all_rows: score(all_rows, x).T)  # a score given need not be symmetric
-    for swap, one, other in ((False, A, B), (True, B, A)):
+    other_way = product if likeness is product else _back(likeness)
+    for swap, one, other, ask in ((False, A, B, likeness), (True, B, A, other_way)):
         near = [
             scores.topk(min(k, len(other)), dim=1, sorted=False)
-            for _, scores in _blocks(one, other, rows, "candidates", back if swap else score)
+            for _, scores in _blocks(one, other, rows, "candidates", ask)
         ]
         indices, values = (torch.cat([getattr(x, name) for x in near]).cpu() for name in ("indices", "values"))
         own = torch.arange(len(one))[:, None].expand_as(indices)
@@ -108,7 +113,7 @@ def _solve(i: np.ndarray, j: np.ndarray, c: np.ndarray, n: int, m: int) -> np.nd
 
 
 def _feasible(
-    A: Tensor, B: Tensor, i: np.ndarray, j: np.ndarray, c: np.ndarray, score: Likeness | None = None
+    A: Tensor, B: Tensor, i: np.ndarray, j: np.ndarray, c: np.ndarray, likeness: Likeness = product
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The candidates, with every column for the rows that no matching within them can serve: a full matching then exists."""
     n, m = len(A), len(B)
@@ -116,7 +121,7 @@ def _feasible(
     alone = np.flatnonzero(maximum_bipartite_matching(graph, perm_type="column") < 0)
     if not len(alone):
         return i, j, c
-    costs = 1 - (score or product)(A[torch.from_numpy(alone).to(A.device)], B).double().cpu().numpy()
+    costs = 1 - likeness(A[torch.from_numpy(alone).to(A.device)], B).double().cpu().numpy()
     every = np.repeat(alone, m), np.tile(np.arange(m), len(alone)), costs.ravel()
     return _once(*(np.concatenate(pair) for pair in zip((i, j, c), every, strict=True)), m)
 
@@ -153,14 +158,16 @@ def _check(
     v: np.ndarray,
     rows: int,
     most: int = 64,
-    score: Likeness | None = None,
+    likeness: Likeness = product,
     tolerance: float = TOLERANCE,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
     """Violated edges (i, j, cost), at most `most` a row; the largest violation, and the sum over rows of each row's largest."""
     price_u, price_v = (torch.from_numpy(x).to(A.device).float() for x in (u, v))
     found, worst, total = [], 0.0, 0.0
-    for first, scores in _blocks(A, B, rows, "certificate", score):
-        raised = scores + price_v if score else scores.add_(price_v)  # in place: the pass is bound by memory
+    for first, scores in _blocks(A, B, rows, "certificate", likeness):
+        raised = (
+            scores.add_(price_v) if likeness is product else scores + price_v
+        )  # bound by memory: in place where it is ours
         own = 1 - price_u[first : first + len(raised)]
         low = (own - raised.amax(1)).clamp_max(0.0).double()
         worst, total = min(worst, float(low.min())), total + float(low.sum())
@@ -203,11 +210,11 @@ def match(
     if k < 1 or block < 1:
         raise ValueError(f"k = {k}, block = {block} given; both must be at least 1")
     if len(A) > len(B):
-        back = score and (lambda x, all_rows: score(all_rows, x).T)
-        return turned(match(B, A, k, block, device, rounds, back))
+        return turned(match(B, A, k, block, device, rounds, score and _back(score)))
+    likeness = score or product
     one, other = (A.to(device), B.to(device)) if score else (unit_rows(A, device), unit_rows(B, device))
     n, m = len(one), len(other)
-    i, j, c = _feasible(one, other, *_candidates(one, other, k, block, score), score)
+    i, j, c = _feasible(one, other, *_candidates(one, other, k, block, likeness), likeness)
     if not np.isfinite(c).all():
         raise ValueError("a score is NaN or infinite: every row of A must have one with every row of B")
     tolerance = TOLERANCE * max(1.0, float(np.abs(c).max()) / 2)  # cosine costs go to 2
@@ -217,7 +224,9 @@ def match(
         column_of = _solve(i, j, c, n, m)
         u, v = _prices(i, j, c, column_of, m)
         # Each round may add four times as many edges a row: a few at a time took dozens of rounds.
-        more_i, more_j, more_c, violation, gap = _check(one, other, u, v, block, 64 * 4 ** (done - 1), score, tolerance)
+        more_i, more_j, more_c, violation, gap = _check(
+            one, other, u, v, block, 64 * 4 ** (done - 1), likeness, tolerance
+        )
         if not len(more_i):
             break
         if done == rounds:
