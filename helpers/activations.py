@@ -270,6 +270,14 @@ class Difference(Rows):
     def rows(self, index: Tensor) -> Tensor:
         return self.chat.rows(index) - self.base.rows(index)
 
+    def named(self, name: str) -> Tensor:
+        """As `Samples.named`; the same of either side."""
+        return self.base.named(name)
+
+    def token_rows(self) -> tuple[Tensor, Tensor]:
+        """As `Samples.token_rows`; the same of either side."""
+        return self.base.token_rows()
+
     def place(self, index: int) -> str:
         return f"{self.base.place(index)} or of {self.chat.folder.name}"
 

@@ -134,3 +134,24 @@ def change_point(series: Sequence[float] | np.ndarray, least: int = 3, draws: in
     shuffled = splits(rng.permuted(np.tile(x, (draws, 1)), axis=1)).max(1)
     reached = float((shuffled >= own.max() - 1e-12).sum())
     return ChangePoint(int(before[own.argmax()]), float(own.max()), (1 + reached) / (1 + draws))
+
+
+def p_value(value: float, null: Sequence[float] | np.ndarray) -> float:
+    """The share of null draws, the value itself among them, that are at least as large: (1 + reached) / (1 + draws)."""
+    null = np.asarray(null, np.float64)
+    return float((1 + (null >= value).sum()) / (1 + len(null)))
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """p-values (n,) corrected for having asked n questions: Holm 1979. Never below the given ones, never above 1.
+
+    ValueError for one outside 0 to 1.
+    """
+    p = np.asarray(p, np.float64)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p-values {p.tolist()} were given; a list of numbers between 0 and 1 is wanted")
+    order = np.argsort(p, kind="stable")
+    raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    out = np.empty(len(p))
+    out[order] = np.minimum(raised, 1.0)
+    return out

@@ -1,0 +1,163 @@
+"""Residuals of one model put into another, token by token, and what that does to the predictions: activation patching.
+
+A conversation is run once up to a block and then, as often as wanted, from there on with something added to its residuals. What is
+added at each token is a row: the difference that training made there, a part of it, or the like in other directions.
+Recovered KL of spliced-in differences: Minder et al. 2025 (arXiv:2504.02922), section 4, there for crosscoder latents.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers import models, prompts, splice, stats
+from helpers.hooks import resume_at
+from helpers.prompts import ANSWER, Tokens
+from helpers.stats import Interval
+
+
+class Runs:
+    """Conversations in one model, ready to be run again from after block `layer` on.
+
+    `residuals`: one (tokens, d_model) float32 a conversation. Only the answer's tokens are predicted, each from the one before; the
+    last product, with the unembedding, is in float32. ValueError for a conversation without an answer, or that begins with one.
+    """
+
+    def __init__(self, model: Any, sequences: Sequence[Tokens], layer: int, batch_size: int = 16):
+        for tokens in sequences:
+            if ANSWER not in tokens.roles[1:] or tokens.roles[0] == ANSWER:
+                text = model.tokenizer.decode(tokens.ids)[:60]
+                raise ValueError(f"{text!r} has no answer after a first token: there is nothing to predict")
+        self.model, self.sequences, self.layer, self.batch_size = model, list(sequences), layer, batch_size
+        self.residuals = splice.residuals(model, self.sequences, layer, batch_size=batch_size)
+        self._order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together
+        head = model.original_model.get_output_embeddings()
+        self._rows, self._bias = head.weight.float(), None if head.bias is None else head.bias.float()
+        config = model.original_model.config.get_text_config()
+        self._cap = getattr(config, "final_logit_softcapping", None)
+
+    def _unembedded(self, hidden: Tensor) -> Tensor:
+        logits = torch.nn.functional.linear(hidden.float(), self._rows, self._bias)
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+    def log_softmax(self, added: Sequence[Tensor] | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(index, log-probabilities (answer tokens, vocabulary) float32) of each conversation, shorter ones first.
+
+        `added`: what to add to each conversation's residuals, (tokens, d_model); None: nothing. ValueError for another shape.
+        """
+        if added is not None:
+            wrong = [i for i, (r, a) in enumerate(zip(self.residuals, added, strict=True)) if r.shape != a.shape]
+            if wrong:
+                shapes = tuple(added[wrong[0]].shape), tuple(self.residuals[wrong[0]].shape)
+                raise ValueError(
+                    f"conversation {wrong[0]}: rows of shape {shapes[0]} to add to residuals of {shapes[1]}"
+                )
+        for first in range(0, len(self._order), self.batch_size):
+            rows = self._order[first : first + self.batch_size]
+            batch = prompts.pad([self.sequences[i] for i in rows], self.model.tokenizer.pad_token_id, side="right")
+            stream = torch.zeros(*batch.ids.shape, self.residuals[0].shape[1])
+            for at, i in enumerate(rows):
+                stream[at, : len(self.residuals[i])] = (
+                    self.residuals[i] if added is None else self.residuals[i] + added[i].float()
+                )
+            hidden = self._above(batch, stream)
+            for at, i in enumerate(rows):
+                answer = torch.tensor(self.sequences[i].roles) == ANSWER
+                answer[0] = False
+                yield i, self._unembedded(hidden[at, answer.nonzero()[:, 0] - 1]).log_softmax(-1)
+
+    def _above(self, batch: prompts.Batch, stream: Tensor) -> Tensor:
+        """What reaches the unembedding (batch, tokens, d_model) if `stream` leaves block `layer`."""
+        weights, kept = self.model.original_model, {}
+
+        def narrow(module: Any, args: tuple) -> tuple:
+            kept["hidden"] = args[0]
+            return (args[0][:, :1], *args[1:])  # the whole vocabulary of one token only
+
+        handle = weights.get_output_embeddings().register_forward_pre_hook(narrow)
+        try:
+            where = models.device_of(self.model)
+            with resume_at(self.model, self.layer, stream.to(where).to(weights.dtype)):
+                theirs = models.run(self.model, batch).logits[:, 0].float()
+        finally:
+            handle.remove()
+        ours = self._unembedded(kept["hidden"][:, 0])
+        if not bool(((ours - theirs).abs() <= 0.02 * theirs.abs() + 0.1).all()):
+            raise ValueError(
+                f"{type(weights).__name__} does more to its logits than a product and a soft cap: they cannot be had in float32 here"
+            )
+        return kept["hidden"]
+
+    def log_probs(self, added: Sequence[Tensor] | None = None) -> np.ndarray:
+        """log p of each conversation's answer given what stands before it, in nats: (conversations,) float64."""
+        out = np.empty(len(self.sequences))
+        for i, log_p in self.log_softmax(added):
+            ids = torch.tensor(self.sequences[i].ids, device=log_p.device)
+            answer = torch.tensor(self.sequences[i].roles, device=log_p.device) == ANSWER
+            answer[0] = False
+            out[i] = float(log_p.gather(1, ids[answer][:, None]).double().sum())
+        return out
+
+    def kl(self, reference: Sequence[Tensor], added: Sequence[Tensor] | None = None) -> np.ndarray:
+        """KL(reference || this run) a token, mean over each answer's, in nats: (conversations,) float64.
+
+        `reference`: log-probabilities (answer tokens, vocabulary) of each conversation, as `reference()` of another model's Runs gives.
+        """
+        out = np.empty(len(self.sequences))
+        for i, q in self.log_softmax(added):
+            p = reference[i].to(q.device).float()
+            out[i] = float((p.exp() * (p - q)).sum(-1).double().mean())
+        return out
+
+    def reference(self) -> list[Tensor]:
+        """The log-probabilities (answer tokens, vocabulary) of each conversation as the model gives them, float32."""
+        found = dict(self.log_softmax())
+        return [found[i] for i in range(len(found))]
+
+
+class Change(NamedTuple):
+    """What a model's residuals differ by from another's: `rows` (changed tokens, d_model) float32 of all conversations, and where they
+    belong, `there`, one (tokens,) bool a conversation."""
+
+    rows: Tensor
+    there: list[Tensor]
+
+    def laid(self, rows: Tensor) -> list[Tensor]:
+        """`rows` (changed tokens, d_model), these or what was made of them, as Runs want them: (tokens, d_model) a conversation, zero
+        at tokens left alone. ValueError for another number of rows."""
+        if len(rows) != len(self.rows):
+            raise ValueError(f"{len(rows)} rows were given for {len(self.rows)} changed tokens: one each is wanted")
+        parts = rows.float().cpu().split([int(t.sum()) for t in self.there])
+        out = [torch.zeros(len(t), rows.shape[1]) for t in self.there]
+        for whole, there, part in zip(out, self.there, parts, strict=True):
+            whole[there] = part
+        return out
+
+    def at(self, roles: Sequence[int], sequences: Sequence[Tokens]) -> Tensor:
+        """(changed tokens,) bool: the token's role is one of `roles`."""
+        every = torch.cat([torch.tensor(t.roles) for t in sequences])[torch.cat(self.there)]
+        return torch.isin(every, torch.tensor(list(roles)))
+
+
+def difference(chat: Runs, base: Runs, limit: float = float("inf")) -> Change:
+    """chat - base residuals at every token but the first and those longer than `limit` in either.
+
+    ValueError if the two do not hold the same token ids.
+    """
+    if [t.ids for t in chat.sequences] != [t.ids for t in base.sequences]:
+        raise ValueError("the two models were given different tokens: make both from one tokenizer's conversations")
+    there = []
+    for a, b in zip(chat.residuals, base.residuals, strict=True):
+        there.append(torch.maximum(a.norm(dim=1), b.norm(dim=1)) <= limit)
+        there[-1][0] = False
+    rows = torch.cat([(a - b)[t] for a, b, t in zip(chat.residuals, base.residuals, there, strict=True)])
+    return Change(rows, there)
+
+
+def recovered(nothing: np.ndarray, patched: np.ndarray, draws: int = 2000, seed: int = 0) -> Interval:
+    """1 - KL left / KL there was, sums over conversations (n,), with a 95 % interval over conversations: 1, all is recovered; negative, it
+    is further away than before."""
+    both = np.stack([nothing, patched], 1)
+    return stats.bootstrap(both, lambda x: float(1 - x[:, 1].sum() / x[:, 0].sum()), draws, seed)
