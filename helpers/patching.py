@@ -16,104 +16,95 @@ from helpers import models, prompts, splice, stats
 from helpers.hooks import resume_at
 from helpers.prompts import ANSWER, Tokens
 from helpers.stats import Interval
+from helpers.steer import exact_logits, token_log_probs
 
 
 class Runs:
     """Conversations in one model, ready to be run again from after block `layer` on.
 
-    `residuals`: one (tokens, d_model) float32 a conversation. Only the answer's tokens are predicted, each from the one before; the
-    last product, with the unembedding, is in float32. ValueError for a conversation without an answer, or that begins with one.
+    `residuals`: one (tokens, d_model) float32 a conversation. Only the answer's tokens are predicted, each from the one before.
+    ValueError for a conversation without an answer, or that begins with one.
     """
 
     def __init__(self, model: Any, sequences: Sequence[Tokens], layer: int, batch_size: int = 16):
         for tokens in sequences:
-            if ANSWER not in tokens.roles[1:] or tokens.roles[0] == ANSWER:
+            if ANSWER not in tokens.roles or tokens.roles[0] == ANSWER:
                 text = model.tokenizer.decode(tokens.ids)[:60]
                 raise ValueError(f"{text!r} has no answer after a first token: there is nothing to predict")
         self.model, self.sequences, self.layer, self.batch_size = model, list(sequences), layer, batch_size
         self.residuals = splice.residuals(model, self.sequences, layer, batch_size=batch_size)
         self._order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together
-        head = model.original_model.get_output_embeddings()
-        self._rows, self._bias = head.weight.float(), None if head.bias is None else head.bias.float()
-        config = model.original_model.config.get_text_config()
-        self._cap = getattr(config, "final_logit_softcapping", None)
 
-    def _unembedded(self, hidden: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(hidden.float(), self._rows, self._bias)
-        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
-
-    def log_softmax(self, added: Sequence[Tensor] | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(index, log-probabilities (answer tokens, vocabulary) float32) of each conversation, shorter ones first.
-
-        `added`: what to add to each conversation's residuals, (tokens, d_model); None: nothing. ValueError for another shape.
-        """
+    def _predictions(self, added: Sequence[Tensor] | None) -> Iterator[tuple[list[int], list[int], Tensor, Tensor]]:
+        """Batch by batch: which conversations, how many answer tokens each, those tokens' hidden states and logits, one after another."""
         if added is not None:
-            wrong = [i for i, (r, a) in enumerate(zip(self.residuals, added, strict=True)) if r.shape != a.shape]
-            if wrong:
-                shapes = tuple(added[wrong[0]].shape), tuple(self.residuals[wrong[0]].shape)
+            shapes = [(tuple(a.shape), tuple(r.shape)) for a, r in zip(added, self.residuals, strict=True)]
+            if wrong := [i for i, (a, r) in enumerate(shapes) if a != r]:
+                a, r = shapes[wrong[0]]
                 raise ValueError(
-                    f"conversation {wrong[0]}: rows of shape {shapes[0]} to add to residuals of {shapes[1]}"
+                    f"conversation {wrong[0]}: rows of shape {a} were given to add to residuals of shape {r}"
                 )
         for first in range(0, len(self._order), self.batch_size):
             rows = self._order[first : first + self.batch_size]
             batch = prompts.pad([self.sequences[i] for i in rows], self.model.tokenizer.pad_token_id, side="right")
             stream = torch.zeros(*batch.ids.shape, self.residuals[0].shape[1])
             for at, i in enumerate(rows):
-                stream[at, : len(self.residuals[i])] = (
-                    self.residuals[i] if added is None else self.residuals[i] + added[i].float()
-                )
-            hidden = self._above(batch, stream)
-            for at, i in enumerate(rows):
-                answer = torch.tensor(self.sequences[i].roles) == ANSWER
-                answer[0] = False
-                yield i, self._unembedded(hidden[at, answer.nonzero()[:, 0] - 1]).log_softmax(-1)
+                more = 0.0 if added is None else added[i].float()
+                stream[at, : len(self.residuals[i])] = self.residuals[i] + more
+            answers = batch.roles == ANSWER
+            yield rows, answers.sum(1).tolist(), *self._above(batch, stream, answers.roll(-1, 1))
 
-    def _above(self, batch: prompts.Batch, stream: Tensor) -> Tensor:
-        """What reaches the unembedding (batch, tokens, d_model) if `stream` leaves block `layer`."""
-        weights, kept = self.model.original_model, {}
+    def _above(self, batch: prompts.Batch, stream: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """What reaches the unembedding (tokens, d_model), and the logits (tokens, vocabulary), at the `chosen` (batch, tokens) positions if
+        `stream` (batch, tokens, d_model) leaves block `layer`."""
+        weights, where, kept = self.model.original_model, models.device_of(self.model), {}
 
         def narrow(module: Any, args: tuple) -> tuple:
-            kept["hidden"] = args[0]
-            return (args[0][:, :1], *args[1:])  # the whole vocabulary of one token only
+            kept["hidden"] = args[0][chosen.to(where)]
+            return (kept["hidden"][None], *args[1:])
 
         handle = weights.get_output_embeddings().register_forward_pre_hook(narrow)
         try:
-            where = models.device_of(self.model)
             with resume_at(self.model, self.layer, stream.to(where).to(weights.dtype)):
-                theirs = models.run(self.model, batch).logits[:, 0].float()
+                logits = models.run(self.model, batch).logits[0]
         finally:
             handle.remove()
-        ours = self._unembedded(kept["hidden"][:, 0])
-        if not bool(((ours - theirs).abs() <= 0.02 * theirs.abs() + 0.1).all()):
-            raise ValueError(
-                f"{type(weights).__name__} does more to its logits than a product and a soft cap: they cannot be had in float32 here"
-            )
-        return kept["hidden"]
+        return kept["hidden"], logits
 
     def log_probs(self, added: Sequence[Tensor] | None = None) -> np.ndarray:
-        """log p of each conversation's answer given what stands before it, in nats: (conversations,) float64."""
+        """log p of each conversation's answer given what stands before it, in nats: (conversations,) float64.
+
+        `added`: what to add to each conversation's residuals, (tokens, d_model); None: nothing. ValueError for another shape.
+        """
         out = np.empty(len(self.sequences))
-        for i, log_p in self.log_softmax(added):
-            ids = torch.tensor(self.sequences[i].ids, device=log_p.device)
-            answer = torch.tensor(self.sequences[i].roles, device=log_p.device) == ANSWER
-            answer[0] = False
-            out[i] = float(log_p.gather(1, ids[answer][:, None]).double().sum())
+        for rows, counts, hidden, logits in self._predictions(added):
+            said = [
+                [t for t, r in zip(s.ids, s.roles, strict=True) if r == ANSWER]
+                for s in (self.sequences[i] for i in rows)
+            ]
+            targets = torch.tensor(sum(said, []), device=logits.device)
+            exact = exact_logits(self.model, hidden, targets, logits)
+            parts = token_log_probs(logits, targets, exact).double().cpu().split(counts)
+            out[rows] = [float(p.sum()) for p in parts]
         return out
 
     def kl(self, reference: Sequence[Tensor], added: Sequence[Tensor] | None = None) -> np.ndarray:
-        """KL(reference || this run) a token, mean over each answer's, in nats: (conversations,) float64.
+        """KL(reference || this run) a token, mean over each answer's, in nats: (conversations,) float64; `added` as for `log_probs`.
 
         `reference`: log-probabilities (answer tokens, vocabulary) of each conversation, as `reference()` of another model's Runs gives.
         """
         out = np.empty(len(self.sequences))
-        for i, q in self.log_softmax(added):
-            p = reference[i].to(q.device).float()
-            out[i] = float((p.exp() * (p - q)).sum(-1).double().mean())
+        for rows, counts, _, logits in self._predictions(added):
+            for i, own in zip(rows, logits.split(counts), strict=True):
+                p, q = reference[i].to(own.device), own.float().log_softmax(-1)
+                out[i] = float((p.exp() * (p - q)).sum(-1).double().mean())
         return out
 
     def reference(self) -> list[Tensor]:
         """The log-probabilities (answer tokens, vocabulary) of each conversation as the model gives them, float32."""
-        found = dict(self.log_softmax())
+        found = {}
+        for rows, counts, _, logits in self._predictions(None):
+            found |= dict(zip(rows, (part.float().log_softmax(-1) for part in logits.split(counts)), strict=True))
         return [found[i] for i in range(len(found))]
 
 

@@ -45,6 +45,18 @@ def token_log_probs(logits: Tensor, targets: Tensor, exact: Tensor, block: int =
     return out
 
 
+def exact_logits(model: Any, hidden: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
+    """The targets' logits (tokens,) in float32, from what reaches the unembedding, `hidden` (tokens, d_model), beside the model's own `logits`."""
+    rows = model.original_model.get_output_embeddings().weight[targets].float()
+    exact = (hidden.float() * rows).sum(-1)
+    cap = getattr(model.original_model.config.get_text_config(), "final_logit_softcapping", None)
+    exact = exact if cap is None else cap * torch.tanh(exact / cap)
+    rounded = logits.gather(1, targets[:, None])[:, 0].float()
+    # An architecture that does more to its logits than this keeps its own, rounded ones.
+    same = (exact - rounded).abs() <= 0.02 * rounded.abs() + 0.1
+    return exact if bool(same.all()) else rounded
+
+
 class Continuations:
     """Prompts with one or more completions each, ready to be scored under any vector added after block `layer`.
 
@@ -151,13 +163,7 @@ class Continuations:
         finally:
             handle.remove()
             _forget(chunk["cache"], chunk["length"])
-        exact = (kept["hidden"].float() * head.weight[chunk["targets"]].float()).sum(-1)
-        cap = getattr(self.model.original_model.config.get_text_config(), "final_logit_softcapping", None)
-        exact = exact if cap is None else cap * torch.tanh(exact / cap)
-        rounded = out.logits[0].gather(1, chunk["targets"][:, None])[:, 0].float()
-        # An architecture that does more to its logits than this keeps its own, rounded ones.
-        same = (exact - rounded).abs() <= 0.02 * rounded.abs() + 0.1
-        return out.logits[0], exact if bool(same.all()) else rounded
+        return out.logits[0], exact_logits(self.model, kept["hidden"], chunk["targets"], out.logits[0])
 
     def _per_completion(self, chunk: dict[str, Any], values: Tensor, mean: bool) -> Tensor:
         """Per-token values (tokens,) summed, or averaged, over each completion of the chunk."""

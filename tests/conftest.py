@@ -40,6 +40,11 @@ def tiny(smol):
 
 
 def tiny_model(kind, tokenizer, models):
+    return models.bridge(tiny_weights(kind, tokenizer), tokenizer, f"tiny-{kind}")
+
+
+def tiny_weights(kind, tokenizer):
+    """transformers' own random model of four layers."""
     from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
     shared = dict(
@@ -53,7 +58,7 @@ def tiny_model(kind, tokenizer, models):
     for parameter in weights.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    return models.bridge(weights, tokenizer, f"tiny-{kind}")
+    return weights
 
 
 @pytest.fixture(scope="session")

@@ -66,3 +66,11 @@ def test_a_mean_of_intervals_adds_half_widths_in_quadrature():
 def test_an_interval_laid_around_a_point_holds_it_however_skewed_the_draws():
     skewed = np.r_[np.zeros(990), np.ones(10)]
     assert stats.centred(0.0, skewed) == (0.0, pytest.approx(-0.01), 0.0)
+
+
+def test_p_values_count_the_value_itself_and_holm_is_hand_arithmetic():
+    assert stats.p_value(5, [1, 2, 3]) == 1 / 4 and stats.p_value(2, [1, 2, 3]) == 3 / 4
+    np.testing.assert_allclose(stats.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+    np.testing.assert_allclose(stats.holm([0.9, 0.5]), [1.0, 1.0])
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        stats.holm([0.5, 1.2])

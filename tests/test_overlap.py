@@ -1,0 +1,114 @@
+"""Overlap measures against hand arithmetic and known answers; each fires on a plant and stays silent without one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import TruncatedSVD
+
+from helpers import overlap, stats
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_basis_is_orthonormal_nested_and_gives_nothing_for_what_is_there_already():
+    rows = drawn(4, 12)
+    rows = torch.stack([rows[0], rows[1], 2 * rows[0] - rows[1], rows[2], torch.zeros(12), rows[3]])
+    q = overlap.basis(rows)
+    kept = q.any(1)
+    assert kept.tolist() == [True, True, False, True, False, True]
+    assert torch.allclose(q[kept] @ q[kept].T, torch.eye(4).double(), atol=1e-12)
+    for r in range(1, 7):  # the first r rows lie in the span of the first r of the basis
+        assert torch.allclose(rows[:r] @ q[:r].T @ q[:r], rows[:r], atol=1e-10)
+
+
+def test_energy_is_hand_arithmetic_and_a_random_vector_has_r_over_d():
+    v = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+    axes = torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    np.testing.assert_allclose(overlap.energy(v, axes, [0, 1, 2]), [[0, 0, 0], [9 / 25, 0, 0], [1, 0, 0]], atol=1e-12)
+    np.testing.assert_allclose(overlap.energy(v, axes), [1, 0, 0], atol=1e-12)
+    assert overlap.energy(drawn(2000, 60), drawn(15, 60, seed=1)).mean() == pytest.approx(15 / 60, abs=0.01)
+    with pytest.raises(ValueError, match=r"ranks \[3\].*0 to 2"):
+        overlap.energy(v, axes, [3])
+
+
+def test_principal_directions_are_about_zero_as_sklearns_truncated_svd():
+    rows = drawn(300, 10) * torch.arange(1, 11) + 5
+    own, theirs = overlap.principal(rows, 3), TruncatedSVD(3, algorithm="arpack").fit(rows.numpy()).components_
+    np.testing.assert_allclose(np.abs((own.numpy() * theirs).sum(1)), 1, atol=1e-9)
+
+
+def test_projections_add_up_and_what_was_projected_out_is_gone():
+    v, q = drawn(5, 20), drawn(3, 20, seed=1)
+    out, onto = overlap.project_out(v, q), overlap.project_onto(v, q)
+    assert torch.allclose(out + onto, v, atol=1e-12) and (out @ q.T).abs().max() < 1e-10
+    np.testing.assert_allclose(overlap.energy(v, q), (onto.norm(dim=1) / v.norm(dim=1)).numpy() ** 2, atol=1e-12)
+    assert torch.allclose(overlap.project_out(onto, q), torch.zeros(5, 20).double(), atol=1e-12)
+
+
+def test_principal_angles_of_known_planes():
+    a, angle = torch.eye(4)[:2].double(), 0.3
+    b = torch.tensor([[1.0, 0, 0, 0], [0, math.cos(angle), math.sin(angle), 0]]).double()
+    np.testing.assert_allclose(overlap.principal_cosines(a, b @ b.T @ b), [1, math.cos(angle)], atol=1e-12)
+    np.testing.assert_allclose(overlap.principal_cosines(a, torch.eye(4)[2:].double()), [0, 0], atol=1e-12)
+    assert len(overlap.principal_cosines(drawn(3, 9), drawn(5, 9))) == 3
+
+
+def test_sparse_sums_and_best_rows_find_what_is_planted_and_signs_do_not_matter():
+    rows = torch.nn.functional.normalize(drawn(80, 40), dim=1)
+    v = torch.stack([2 * rows[3] - 3 * rows[50], rows[7], drawn(1, 40, seed=9)[0]])
+    cosine = overlap.sparse(v, rows, 4)
+    assert cosine[0] > 0.999 and cosine[1] > 0.999 > 0.9 > cosine[2]
+    np.testing.assert_allclose(overlap.sparse(-v, rows, 4), cosine, atol=1e-9)
+    index, size = overlap.best(-v, rows)
+    assert index[1] == 7 and size[1] == pytest.approx(1) and size[2] < 0.7
+
+
+def test_matched_rank_counts_bits():
+    assert overlap.matched_rank(2, 1, bits=1) == 2  # one value of one bit, and one bit for which
+    assert overlap.matched_rank(100, 100) == 100  # all of them: nothing to say which
+    choose = math.log2(math.comb(4608, 32))
+    assert overlap.matched_rank(4608, 32) == round(32 + choose / 16)
+    with pytest.raises(ValueError, match="k = 0 given"):
+        overlap.matched_rank(10, 0)
+
+
+def test_jaccard_and_its_permutation_null_fire_for_one_behaviour_and_for_two():
+    assert overlap.jaccard(torch.tensor([1, 2, 3]), torch.tensor([3, 4])) == 1 / 4
+    assert overlap.jaccard(torch.tensor([]), torch.tensor([])) == 0
+    rows = torch.eye(60).double()
+    one, other = torch.zeros(60).double(), torch.zeros(60).double()
+    one[:8], other[30:38] = 1, 1
+    noise = 0.5 * drawn(80, 60)
+    apart = overlap.shared(one + noise[:40], 5 * (other + noise[40:]), rows, 8, seed=1)  # lengths do not matter
+    same = overlap.shared(one + noise[:40], one + noise[40:], rows, 8, seed=1)
+    assert apart.value == 0 and apart.permuted.mean() > 0.15
+    assert same.value == 1 and stats.p_value(-same.value, -same.permuted) > 0.05
+
+
+class Held:
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def rows(self, index):
+        return self.x[index]
+
+
+def test_use_orders_latents_by_what_they_contribute_and_leaves_out_the_dead():
+    from types import SimpleNamespace
+
+    class Sae:
+        cfg, device, W_dec = SimpleNamespace(), "cpu", torch.diag(torch.tensor([1.0, 1.0, 10.0, 1.0]))
+        encode = staticmethod(lambda x: x.relu())
+
+    x = torch.tensor([[1.0, 0, 0, 0], [1.0, 2.0, 0, 0], [1.0, 0, 0.5, 0]])
+    use = overlap.use(Sae, Held(x), batch=2)
+    np.testing.assert_allclose(use.frequency, [1, 1 / 3, 1 / 3, 0])
+    np.testing.assert_allclose(use.energy, [1, 4 / 3, 25 / 3, 0])
+    assert use.order.tolist() == [2, 1, 0]

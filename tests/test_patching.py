@@ -1,0 +1,250 @@
+"""A planted pair: the copy's MLP writes a known direction on a known class of tokens. Everything of notebook 06 must find it there.
+
+The base is a random four-layer Llama; block 1 of the copy has a few neurons more, which fire on capital letters' tokens and write the
+direction. All the change lies below the layer that is read, so that the true differences recover everything.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_weights
+
+from helpers import (
+    activations,
+    caa,
+    decompose,
+    directions,
+    harvest,
+    models,
+    overlap,
+    patching,
+    prompts,
+    saes,
+    steer,
+    train,
+)
+from helpers.behaviors import AnswerPair, Item
+from helpers.models import Plain
+from helpers.prompts import ANSWER, USER
+
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def planted(smol):
+    """(base, chat, direction, ids of the class): the two models as bridges, the unit direction written."""
+    with torch.no_grad():
+        return make_planted(smol.tokenizer)
+
+
+def make_planted(tokenizer):
+    both, d = [tiny_weights("llama", tokenizer) for _ in range(2)], 48
+    g = torch.Generator().manual_seed(5)
+    marked = torch.tensor([i for i in range(len(tokenizer)) if tokenizer.decode([i]).strip()[:1].isupper()])
+    key, direction = (torch.nn.functional.normalize(torch.randn(d, generator=g), dim=0) for _ in range(2))
+    for weights in both:  # both know the class; only the copy acts on it
+        weights.model.embed_tokens.weight[marked] += 4 * key
+    mlp, extra = both[1].model.layers[LAYER].mlp, 2
+    for name in ("gate_proj", "up_proj"):
+        rows = torch.cat([getattr(mlp, name).weight, 3 * key.expand(extra, d)])
+        setattr(mlp, name, torch.nn.Linear(d, len(rows), bias=False))
+        getattr(mlp, name).weight.copy_(rows)
+    columns = torch.cat([mlp.down_proj.weight, 0.1 * direction[:, None].expand(d, extra)], 1)
+    mlp.down_proj = torch.nn.Linear(columns.shape[1], d, bias=False)
+    mlp.down_proj.weight.copy_(columns)
+    base, chat = (models.bridge(w, tokenizer, f"tiny-{n}") for w, n in zip(both, ("base", "planted"), strict=True))
+    return base, chat, direction.double(), marked
+
+
+@pytest.fixture(scope="module")
+def text():
+    names = ["Paris", "Rome", "Anna", "Monday", "Texas", "Otto", "Spain", "July"]
+    return [
+        f"the way from {a} to {b} is long and we saw {c} there in a very old house"
+        for a in names
+        for b in names
+        for c in names[:3]
+        if a != b
+    ]
+
+
+@pytest.fixture(scope="module")
+def difference(planted, text, tmp_path_factory):
+    """The pair's differences over the text, harvested as the notebook does."""
+    base, chat = (Plain(m.original_model, m.tokenizer, m.identity) for m in planted[:2])
+    folder = tmp_path_factory.mktemp("text") / "text.txt"
+    folder.write_text("\n\n".join(text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield harvest.pair(base, chat, str(folder), [LAYER], 3000, context=32).difference
+
+
+@pytest.fixture(scope="module")
+def dictionary(difference, tmp_path_factory):
+    """A diff-SAE of the planted pair, as sae_lens holds it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        config = train.Config(latents=24, k=1, samples=60_000, batch=512, lr=3e-3, low=False)
+        return saes.load(train.sae(difference, config)).sae
+
+
+@pytest.fixture(scope="module")
+def talks(planted):
+    base = planted[0]
+    said = [
+        ("where is Anna", " Anna is in Rome now"),
+        ("when was it", " it was on Monday in July"),
+        ("who is old", " nobody is very old"),
+    ]
+    return [prompts.chat(base.tokenizer, q, answer=a) for q, a in said]
+
+
+def unit_rows(sae, samples):
+    return decompose.rows_of(sae).double()[overlap.use(sae, samples).order]
+
+
+def test_the_pair_differs_along_the_planted_direction_on_its_class_alone(planted, difference):
+    *_, direction, marked = planted
+    ids, row = difference.token_rows()
+    token = ids[row, difference.named("position").long()].long()
+    rows = difference.rows(torch.arange(len(difference))).double()
+    inside = torch.isin(token, marked)
+    assert 0.1 < inside.double().mean() < 0.6
+    assert rows[inside].norm(dim=1).median() > 50 * rows[~inside].norm(dim=1).median()
+    assert overlap.energy(rows[inside], direction[None]).mean() > 0.99
+
+
+def test_the_diff_sae_finds_the_direction(planted, difference, dictionary):
+    direction, fit = planted[2], saes.evaluate(dictionary, difference)
+    assert fit.l0 <= 1 and fit.explained_variance > 0.9
+    assert overlap.best(direction[None], unit_rows(dictionary, difference)[:3])[1][0] > 0.9
+
+
+@pytest.mark.parametrize("measure", ["sparse", "used", "components", "best"])
+def test_overlap_fires_along_the_direction_and_is_silent_for_orthogonal_and_random_vectors(
+    planted, difference, dictionary, measure
+):
+    direction = planted[2]
+    rows, samples = unit_rows(dictionary, difference), difference.rows(torch.arange(len(difference)))
+    aside = overlap.project_out(torch.randn(1, 48, dtype=torch.float64), direction[None])
+    noise = directions.random_like(direction, 3, 200)
+    score = {
+        "sparse": lambda v: overlap.sparse(v, rows[:6], 2),
+        "used": lambda v: overlap.energy(v, rows[:1]),
+        "components": lambda v: overlap.energy(v, overlap.principal(samples, 1)),
+        "best": lambda v: overlap.best(v, rows[:1])[1],
+    }[measure]
+    null = np.quantile(score(noise), 0.975)
+    assert score(direction[None])[0] > 0.8 > 2 * null or score(direction[None])[0] > null + 0.3
+    assert score(aside)[0] < max(null, 0.35) and np.mean(score(noise) > null) < 0.05
+
+
+def test_taking_the_latents_out_of_a_vector_stops_it_steering_and_leaves_another_alone(
+    planted, difference, dictionary, cache
+):
+    base, _, direction, _ = planted
+    spanned = unit_rows(dictionary, difference)[:1]
+    aside = overlap.project_out(
+        torch.randn(1, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), direction[None]
+    )[0]
+    where = steer.of_items(
+        base, [Item("who is it", "Anna and Otto", "nobody at all"), Item("what is it", "a long river", "Rome")], LAYER
+    )
+
+    def effect(v):
+        x = steer.log_odds(where, [5 * v / v.norm() if v.norm() > 0.3 else 5 * v], [-1.0, 1.0])[0]
+        return np.abs(x[1] - x[0]).mean()
+
+    along = overlap.project_out(direction[None], spanned)[0]
+    other = overlap.project_out(aside[None] / aside.norm(), spanned)[0]
+    assert along.norm() < 0.3 and effect(along) < 0.3 * effect(direction)
+    assert other.norm() > 0.9 and effect(other) > 0.7 * effect(aside)
+
+
+def test_true_differences_recover_everything_few_latents_nearly_all_and_random_ones_nothing(
+    planted, difference, dictionary, talks
+):
+    base, chat = (patching.Runs(m, talks, LAYER) for m in planted[:2])
+    change, target = patching.difference(chat, base), chat.reference()
+    before = base.kl(target)
+    assert before.mean() > 0.05 and np.abs(chat.kl(target)).max() < 1e-6
+    first = [a[:1] - b[:1] for a, b in zip(chat.residuals, base.residuals, strict=True)]
+    whole = [torch.cat([f, rows[1:]]) for f, rows in zip(first, change.laid(change.rows), strict=True)]
+    assert np.abs(base.kl(target, whole)).max() < 1e-6  # every token: nothing is left
+    rows, order = decompose.rows_of(dictionary), overlap.use(dictionary, difference).order[:2]
+    codes = decompose.codes_of(dictionary, change.rows)
+    few = base.kl(target, change.laid(codes[:, order] @ rows[order] + dictionary.b_dec))
+    turned = torch.linalg.qr(torch.randn(48, 48)).Q
+    random = base.kl(target, change.laid(codes[:, order] @ rows[order] @ turned))
+    assert patching.recovered(before, base.kl(target, change.laid(change.rows))).value > 0.95
+    assert patching.recovered(before, few).value > 0.85
+    assert patching.recovered(before, random).value < 0.3
+
+
+# --- exactness, on models without a plant ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "gemma"])
+def test_runs_equal_whole_forward_passes(name, request, talks):
+    model = request.getfixturevalue(name)
+    runs = patching.Runs(model, talks, LAYER, batch_size=2)
+    logp = runs.log_probs()
+    for i, t in enumerate(talks):
+        full = model.original_model(torch.tensor([t.ids])).logits[0].float().log_softmax(-1)
+        at = [j for j, role in enumerate(t.roles) if role == ANSWER]
+        assert logp[i] == pytest.approx(sum(float(full[j - 1, t.ids[j]]) for j in at), abs=1e-3)
+        np.testing.assert_allclose(runs.reference()[i], full[[j - 1 for j in at]], atol=1e-3)
+
+
+def test_adding_a_constant_row_is_steering_at_those_tokens(tiny, talks):
+    from helpers import hooks
+
+    v, runs = torch.randn(48), patching.Runs(tiny, talks, LAYER)
+    steered = runs.log_probs([v.expand(len(t.ids), -1) for t in talks])
+    for i, t in enumerate(talks):
+        with hooks.add(tiny, LAYER, v):
+            full = models.run(tiny, prompts.pad([t], tiny.tokenizer.pad_token_id)).logits[0].log_softmax(-1)
+        at = [j for j, role in enumerate(t.roles) if role == ANSWER]
+        assert steered[i] == pytest.approx(sum(float(full[j - 1, t.ids[j]]) for j in at), abs=1e-3)
+    assert not tiny.original_model.get_output_embeddings()._forward_pre_hooks
+    np.testing.assert_array_equal(runs.log_probs([torch.zeros(len(t.ids), 48) for t in talks]), runs.log_probs())
+
+
+def test_a_change_is_laid_where_it_was_and_knows_the_roles(tiny, planted, talks):
+    base, chat = (patching.Runs(m, talks, LAYER) for m in planted[:2])
+    change = patching.difference(chat, base)
+    laid = change.laid(change.rows)
+    for rows, a, b in zip(laid, chat.residuals, base.residuals, strict=True):
+        assert torch.equal(rows[1:], (a - b)[1:]) and not rows[0].any()
+    spoken = change.at([USER, ANSWER], talks)
+    assert 0 < spoken.sum() < len(spoken) == sum(len(t.ids) - 1 for t in talks)
+    short = patching.difference(chat, base, limit=float(torch.cat(base.residuals).norm(dim=1).median()))
+    assert 0 < len(short.rows) < len(change.rows)
+
+
+def test_what_cannot_be_patched_is_refused_with_a_sentence(tiny, planted, talks):
+    runs = patching.Runs(tiny, talks, LAYER)
+    with pytest.raises(ValueError, match="has no answer"):
+        patching.Runs(tiny, [prompts.chat(tiny.tokenizer, "who is it")], LAYER)
+    with pytest.raises(ValueError, match=r"conversation 0: rows of shape \(3, 48\)"):
+        runs.log_probs([torch.zeros(3, 48) for _ in talks])
+    with pytest.raises(ValueError, match="different tokens"):
+        patching.difference(runs, patching.Runs(tiny, talks[::-1], LAYER))
+    change = patching.difference(*(patching.Runs(m, talks, LAYER) for m in planted[1::-1]))
+    with pytest.raises(ValueError, match="2 rows were given"):
+        change.laid(change.rows[:2])
+
+
+def test_recovered_is_one_minus_the_ratio_of_sums():
+    found = patching.recovered(np.array([1.0, 3.0]), np.array([0.5, 0.5]))
+    assert found.value == pytest.approx(0.75) and found.low <= 0.75 <= found.high
+    assert patching.recovered(np.array([1.0, 1.0]), np.array([3.0, 3.0])).value == -2
+
+
+def test_vectors_of_the_planted_pair_need_no_answer_pairs_to_be_read(planted, cache):
+    """caa reads the copy as it reads any model: the difference of the two models on the class is the direction."""
+    base, chat, direction, _ = planted
+    pairs = [AnswerPair("who is it", "Anna", "nobody"), AnswerPair("where is it", "Rome", "somewhere")]
+    gap = caa.extract(chat, pairs, [LAYER]).pos - caa.extract(base, pairs, [LAYER]).pos
+    assert overlap.energy(gap[:, 0], direction[None]).max() > 0.9
+    assert activations.OUTLIER > 1
