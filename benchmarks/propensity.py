@@ -39,7 +39,7 @@ def gemma_shape(device, dtype):
     """A Gemma-2-2B of random weights with the packaged tokenizer's words inside its vocabulary."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
-    tokenizer = AutoTokenizer.from_pretrained(models._packaged("smollm2-135m-instruct"))
+    tokenizer = AutoTokenizer.from_pretrained(models.packaged_folder("smollm2-135m-instruct"))
     with torch.device(device):
         weights = AutoModelForCausalLM.from_config(Gemma2Config(), dtype=dtype, attn_implementation="eager").eval()
     return models.bridge(weights, tokenizer, "random-gemma-2-2b")
