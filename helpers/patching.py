@@ -5,25 +5,28 @@ added at each token is a row: the difference that training made there, a part of
 Recovered KL of spliced-in differences: Minder et al. 2025 (arXiv:2504.02922), section 4, there for crosscoder latents.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from helpers import models, prompts, splice, stats
+from helpers import models, prompts, splice, stats, store
 from helpers.hooks import resume_at
 from helpers.prompts import ANSWER, Tokens
 from helpers.stats import Interval
 from helpers.steer import exact_logits, token_log_probs
+
+CODE = ("patching", "steer", "splice", "hooks", "prompts", "models")
 
 
 class Runs:
     """Conversations in one model, ready to be run again from after block `layer` on.
 
     `residuals`: one (tokens, d_model) float32 a conversation. Only the answer's tokens are predicted, each from the one before.
-    ValueError for a conversation without an answer, or that begins with one.
+    ValueError for a conversation that does not end with its one answer, or begins with it.
     """
 
     def __init__(self, model: Any, sequences: Sequence[Tokens], layer: int, batch_size: int = 16):
@@ -31,19 +34,22 @@ class Runs:
             if ANSWER not in tokens.roles or tokens.roles[0] == ANSWER:
                 text = model.tokenizer.decode(tokens.ids)[:60]
                 raise ValueError(f"{text!r} has no answer after a first token: there is nothing to predict")
+            if ANSWER in tokens.roles[: -tokens.roles.count(ANSWER)]:
+                raise ValueError(f"{model.tokenizer.decode(tokens.ids)[:60]!r} does not end with its one answer")
         self.model, self.sequences, self.layer, self.batch_size = model, list(sequences), layer, batch_size
         self.residuals = splice.residuals(model, self.sequences, layer, batch_size=batch_size)
         self._order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together
 
+    def _check(self, added: Sequence[Tensor] | None) -> None:
+        shapes = [
+            (tuple(a.shape), tuple(r.shape)) for a, r in zip(added or self.residuals, self.residuals, strict=True)
+        ]
+        if wrong := [i for i, (a, r) in enumerate(shapes) if a != r]:
+            a, r = shapes[wrong[0]]
+            raise ValueError(f"conversation {wrong[0]}: rows of shape {a} were given to add to residuals of shape {r}")
+
     def _predictions(self, added: Sequence[Tensor] | None) -> Iterator[tuple[list[int], list[int], Tensor, Tensor]]:
         """Batch by batch: which conversations, how many answer tokens each, those tokens' hidden states and logits, one after another."""
-        if added is not None:
-            shapes = [(tuple(a.shape), tuple(r.shape)) for a, r in zip(added, self.residuals, strict=True)]
-            if wrong := [i for i, (a, r) in enumerate(shapes) if a != r]:
-                a, r = shapes[wrong[0]]
-                raise ValueError(
-                    f"conversation {wrong[0]}: rows of shape {a} were given to add to residuals of shape {r}"
-                )
         for first in range(0, len(self._order), self.batch_size):
             rows = self._order[first : first + self.batch_size]
             batch = prompts.pad([self.sequences[i] for i in rows], self.model.tokenizer.pad_token_id, side="right")
@@ -71,41 +77,74 @@ class Runs:
             handle.remove()
         return kept["hidden"], logits
 
+    def _cached(
+        self, kind: str, added: Sequence[Tensor] | None, compute: Callable[[], np.ndarray], **more: Any
+    ) -> np.ndarray:
+        """compute()'s numbers (conversations,), kept on disk under all that they depend on."""
+        key = {
+            "kind": kind,
+            "model": self.model.identity,
+            "dtype": str(self.model.original_model.dtype),
+            "device": models.device_of(self.model).type,
+            "layer": self.layer,
+            "batch": self.batch_size,
+            "sequences": store.digest([[t.ids, t.roles] for t in self.sequences]),
+            "residuals": store.digest(torch.cat(self.residuals)),
+            "added": store.digest(torch.cat(list(added)).float()) if added is not None else "",
+            **more,
+        }
+        return store.cached("patched", key, lambda: {"values": torch.from_numpy(compute())}, CODE)["values"].numpy()
+
     def log_probs(self, added: Sequence[Tensor] | None = None) -> np.ndarray:
-        """log p of each conversation's answer given what stands before it, in nats: (conversations,) float64.
+        """log p of each conversation's answer given what stands before it, in nats: (conversations,) float64; cached on disk.
 
         `added`: what to add to each conversation's residuals, (tokens, d_model); None: nothing. ValueError for another shape.
         """
-        out = np.empty(len(self.sequences))
-        for rows, counts, hidden, logits in self._predictions(added):
-            said = [
-                [t for t, r in zip(s.ids, s.roles, strict=True) if r == ANSWER]
-                for s in (self.sequences[i] for i in rows)
-            ]
-            targets = torch.tensor(sum(said, []), device=logits.device)
-            exact = exact_logits(self.model, hidden, targets, logits)
-            parts = token_log_probs(logits, targets, exact).double().cpu().split(counts)
-            out[rows] = [float(p.sum()) for p in parts]
-        return out
+        self._check(added)
 
-    def kl(self, reference: Sequence[Tensor], added: Sequence[Tensor] | None = None) -> np.ndarray:
-        """KL(reference || this run) a token, mean over each answer's, in nats: (conversations,) float64; `added` as for `log_probs`.
+        def compute() -> np.ndarray:
+            out = np.empty(len(self.sequences))
+            for rows, counts, hidden, logits in self._predictions(added):
+                said = [self.sequences[i].ids[-n:] for i, n in zip(rows, counts, strict=True)]
+                targets = torch.tensor(sum(said, []), device=logits.device)
+                exact = exact_logits(self.model, hidden, targets, logits)
+                parts = token_log_probs(logits, targets, exact).double().cpu().split(counts)
+                out[rows] = [float(p.sum()) for p in parts]
+            return out
 
-        `reference`: log-probabilities (answer tokens, vocabulary) of each conversation, as `reference()` of another model's Runs gives.
+        return self._cached("log p", added, compute)
+
+    def kl(self, reference: "Runs", added: Sequence[Tensor] | None = None) -> np.ndarray:
+        """KL(reference || this run) a token, mean over each answer's, in nats: (conversations,) float64; cached on disk.
+
+        `reference`: the same conversations in another model, as that model predicts them; `added` as for `log_probs`.
         """
-        out = np.empty(len(self.sequences))
-        for rows, counts, _, logits in self._predictions(added):
-            for i, own in zip(rows, logits.split(counts), strict=True):
-                p, q = reference[i].to(own.device), own.float().log_softmax(-1)
-                out[i] = float((p.exp() * (p - q)).sum(-1).double().mean())
-        return out
+        self._check(added)
+        _same(reference, self)
 
-    def reference(self) -> list[Tensor]:
-        """The log-probabilities (answer tokens, vocabulary) of each conversation as the model gives them, float32."""
+        def compute() -> np.ndarray:
+            out = np.empty(len(self.sequences))
+            for rows, counts, _, logits in self._predictions(added):
+                for i, own in zip(rows, logits.split(counts), strict=True):
+                    p, q = reference.own[i].to(own.device), own.float().log_softmax(-1)
+                    out[i] = float((p.exp() * (p - q)).sum(-1).double().mean())
+            return out
+
+        return self._cached("KL", added, compute, reference=reference.model.identity)
+
+    @cached_property
+    def own(self) -> list[Tensor]:
+        """The log-probabilities (answer tokens, vocabulary) float32 of each conversation as the model gives them; kept in memory."""
         found = {}
         for rows, counts, _, logits in self._predictions(None):
             found |= dict(zip(rows, (part.float().log_softmax(-1) for part in logits.split(counts)), strict=True))
         return [found[i] for i in range(len(found))]
+
+
+def _same(one: Runs, other: Runs) -> None:
+    """ValueError unless two models were given the same tokens."""
+    if [t.ids for t in one.sequences] != [t.ids for t in other.sequences]:
+        raise ValueError("the two models were given different tokens: make both from one tokenizer's conversations")
 
 
 class Change(NamedTuple):
@@ -137,8 +176,7 @@ def difference(chat: Runs, base: Runs, limit: float = float("inf")) -> Change:
 
     ValueError if the two do not hold the same token ids.
     """
-    if [t.ids for t in chat.sequences] != [t.ids for t in base.sequences]:
-        raise ValueError("the two models were given different tokens: make both from one tokenizer's conversations")
+    _same(chat, base)
     there = []
     for a, b in zip(chat.residuals, base.residuals, strict=True):
         there.append(torch.maximum(a.norm(dim=1), b.norm(dim=1)) <= limit)

@@ -162,12 +162,12 @@ def test_taking_the_latents_out_of_a_vector_stops_it_steering_and_leaves_another
 
 
 def test_true_differences_recover_everything_few_latents_nearly_all_and_random_ones_nothing(
-    planted, difference, dictionary, talks
+    planted, difference, dictionary, talks, cache
 ):
     base, chat = (patching.Runs(m, talks, LAYER) for m in planted[:2])
-    change, target = patching.difference(chat, base), chat.reference()
+    change, target = patching.difference(chat, base), chat
     before = base.kl(target)
-    assert before.mean() > 0.05 and np.abs(chat.kl(target)).max() < 1e-6
+    assert before.mean() > 0.05 and np.abs(chat.kl(chat)).max() < 1e-6
     first = [a[:1] - b[:1] for a, b in zip(chat.residuals, base.residuals, strict=True)]
     whole = [torch.cat([f, rows[1:]]) for f, rows in zip(first, change.laid(change.rows), strict=True)]
     assert np.abs(base.kl(target, whole)).max() < 1e-6  # every token: nothing is left
@@ -185,7 +185,7 @@ def test_true_differences_recover_everything_few_latents_nearly_all_and_random_o
 
 
 @pytest.mark.parametrize("name", ["tiny", "gemma"])
-def test_runs_equal_whole_forward_passes(name, request, talks):
+def test_runs_equal_whole_forward_passes(name, request, talks, cache):
     model = request.getfixturevalue(name)
     runs = patching.Runs(model, talks, LAYER, batch_size=2)
     logp = runs.log_probs()
@@ -193,10 +193,10 @@ def test_runs_equal_whole_forward_passes(name, request, talks):
         full = model.original_model(torch.tensor([t.ids])).logits[0].float().log_softmax(-1)
         at = [j for j, role in enumerate(t.roles) if role == ANSWER]
         assert logp[i] == pytest.approx(sum(float(full[j - 1, t.ids[j]]) for j in at), abs=1e-3)
-        np.testing.assert_allclose(runs.reference()[i], full[[j - 1 for j in at]], atol=1e-3)
+        np.testing.assert_allclose(runs.own[i], full[[j - 1 for j in at]], atol=1e-3)
 
 
-def test_adding_a_constant_row_is_steering_at_those_tokens(tiny, talks):
+def test_adding_a_constant_row_is_steering_at_those_tokens(tiny, talks, cache):
     from helpers import hooks
 
     v, runs = torch.randn(48), patching.Runs(tiny, talks, LAYER)
@@ -233,6 +233,17 @@ def test_what_cannot_be_patched_is_refused_with_a_sentence(tiny, planted, talks)
     change = patching.difference(*(patching.Runs(m, talks, LAYER) for m in planted[1::-1]))
     with pytest.raises(ValueError, match="2 rows were given"):
         change.laid(change.rows[:2])
+
+
+def test_patched_runs_are_cached_and_another_row_is_not_a_hit(tiny, talks, cache, monkeypatch):
+    runs, rows = patching.Runs(tiny, talks, LAYER), [torch.ones(len(t.ids), 48) for t in talks]
+    first, kl = runs.log_probs(rows), runs.kl(runs, rows)
+    monkeypatch.setattr(patching.Runs, "_above", lambda *_: pytest.fail("computed again"))
+    again = patching.Runs(tiny, talks, LAYER)
+    np.testing.assert_array_equal(again.log_probs(rows), first)
+    np.testing.assert_array_equal(again.kl(again, rows), kl)
+    with pytest.raises(pytest.fail.Exception):
+        again.log_probs([2 * r for r in rows])
 
 
 def test_recovered_is_one_minus_the_ratio_of_sums():

@@ -84,6 +84,17 @@ def write_model(folder: Path, profile: str, layer: int) -> float:
     return float(stream.detach().square().mean(-1).sqrt().median())
 
 
+def write_chat(folder: Path, base: Path) -> None:
+    """A chat model for a base: its weights a little changed, and a chat template."""
+    from transformers import AutoModelForCausalLM
+
+    weights = AutoModelForCausalLM.from_pretrained(base)
+    for parameter in weights.parameters():
+        parameter.data.mul_(1 + 0.02 * torch.randn_like(parameter))
+    weights.save_pretrained(folder)
+    packaged_tokenizer().save_pretrained(folder)
+
+
 def write_sae(folder: Path, path: str, latents: int, scale: float, named: list[int]) -> None:
     """A random SAE in Gemma Scope's file format or in Goodfire's.
 
@@ -117,7 +128,11 @@ def profile(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CACHE_DIR", CACHE)
         real = [assets.fetch(name) for name in ("text", "pairs")]
-        scale = write_model(snapshot(folder / "hub", settings["chat"]), request.param, settings["layer"])
+        base = snapshot(folder / "hub", settings["chat"])
+        scale = write_model(base, request.param, settings["layer"])
+        if "pair" in settings:
+            assert settings["pair"]["base"] == settings["chat"]
+            write_chat(snapshot(folder / "hub", settings["pair"]["chat"]), base)
         repository, path = registry.get_repo_id_and_folder_name(settings["sae"]["release"], settings["sae"]["id"])
         latents = {"gemma-2-2b": 16_384, "llama-3.1-8b": 65_536}[request.param]
         write_sae(snapshot(folder / "hub", repository), path, latents, scale, KNOWN[request.param][0])
@@ -170,6 +185,12 @@ def test_a_notebook_runs_unchanged_on_a_hub_profile(profile, notebook, tmp_path,
         assert all("gap" in claims.published(c) for c in beside.values())
         assert all(c["verdict"] == "not run" for i, c in beside.items() if i in ("03.negative", "03.concept.last"))
         assert len({c["value"] for c in beside.values()}) > 1  # of latents that are alive
+    if notebook.stem.startswith("06"):
+        assert result["layer"] == session.load_profile(profile)["pair"]["diff"]["layer"] != 14
+        by_id = {c["id"]: c["verdict"] for c in result["claims"]}
+        assert {f"06.{i}" for i in range(1, 19)} < set(by_id) and {"06.same.trained", "06.related.untrained"} < set(
+            by_id
+        )
 
 
 # --- two models --------------------------------------------------------------------------------------------------------
