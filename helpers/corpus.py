@@ -150,6 +150,8 @@ def resolved(source: Source) -> Source:
     if not source.startswith("hub:"):
         return source
     name, subset, revision = _address(source.removeprefix("hub:"))
+    if re.fullmatch(r"[0-9a-f]{40}", revision):  # a commit already: nobody need be asked
+        return source
     try:
         from huggingface_hub import HfApi
 

@@ -163,6 +163,14 @@ def test_a_hub_data_set_is_pinned_and_streamed_with_its_subset_and_revision(monk
     assert (asked["name"], asked["subset"], asked["revision"]) == ("HuggingFaceFW/fineweb", "sample-10BT", "c0ffee")
 
 
+def test_a_source_pinned_to_a_commit_asks_nobody(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: pytest.fail("the hub was asked"))
+    pinned = f"hub:a/b:part@{'0123456789' * 4}"
+    assert corpus.resolved([pinned, "packaged:wiki"]) == [pinned, "packaged:wiki"]
+
+
 def test_a_hub_that_fails_is_explained_without_the_token(monkeypatch):
     import datasets
     import huggingface_hub
