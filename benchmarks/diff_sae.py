@@ -3,7 +3,7 @@
     python -m benchmarks.diff_sae [--device cuda] [--seconds 20] [--rounds 3] [--d 2304 --depth 26 --layer 13 --mlp 9216 --heads 8 ...]
 
 On a GPU the shapes are those of the profile gemma-2-2b (a pair of Gemma-2-2B, layer 13, 18,432 latents, k = 64, batches of 4,096), on a CPU
-small ones. Printed: the budget reckoned from shapes alone, harvest and training speed of `helpers.diff.probe`, and the most memory
+small ones. Printed: the budget reckoned from shapes alone, harvest and training speed of `helpers.budget.probe`, and the most memory
 that torch held while two pools were trained on with as many dead latents as there can be. The ratio is that peak over the budget.
 """
 
@@ -15,7 +15,7 @@ import warnings
 import torch
 
 from benchmarks import line
-from helpers import diff, harvest, models, session, train
+from helpers import budget, diff, harvest, models, session, train
 from helpers.models import Plain
 
 warnings.filterwarnings("ignore")
@@ -69,20 +69,20 @@ def main():
     torch.set_grad_enabled(False)
     dtype = session.choose_dtype(o.dtype, o.device)
     config = train.Config(o.latents, o.k, o.tokens, o.batch, lr=2e-4, low=dtype == torch.bfloat16)
-    cut = diff.Sizes(max(min(diff.PASS_TOKENS, o.pool) // o.context, 1), o.context, o.pool)
+    cut = budget.Sizes(max(min(diff.PASS_TOKENS, o.pool) // o.context, 1), o.context, o.pool)
     base, chat = (gemma(o, o.device, dtype, seed) for seed in (0, 1))
-    need = diff.budget(diff.shape(base), diff.shape(chat), dtype, config, cut)
+    need = budget.reckoned(budget.shape(base), budget.shape(chat), dtype, config, cut)
     print(need.table())
-    diff.check(need, o.device, diff.LOADED)
+    budget.check(need, o.device, budget.LOADED)
     stream = harvest.Stream(
         base, "packaged:wiki+web+stories", o.layer, chat, o.context, pool_tokens=o.pool, batch_rows=cut.rows
     )
-    probes = [diff.probe(stream, config, o.device, o.seconds) for _ in range(o.rounds)]
+    probes = [budget.probe(stream, config, o.device, o.seconds) for _ in range(o.rounds)]
     short = config._replace(samples=2 * o.pool // o.batch * o.batch, dead_after=0)  # whatever rested one batch is dead
-    held = sum(need.parts[name] for name in diff.LOADED)
+    held = sum(need.parts[name] for name in budget.LOADED)
     taken = peak(lambda: train.fit(stream, short, o.device), o.device) + (0 if cuda else held)
     allowed = need.total + (0 if cuda else sum(need.host.values()))
-    middle = diff.Probe(
+    middle = budget.Probe(
         *(statistics.median(getattr(p, name) for p in probes) for name in ("harvest", "training")), o.tokens
     )
     print("\n| | median | range |\n|---|---|---|")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_harvest import small
 
-from helpers import activations, diff, harvest, models, saes, session, topk, train
+from helpers import activations, budget, diff, harvest, models, saes, session, topk, train
 
 SECTION = {
     "expansion": 2,
@@ -128,8 +128,8 @@ def test_a_profile_without_a_pair_is_refused():
 def test_a_shape_by_name_counts_what_the_loaded_model_holds(kind, tmp_path):
     model = small(kind=kind)
     model.weights.save_pretrained(tmp_path / "m")
-    found = diff.shape(str(tmp_path / "m"))
-    assert found == diff.shape(model)
+    found = budget.shape(str(tmp_path / "m"))
+    assert found == budget.shape(model)
     stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.weights.parameters()}
     assert found.parameters * 4 == sum(stored.values())  # tied embeddings lie in one place
     assert bool(model.weights.config.tie_word_embeddings) == (kind in ("gemma2", "gpt2"))
@@ -140,8 +140,8 @@ def test_the_budget_of_the_sae_is_its_bytes(low):
     config = train.Config(96, 4, 1024, 256, low=low)
     state = train.State.new(topk.initial(48, 96, torch.zeros(48)))
     done = train.update(state, torch.randn(256, 48), config)
-    shape = diff.Shape(1000, 48, 96, 48, 4)
-    need = diff.budget(shape, shape._replace(parameters=2000), torch.bfloat16, config, diff.Sizes(4, 32, 512))
+    shape = budget.Shape(1000, 48, 96, 48, 4)
+    need = budget.reckoned(shape, shape._replace(parameters=2000), torch.bfloat16, config, budget.Sizes(4, 32, 512))
 
     def held(*tensors):
         return sum(t.nbytes for t in tensors)
@@ -181,7 +181,7 @@ def test_the_estimate_of_a_forward_pass_is_above_what_it_takes_and_not_far(kind,
     for rows, context in ((32, 32), (4, 200)):
         ids, kept = torch.randint(100, (rows, context)), torch.ones(rows, context, dtype=torch.bool)
         taken = peak(lambda i=ids, k=kept: harvest.residuals(model.weights, i, [1])[1][k].float().norm(dim=1))
-        assert 0.2 < taken / diff.forward_bytes(diff.shape(model), dtype, rows, context) < 1
+        assert 0.2 < taken / budget.forward_bytes(budget.shape(model), dtype, rows, context) < 1
 
 
 @pytest.mark.parametrize("more", [{}, {"low": True}, {"batch_topk": True}, {"alpha": 0.0}])
@@ -189,8 +189,8 @@ def test_the_estimate_of_a_forward_pass_is_above_what_it_takes_and_not_far(kind,
 def test_the_estimate_of_a_training_step_is_above_what_it_takes_and_not_far(more, d, latents, batch):
     config = train.Config(latents, 8, 10**6, batch, dead_after=10, **{"low": False, **more})
     state, x = train.State.new(topk.initial(d, latents, torch.zeros(d))), torch.randn(batch, d)
-    shape = diff.Shape(0, d, d, d, 1)
-    parts = diff.budget(shape, shape, torch.float32, config, diff.Sizes(1, 2, 2)).parts
+    shape = budget.Shape(0, d, d, d, 1)
+    parts = budget.reckoned(shape, shape, torch.float32, config, budget.Sizes(1, 2, 2)).parts
     room = sum(parts[name] for name in ("gradients", "pre-codes", "working memory of a training step"))
     for dead in (0, 64, latents):
         state.since_fired.fill_(0)[:dead] = 99
@@ -202,8 +202,8 @@ def test_the_estimate_of_a_training_step_is_above_what_it_takes_and_not_far(more
 
 def test_a_whole_run_stays_within_its_budget(pair, profile, cache):
     stream, config = diff.streamed(profile, *pair), diff.configured(profile, 48)._replace(samples=640, dead_after=0)
-    need = diff.budget(*map(diff.shape, pair), torch.float32, config, diff.sizes(profile))
-    room = need.total - sum(need.parts[name] for name in diff.LOADED) + sum(need.host.values())
+    need = budget.reckoned(*map(budget.shape, pair), torch.float32, config, diff.sizes(profile))
+    room = need.total - sum(need.parts[name] for name in budget.LOADED) + sum(need.host.values())
     assert 0.2 < peak(lambda: train.fit(stream, config)) / room < 1
 
 
@@ -215,8 +215,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(profile, pair, c
         models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
     )
     need = diff.planned(profile, torch.float32)
-    assert need == diff.budget(*map(diff.shape, pair), torch.float32, diff.configured(profile, 48), diff.sizes(profile))
-    diff.check(need, "cpu")
+    assert need == budget.reckoned(
+        *map(budget.shape, pair), torch.float32, diff.configured(profile, 48), diff.sizes(profile)
+    )
+    budget.check(need, "cpu")
     free = {"cpu": 10**12, "cuda": 10**12}
     monkeypatch.setattr(models, "_memory", lambda device: free[device])
     for device, of, least in (
@@ -225,17 +227,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(profile, pair, c
         ("cpu", "cpu", need.total + sum(need.host.values())),
     ):
         monkeypatch.setitem(free, of, int(1.1 * least) + 1)
-        diff.check(need, device)
+        budget.check(need, device)
         monkeypatch.setitem(free, of, int(1.1 * least) - 1)
-        with pytest.raises(diff.DiffError, match=r"takes \d.* GB on .* are free there: (take|close)"):
-            diff.check(need, device)
+        with pytest.raises(budget.BudgetError, match=r"takes \d.* GB on .* are free there: (take|close)"):
+            budget.check(need, device)
         if of == device:
-            diff.check(need, device, diff.LOADED)  # what is loaded is no longer wanted
+            budget.check(need, device, budget.LOADED)  # what is loaded is no longer wanted
         free[of] = 10**12
-    monkeypatch.setattr(diff.store, "free_bytes", lambda _: 1000)
-    with pytest.raises(diff.DiffError, match="GB on disk.*CACHE_DIR"):
-        diff.check(need, "cpu")
-    with pytest.raises(diff.DiffError, match="on disk"):
+    monkeypatch.setattr(budget.store, "free_bytes", lambda _: 1000)
+    with pytest.raises(budget.BudgetError, match="GB on disk.*CACHE_DIR"):
+        budget.check(need, "cpu")
+    with pytest.raises(budget.BudgetError, match="on disk"):
         diff.dictionary(profile, None, *pair)
     assert not (cache / "saes").exists() and not (cache / "checkpoints").exists()
 
@@ -244,7 +246,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(profile, pair, c
 
 
 def test_hours_are_what_harvest_and_training_take_in_turn():
-    found = diff.Probe(harvest=20_000.0, training=60_000.0, samples=108_000_000)
+    found = budget.Probe(harvest=20_000.0, training=60_000.0, samples=108_000_000)
     assert found.hours == pytest.approx(1.5 + 0.5) and "about 20 minutes" in str(found._replace(samples=18_000_000))
     assert (
         str(found)
@@ -268,8 +270,8 @@ def test_a_probe_measures_both_and_changes_nothing(pair, profile, cache, monkeyp
 
     monkeypatch.setattr(harvest.Stream, "_rows", rows)
     monkeypatch.setattr(train, "update", update)
-    monkeypatch.setattr(diff.time, "perf_counter", lambda: clock.now)
-    found = diff.probe(stream, config, seconds=20)
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: clock.now)
+    found = budget.probe(stream, config, seconds=20)
     kept = stream.batch_rows * 31  # of 32 tokens a row the first is left out; end-of-text tokens are too
     assert 0.9 * kept / 2 < found.harvest <= kept / 2 and found.training == 64 / 0.25
     assert found.samples == config.samples and found.hours == pytest.approx(
@@ -281,10 +283,10 @@ def test_a_probe_measures_both_and_changes_nothing(pair, profile, cache, monkeyp
 
 def test_a_probe_takes_real_time_and_refuses_nonsense(pair, profile, cache):
     stream, config = diff.streamed(profile, *pair), diff.configured(profile, 48)
-    found = diff.probe(stream, config, seconds=0.1)
+    found = budget.probe(stream, config, seconds=0.1)
     assert found.harvest > 0 and found.training > 0 and found.hours > 0
     with pytest.raises(ValueError, match="exceed"):
-        diff.probe(stream, config._replace(k=97))
+        budget.probe(stream, config._replace(k=97))
 
 
 # --- the dictionary ----------------------------------------------------------------------------------------------------
@@ -313,8 +315,8 @@ def test_a_streamed_dictionary_is_announced_trained_and_cached(pair, profile, ca
     assert (last.l0, last.dead, last.explained_variance) == (cfg.L0, cfg.dead, cfg["explained variance"])
     assert 0 < last.l0 <= 4 and last.explained_variance > 0.2 and f"L0 {last.l0:.1f}" in said
     with monkeypatch.context() as patch:
-        for name in ("probe", "budget"):
-            patch.setattr(diff, name, lambda *_: pytest.fail("reckoned again"))
+        for name in ("probe", "reckoned"):
+            patch.setattr(budget, name, lambda *_: pytest.fail("reckoned again"))
         patch.setattr(train, "fit", lambda *_: pytest.fail("trained again"))
         assert diff.dictionary(profile, None, *pair)[1] == folder
     assert diff.dictionary(profile, None, *pair, seed=1)[1] != folder
@@ -343,9 +345,9 @@ def test_a_streamed_run_cut_anywhere_resumes_to_the_same_bits_unprobed(pair, pro
     def probe(*_):
         probes.append(1)
         monkeypatch.setattr(train, "update", cut)
-        return diff.Probe(1.0, 1.0, 1)
+        return budget.Probe(1.0, 1.0, 1)
 
-    monkeypatch.setattr(diff, "probe", probe)
+    monkeypatch.setattr(budget, "probe", probe)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             diff.dictionary(profile, None, *pair)
