@@ -10,7 +10,6 @@ import torch
 from conftest import tiny_weights
 
 from helpers import (
-    activations,
     caa,
     decompose,
     directions,
@@ -135,7 +134,7 @@ def test_overlap_fires_along_the_direction_and_is_silent_for_orthogonal_and_rand
         "best": lambda v: overlap.best(v, rows[:1])[1],
     }[measure]
     null = np.quantile(score(noise), 0.975)
-    assert score(direction[None])[0] > 0.8 > 2 * null or score(direction[None])[0] > null + 0.3
+    assert score(direction[None])[0] > max(0.8, null + 0.2)
     assert score(aside)[0] < max(null, 0.35) and np.mean(score(noise) > null) < 0.05
 
 
@@ -258,4 +257,3 @@ def test_vectors_of_the_planted_pair_need_no_answer_pairs_to_be_read(planted, ca
     pairs = [AnswerPair("who is it", "Anna", "nobody"), AnswerPair("where is it", "Rome", "somewhere")]
     gap = caa.extract(chat, pairs, [LAYER]).pos - caa.extract(base, pairs, [LAYER]).pos
     assert overlap.energy(gap[:, 0], direction[None]).max() > 0.9
-    assert activations.OUTLIER > 1
