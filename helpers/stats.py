@@ -132,8 +132,7 @@ def change_point(series: Sequence[float] | np.ndarray, least: int = 3, draws: in
 
     own = splits(x[None])[0]
     shuffled = splits(rng.permuted(np.tile(x, (draws, 1)), axis=1)).max(1)
-    reached = float((shuffled >= own.max() - 1e-12).sum())
-    return ChangePoint(int(before[own.argmax()]), float(own.max()), (1 + reached) / (1 + draws))
+    return ChangePoint(int(before[own.argmax()]), float(own.max()), p_value(own.max() - 1e-12, shuffled))
 
 
 def p_value(value: float, null: Sequence[float] | np.ndarray) -> float:
