@@ -39,7 +39,7 @@ def shape(model: Plain | str) -> Shape:
     if isinstance(model, Plain):
         weights = model.weights
     else:
-        path, _ = models._find(session.split(model)[0], "cpu", torch.bfloat16, None, weights=False)
+        path, _ = models.find(session.split(model)[0], "cpu", torch.bfloat16, None, weights=False)
         with torch.device("meta"):
             weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     config = weights.config.get_text_config()
@@ -144,10 +144,12 @@ def check(need: Budget, device: str, held: tuple[str, ...] = ()) -> None:
     )
     smaller = "or lower expansion or batch in the profile's section pair: diff: train:"
     if device.startswith("cuda"):
-        places = [(device, parts, models._memory(device), f"take a card with more memory, free this one, {smaller}")]
-        places += [("the host", host, models._memory("cpu"), "close what else is running")]
+        places = [
+            (device, parts, models.free_memory(device), f"take a card with more memory, free this one, {smaller}")
+        ]
+        places += [("the host", host, models.free_memory("cpu"), "close what else is running")]
     else:
-        places = [(device, parts + host, models._memory(device), f"take a machine with more memory, {smaller}")]
+        places = [(device, parts + host, models.free_memory(device), f"take a machine with more memory, {smaller}")]
     session.cache_dir().mkdir(parents=True, exist_ok=True)
     free = store.free_bytes(session.cache_dir())
     places += [("disk", disk, free, "make room, or set CACHE_DIR in .env to another disk")]

