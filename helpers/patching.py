@@ -17,7 +17,7 @@ from helpers import models, prompts, splice, stats, store
 from helpers.hooks import resume_at
 from helpers.prompts import ANSWER, Tokens
 from helpers.stats import Interval
-from helpers.steer import exact_logits, token_log_probs
+from helpers.steer import exact_logits, token_log_probs, unembedding
 
 CODE = ("patching", "steer", "splice", "hooks", "prompts", "models")
 
@@ -63,18 +63,10 @@ class Runs:
     def _above(self, batch: prompts.Batch, stream: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """What reaches the unembedding (tokens, d_model), and the logits (tokens, vocabulary), at the `chosen` (batch, tokens) positions if
         `stream` (batch, tokens, d_model) leaves block `layer`."""
-        weights, where, kept = self.model.original_model, models.device_of(self.model), {}
-
-        def narrow(module: Any, args: tuple) -> tuple:
-            kept["hidden"] = args[0][chosen.to(where)]
-            return (kept["hidden"][None], *args[1:])
-
-        handle = weights.get_output_embeddings().register_forward_pre_hook(narrow)
-        try:
-            with resume_at(self.model, self.layer, stream.to(where).to(weights.dtype)):
-                logits = models.run(self.model, batch).logits[0]
-        finally:
-            handle.remove()
+        where = models.device_of(self.model)
+        acts = stream.to(where).to(self.model.original_model.dtype)
+        with unembedding(self.model, chosen.to(where)) as kept, resume_at(self.model, self.layer, acts):
+            logits = models.run(self.model, batch).logits[0]
         return kept["hidden"], logits
 
     def _cached(

@@ -6,7 +6,8 @@ vector and multiplier after that costs only the upper blocks on the completion's
 Steerability as the slope over multipliers with its per-item spread: Tan et al. 2024 (arXiv:2407.12404).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,25 @@ def token_log_probs(logits: Tensor, targets: Tensor, exact: Tensor, block: int =
         top = part.amax(1, keepdim=True)
         out[rows] = exact[rows] - top[:, 0] - part.sub_(top).exp_().sum(1).log()
     return out
+
+
+@contextmanager
+def unembedding(model: Any, chosen: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Context: only the `chosen` (batch, tokens) bool positions are unembedded, the logits are (1, chosen, vocabulary).
+
+    Yields a dict that holds what reached the unembedding there, `hidden` (chosen, d_model), once the model has run.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def narrow(module: Any, args: tuple) -> tuple:
+        kept["hidden"] = args[0][chosen]
+        return (kept["hidden"][None], *args[1:])
+
+    handle = model.original_model.get_output_embeddings().register_forward_pre_hook(narrow)
+    try:
+        yield kept
+    finally:
+        handle.remove()
 
 
 def exact_logits(model: Any, hidden: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
@@ -150,18 +170,13 @@ class Continuations:
         Padding and prompt tokens are never unembedded.
         """
         shift = (multiplier * vector).to(chunk["acts"].dtype).to(chunk["acts"].device)
-        head, kept = self.model.original_model.get_output_embeddings(), {}
-
-        def narrow(module: Any, args: tuple) -> tuple:
-            kept["hidden"] = args[0][chunk["scored"]]
-            return (kept["hidden"][None], *args[1:])
-
-        handle = head.register_forward_pre_hook(narrow)
         try:
-            with resume_at(self.model, self.layer, chunk["acts"] + shift):
+            with (
+                unembedding(self.model, chunk["scored"]) as kept,
+                resume_at(self.model, self.layer, chunk["acts"] + shift),
+            ):
                 out = self.model.original_model(**chunk["options"], past_key_values=chunk["cache"], use_cache=True)
         finally:
-            handle.remove()
             _forget(chunk["cache"], chunk["length"])
         return out.logits[0], exact_logits(self.model, kept["hidden"], chunk["targets"], out.logits[0])
 
