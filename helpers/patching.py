@@ -177,8 +177,10 @@ def difference(chat: Runs, base: Runs, limit: float = float("inf")) -> Change:
     return Change(rows, there)
 
 
-def recovered(nothing: np.ndarray, patched: np.ndarray, draws: int = 2000, seed: int = 0) -> Interval:
-    """1 - KL left / KL there was, sums over conversations (n,), with a 95 % interval over conversations: 1, all is recovered; negative, it
-    is further away than before."""
-    both = np.stack([nothing, patched], 1)
-    return stats.bootstrap(both, lambda x: float(1 - x[:, 1].sum() / x[:, 0].sum()), draws, seed)
+def recovered(
+    nothing: np.ndarray, patched: np.ndarray, best: np.ndarray | None = None, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """Share of the KL that is gone, sums over conversations (n,), with a 95 % interval over conversations: 1, all; negative, it is further
+    away than before. With `best`, the KL that is left at best, in units of what that recovers."""
+    left = np.stack([nothing, patched, np.zeros_like(nothing) if best is None else best], 1)
+    return stats.bootstrap(left, lambda x: float((x[:, 0] - x[:, 1]).sum() / (x[:, 0] - x[:, 2]).sum()), draws, seed)

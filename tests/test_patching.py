@@ -249,6 +249,9 @@ def test_recovered_is_one_minus_the_ratio_of_sums():
     found = patching.recovered(np.array([1.0, 3.0]), np.array([0.5, 0.5]))
     assert found.value == pytest.approx(0.75) and found.low <= 0.75 <= found.high
     assert patching.recovered(np.array([1.0, 1.0]), np.array([3.0, 3.0])).value == -2
+    nothing, patched, best = np.array([1.0, 3.0]), np.array([0.5, 1.5]), np.array([0.0, 1.0])
+    assert patching.recovered(nothing, patched, best).value == pytest.approx(2 / 3)
+    assert patching.recovered(nothing, best, best)[:2] == (1.0, 1.0)
 
 
 def test_vectors_of_the_planted_pair_need_no_answer_pairs_to_be_read(planted, cache):
