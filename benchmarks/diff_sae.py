@@ -15,8 +15,9 @@ import warnings
 import torch
 
 from benchmarks import line
-from helpers import budget, diff, harvest, models, session, train
-from helpers.models import Plain
+from helpers import budget, diff, harvest, session, train
+from helpers.lm import models
+from helpers.lm.reading import LM
 
 warnings.filterwarnings("ignore")
 TRUE = {"d": 2304, "depth": 26, "layer": 13, "mlp": 9216, "heads": 8, "head": 256, "vocabulary": 256_000, "latents": 18_432, "k": 64,
@@ -37,7 +38,7 @@ def gemma(o, device, dtype, seed):
     torch.manual_seed(seed)
     with torch.device(device):
         weights = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
-    return Plain(weights, tokenizer, f"random-gemma-2-{seed}")
+    return LM.of(weights, tokenizer, f"random-gemma-2-{seed}")
 
 
 def peak(call, device):

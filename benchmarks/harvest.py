@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import clock, line
-from helpers import assets, harvest, models, session, train
-from helpers.models import Plain
+from helpers import harvest, session, train
+from helpers.lm import models, text
+from helpers.lm.reading import LM
 
 warnings.filterwarnings("ignore")
 
@@ -34,7 +35,7 @@ def gemma_shape(device, dtype, seed=0):
     torch.manual_seed(seed)
     with torch.device(device):
         weights = AutoModelForCausalLM.from_config(Gemma2Config(), dtype=dtype, attn_implementation="eager").eval()
-    return Plain(weights, models.outline(models.packaged_names()[0]).tokenizer, f"random-gemma-2-2b-{seed}")
+    return LM.of(weights, models.outline(models.packaged_names()[0]).tokenizer, f"random-gemma-2-2b-{seed}")
 
 
 def store(model, layer, ids, batch):
@@ -43,13 +44,13 @@ def store(model, layer, ids, batch):
     from sae_lens.load_model import HookedProxyLM
     from sae_lens.training.activations_store import ActivationsStore
 
-    block = next(n for n, m in model.weights.named_modules() if m is models.blocks(model.weights)[layer])
+    block = next(n for n, m in model.weights.named_modules() if m is model.blocks[layer])
     dataset = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     return ActivationsStore(
         HookedProxyLM(model.weights, model.tokenizer, hook_names=[block]), dataset, streaming=False, hook_name=block,
-        hook_head_index=None, context_size=ids.shape[1], d_in=models.width(model.weights), n_batches_in_buffer=8192 // ids.shape[1],
+        hook_head_index=None, context_size=ids.shape[1], d_in=model.d_model, n_batches_in_buffer=8192 // ids.shape[1],
         total_training_tokens=ids.numel(), store_batch_size_prompts=batch, train_batch_size_tokens=4096, prepend_bos=False,
-        normalize_activations="none", device=model.weights.device, dtype="float32",
+        normalize_activations="none", device=model.device, dtype="float32",
     )  # fmt: skip
 
 
@@ -75,15 +76,15 @@ def main():
     o = parser.parse_args()
     torch.set_grad_enabled(False)
     device, dtype = session.device_and_dtype()
-    model = gemma_shape(device, dtype) if o.random else models.plain(session.load_profile()["chat"], device, dtype)
-    layer = len(models.blocks(model.weights)) // 2 - 1
+    model = gemma_shape(device, dtype) if o.random else models.load(session.load_profile()["chat"], device, dtype)
+    layer = model.layers // 2 - 1
     source = "packaged:wiki+web+stories"
     batch = harvest.choose_batch(model, [layer], o.context)
-    assets.fetch("text")
+    text.fetch("text")
     cache, folder = session.cache_dir(), Path(tempfile.mkdtemp())
     (folder / "assets").symlink_to((cache / "assets").resolve())
     os.environ["CACHE_DIR"] = str(folder)  # every round harvests anew
-    cut = models.blocks(model.weights)
+    cut = model.weights.get_decoder().layers
     whole = list(cut)
     inner = model.weights.get_decoder()
 

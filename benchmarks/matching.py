@@ -14,7 +14,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks import clock, line
-from helpers import harvest, matching, models, saes, session, train
+from helpers import harvest, matching, saes, session, train
+from helpers.lm import models
 
 
 def dictionaries(n, d, kind):
@@ -29,7 +30,7 @@ def dictionaries(n, d, kind):
 
 def decoders(n, device):
     profile = session.load_profile("smollm2")
-    bare = models.plain(profile["chat"], *session.device_and_dtype(profile))
+    bare = models.load(profile["chat"], *session.device_and_dtype(profile))
     samples = harvest.of_profile(bare, profile)
     out = []
     for seed in (0, 1):

@@ -1,4 +1,4 @@
-"""Scoring a steering vector: `steer.Continuations` against plain steered forward passes over prompt and completion.
+"""Scoring a steering vector: `scoring.Continuations` against plain steered forward passes over prompt and completion.
 
     python benchmarks/propensity.py [--items 50] [--rounds 5] [--random]
 
@@ -14,20 +14,22 @@ import time
 import numpy as np
 import torch
 
-from helpers import behaviors, hooks, models, prompts, session, steer
-from helpers.prompts import ANSWER
+from helpers import behaviors, session, steer
+from helpers.lm import hooks, models, reading, tokens
+from helpers.lm.reading import LM
+from helpers.lm.tokens import ANSWER
 
 
 def plain(model, items, layer, vector, multiplier):
     """log p of both completions by whole steered forward passes, in batches of like length."""
-    rows = [prompts.chat(model.tokenizer, i.question, answer=a) for i in items for a in (i.matching, i.non_matching)]
+    rows = [tokens.chat(model.tokenizer, i.question, answer=a) for i in items for a in (i.matching, i.non_matching)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     out = np.zeros(len(rows))
     for start in range(0, len(order), 40):
         chosen = order[start : start + 40]
-        batch = prompts.pad([rows[i] for i in chosen], model.tokenizer.pad_token_id, "right")
-        with hooks.add(model, layer, vector, multiplier, prompts.positions(batch, "response")):
-            logits = models.run(model, batch).logits[:, :-1].float()
+        batch = tokens.pad([rows[i] for i in chosen], model.tokenizer.pad_token_id, "right")
+        with hooks.add(model, layer, vector, multiplier, tokens.positions(batch, "response")):
+            logits = reading.forward(model, batch).logits[:, :-1].float()
         targets = batch.ids[:, 1:].to(logits.device)
         token = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
         keep = (batch.roles[:, 1:] == ANSWER).to(logits.device)
@@ -42,7 +44,7 @@ def gemma_shape(device, dtype):
     tokenizer = AutoTokenizer.from_pretrained(models.packaged_folder("smollm2-135m-instruct"))
     with torch.device(device):
         weights = AutoModelForCausalLM.from_config(Gemma2Config(), dtype=dtype, attn_implementation="eager").eval()
-    return models.bridge(weights, tokenizer, "random-gemma-2-2b")
+    return LM.of(weights, tokenizer, "random-gemma-2-2b")
 
 
 def clock(call, device):
@@ -63,9 +65,9 @@ def main():
     options = parser.parse_args()
     s = session.start("benchmark")
     model = gemma_shape(s.device, s.dtype) if options.random else models.load(s.profile["chat"], s.device, s.dtype)
-    layer = model.cfg.n_layers // 2 - 1
+    layer = model.layers // 2 - 1
     items = behaviors.load_behavior("refusal").test[: options.items]
-    where, v = steer.of_items(model, items, layer), torch.randn(model.cfg.d_model)
+    where, v = steer.of_items(model, items, layer), torch.randn(model.d_model)
     build, _ = clock(where._build, s.device)
     gradient, _ = clock(where.gradients, s.device)
     where.log_probs(v, 1.0), plain(model, items, layer, v, 1.0)  # warm-up

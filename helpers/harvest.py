@@ -1,6 +1,6 @@
 """Activations of long text: residuals after chosen layers, on disk in shards or streamed, and read back shuffled.
 
-Runs a bare transformers model (`models.plain`) up to the deepest layer asked for and no further. A shard is the residuals of a
+Runs a model (`lm.reading`) up to the deepest layer asked for and no further. A shard is the residuals of a
 fixed run of token rows, so it depends on no other shard: a killed harvest goes on at the next one, ranks take every N-th
 one, and the bits are the same. Differences of a base and a chat model are read from two harvests of the same rows.
 
@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,44 +24,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers import activations, behaviors, corpus, models, prompts, session, store
+from helpers import activations, behaviors, session, store
 from helpers.activations import Acts, Chunk, HarvestError, Pair, Samples
-from helpers.hooks import Stop, hooked
-from helpers.models import Plain
+from helpers.lm import models, reading, replies, text
+from helpers.lm import tokens as lm_tokens
+from helpers.lm.reading import LM
+from helpers.lm.tokens import Tokenizer
 
 FORMAT = 2  # raised when the bits of a shard change
 SHARD_ROWS = 512
-Model = Plain | str
+Model = LM | str
 
 
-def residuals(weights: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    """layer -> (rows, context, d_model): the residual stream after each of `layers` for token ids (rows, context).
-
-    The blocks above the deepest layer, and the unembedding, are not run.
-    """
-    blocks, found = models.blocks(weights), {}
-    if bad := [k for k in layers if not 0 <= k < len(blocks)]:
-        raise HarvestError(f"layer {bad[0]} was asked for, but the model has layers 0 to {len(blocks) - 1}")
-
-    def reader(layer: int) -> Any:
-        def read(module: Any, inputs: Any, out: Any) -> None:
-            found[layer] = out[0] if isinstance(out, tuple) else out
-            if layer == max(layers):
-                raise Stop
-
-        return read
-
-    with hooked([blocks[k] for k in layers], [reader(k) for k in layers]), suppress(Stop), torch.no_grad():
-        weights(input_ids=ids.to(weights.device), use_cache=False)
-    return found
-
-
-def choose_batch(model: Plain, layers: Sequence[int], context: int) -> int:
+def choose_batch(model: LM, layers: Sequence[int], context: int) -> int:
     """Rows a forward pass: doubled while that gains 3 % in tokens/s and fits in memory; tried once and remembered."""
-    weights = model.weights
-    key = [model.identity, str(weights.dtype), str(weights.device), max(layers), context, torch.get_num_threads()]
-    if weights.device.type == "cuda":
-        key.append(torch.cuda.get_device_name(weights.device))
+    key = [model.identity, str(model.dtype), str(model.device), max(layers), context, torch.get_num_threads()]
+    if model.device.type == "cuda":
+        key.append(torch.cuda.get_device_name(model.device))
     path = session.cache_dir() / "batches" / f"{store.digest(key)[:16]}.json"
     if kept := store.read_json(path):
         return kept["rows"]
@@ -69,18 +48,18 @@ def choose_batch(model: Plain, layers: Sequence[int], context: int) -> int:
     while True:
         ids = torch.zeros(rows, context, dtype=torch.long)
         try:
-            residuals(weights, ids, layers)
+            reading.packed(model, ids, layers)
             seconds = []
             for _ in range(2):
                 began = time.perf_counter()
-                sum(float(acts[-1, -1, 0]) for acts in residuals(weights, ids, layers).values())  # waits for a GPU
+                sum(float(acts[-1, -1, 0]) for acts in reading.packed(model, ids, layers).values())  # waits for a GPU
                 seconds.append(time.perf_counter() - began)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if type(error) is RuntimeError and "memory" not in str(error):
                 raise
             if not best:
                 raise HarvestError(
-                    f"a batch of {rows} x {context} tokens does not fit on {weights.device}: choose a shorter context, a "
+                    f"a batch of {rows} x {context} tokens does not fit on {model.device}: choose a shorter context, a "
                     "smaller dtype or another device"
                 ) from None
             break
@@ -95,15 +74,17 @@ def choose_batch(model: Plain, layers: Sequence[int], context: int) -> int:
 # --- shards of token rows ----------------------------------------------------------------------------------------------
 
 
-def _chunks(tokenizer: Any, source: corpus.Source, context: int, part: str, tokens: int, size: int) -> Iterator[Chunk]:
+def _chunks(
+    tokenizer: Tokenizer, source: text.Source, context: int, part: str, tokens: int, size: int
+) -> Iterator[Chunk]:
     """Chunks of `size` rows until `tokens` tokens are kept; the last one ends with the row that reaches them."""
-    rows: list[corpus.Row] = []
+    rows: list[text.Row] = []
     count, before, total, index = Counter(), Counter(), 0, 0
 
     def chunk() -> Chunk:
         return Chunk(index, *(np.stack(parts) for parts in zip(*rows, strict=True)), count - before)
 
-    for row in corpus.rows(tokenizer, source, context, part, count):
+    for row in text.rows(tokenizer, source, context, part, count):
         rows.append(row)
         total += int(row.kept.sum())
         if len(rows) == size or total >= tokens:
@@ -115,16 +96,15 @@ def _chunks(tokenizer: Any, source: corpus.Source, context: int, part: str, toke
         yield chunk()
 
 
-def _forward(model: Plain, chunk: Chunk, layers: Sequence[int], batch: int, bar: Any = None) -> dict[int, Acts]:
+def _forward(model: LM, chunk: Chunk, layers: Sequence[int], batch: int, bar: Any = None) -> dict[int, Acts]:
     """layer -> residuals of a chunk's kept tokens in the model's dtype; HarvestError names a row that is not finite."""
-    weights = model.weights
     kept = torch.from_numpy(chunk.kept)
     ends = np.concatenate([[0], chunk.kept.sum(1).cumsum()])
-    n, width = int(ends[-1]), models.width(weights)
-    out = {k: Acts(torch.empty(n, width, dtype=weights.dtype), torch.empty(n)) for k in layers}
+    n = int(ends[-1])
+    out = {k: Acts(torch.empty(n, model.d_model, dtype=model.dtype), torch.empty(n)) for k in layers}
     for first in range(0, len(chunk.ids), batch):
         last = min(first + batch, len(chunk.ids))
-        acts = residuals(weights, torch.from_numpy(chunk.ids[first:last]).long(), layers)
+        acts = reading.packed(model, torch.from_numpy(chunk.ids[first:last]).long(), layers)
         for k in layers:
             rows = acts[k][kept[first:last].to(acts[k].device)]
             out[k].rows[ends[first] : ends[last]] = rows
@@ -138,7 +118,7 @@ def _forward(model: Plain, chunk: Chunk, layers: Sequence[int], batch: int, bar:
             document = chunk.documents[row][chunk.kept[row]][bad - ends[row]]
             raise HarvestError(
                 f"shard {chunk.index}, sample {bad} (row {row}, document {document}) holds NaN or infinity at "
-                f"layer {k} in {str(weights.dtype).removeprefix('torch.')}: use bfloat16 or float32. Shards before it are kept"
+                f"layer {k} in {str(model.dtype).removeprefix('torch.')}: use bfloat16 or float32. Shards before it are kept"
             )
     return out
 
@@ -168,44 +148,37 @@ def _barrier() -> None:
 
 
 def _plan(
-    model: Plain, tokenizer: Any, source: Any, layers: list[int], tokens: int, context: int, part: str, size: int
+    model: LM, tokenizer: Tokenizer, source: Any, layers: list[int], tokens: int, context: int, part: str, size: int
 ) -> dict[str, Any]:
-    template = [
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        sorted(prompts.special_ids(tokenizer)),
-        tokenizer.chat_template,
-    ]
     return {
         "model": model.identity,
         "convention": models.CONVENTION,
-        "source": corpus.fingerprint(source),
+        "source": text.fingerprint(source),
         "layers": layers,
         "tokens": tokens,
         "context": context,
-        "prepend bos": bool(prompts.first_token(tokenizer)),
-        "template": store.digest(template)[:16],
+        "prepend bos": bool(lm_tokens.first_token(tokenizer)),
+        "template": lm_tokens.fingerprint(tokenizer),
         "part": part,
         "rows a shard": size,
-        "dtype": str(model.weights.dtype).removeprefix("torch."),
-        "device": model.weights.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "format": FORMAT,
         "libraries": store.versions(),
     }
 
 
-def _check(model: Plain, layers: Sequence[int], **sizes: int) -> None:
+def _check(model: LM, layers: Sequence[int], **sizes: int) -> None:
     """HarvestError or ValueError for layers that are not there, or sizes that make no sense."""
     for name, value in sizes.items():
         least = 0 if name == "batch" else 2 if name == "context" else 1
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} = {value!r} given; it must be a whole number of at least {least}")
-    depth = len(models.blocks(model.weights))
+    depth = model.layers
     if not layers or any(not 0 <= k < depth for k in layers):
         raise HarvestError(f"layers {list(layers)} were asked for; the model has layers 0 to {depth - 1}")
-    longest = getattr(model.weights.config.get_text_config(), "max_position_embeddings", None)
-    if longest and sizes["context"] > longest:
-        raise ValueError(f"context = {sizes['context']} given; the model takes at most {longest} tokens")
+    if model.longest and sizes["context"] > model.longest:
+        raise ValueError(f"context = {sizes['context']} given; the model takes at most {model.longest} tokens")
 
 
 def _room(folder: Path, tokens: int, layers: int, width: int, itemsize: int) -> None:
@@ -217,7 +190,7 @@ def _room(folder: Path, tokens: int, layers: int, width: int, itemsize: int) -> 
         )
 
 
-def _batch(folder: Path, plan: dict[str, Any], chosen: int, model: Plain) -> int:
+def _batch(folder: Path, plan: dict[str, Any], chosen: int, model: LM) -> int:
     """Rows a forward pass of this harvest: a harvest keeps the batch its first shard was made with."""
     path = folder / "plan.json"
     if (kept := store.read_json(path)) and (not chosen or list(folder.glob("shard-*.json"))):
@@ -228,15 +201,15 @@ def _batch(folder: Path, plan: dict[str, Any], chosen: int, model: Plain) -> int
 
 
 def run(
-    model: Plain,
-    source: corpus.Source,
+    model: LM,
+    source: text.Source,
     layers: Sequence[int],
     tokens: int,
     context: int = 128,
     part: str = "train",
     shard_rows: int = SHARD_ROWS,
     batch: int = 0,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
 ) -> "Samples":
     """Residuals after `layers` for the first `tokens` kept tokens of `source`, kept on disk; at the first of `layers`.
 
@@ -247,7 +220,8 @@ def run(
     """
     tokenizer = tokenizer or model.tokenizer
     _check(model, layers, tokens=tokens, context=context, shard_rows=shard_rows, batch=batch)
-    source, wanted = corpus.resolved(source), layers[0]
+    reading.unhooked(model)
+    source, wanted = text.resolved(source), layers[0]
     layers = sorted(set(layers))
     plan = _plan(model, tokenizer, source, layers, tokens, context, part, shard_rows)
     folder = session.cache_dir() / "harvest" / store.digest(plan)[:24]
@@ -259,7 +233,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     store.sweep(folder)
     if not list(folder.glob("shard-*.json")):
-        _room(folder, tokens, len(layers), models.width(model.weights), model.weights.dtype.itemsize)
+        _room(folder, tokens, len(layers), model.d_model, model.dtype.itemsize)
     _barrier()  # nobody looks for shards while another still removes damaged ones
     if rank == 0:
         batch = _batch(folder, plan, batch, model)
@@ -303,8 +277,8 @@ def check_pair(base: Model, chat: Model) -> None:
     """HarvestError if two models, loaded or by name, differ in width or depth, or their tokenizers in any token; names the first."""
     outlines = []
     for m in (base, chat):
-        if isinstance(m, Plain):
-            outlines.append(models.Outline(m.tokenizer, models.width(m.weights), len(models.blocks(m.weights))))
+        if isinstance(m, LM):
+            outlines.append(models.Outline(m.tokenizer, m.d_model, m.layers))
         else:
             outlines.append(models.outline(m))
     a, b = outlines
@@ -316,7 +290,7 @@ def check_pair(base: Model, chat: Model) -> None:
     check_tokenizers(a.tokenizer, b.tokenizer)
 
 
-def check_tokenizers(base: Any, chat: Any) -> None:
+def check_tokenizers(base: Tokenizer, chat: Tokenizer) -> None:
     """HarvestError that names the first token (by id) in which two tokenizers differ, or the first text they split differently."""
     ours, theirs = ({i: t for t, i in tokenizer.get_vocab().items()} for tokenizer in (base, chat))
     for i in range(max(max(ours), max(theirs)) + 1):
@@ -325,29 +299,29 @@ def check_tokenizers(base: Any, chat: Any) -> None:
                 f"the two models do not share a tokenizer: token {i} is {ours.get(i)!r} in the base and {theirs.get(i)!r} in the chat "
                 "model, so positions would not correspond"
             )
-    for text in (
+    for sample in (
         "The quick brown fox, 1234 times.\n\n\tnaïve — ça va? 你好",
         "def f(x):\n    return x ** 2  # unbelievably",
     ):
-        a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (base, chat))
+        a, b = (tokenizer(sample, add_special_tokens=False)["input_ids"] for tokenizer in (base, chat))
         if a != b:
             at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             raise HarvestError(
-                f"the two models do not share a tokenizer: they have the same tokens but split {text[:20]!r} differently from token {at} on"
+                f"the two models do not share a tokenizer: they have the same tokens but split {sample[:20]!r} differently from token {at} on"
             )
 
 
-def pair(base: Model, chat: Model, source: corpus.Source, layers: Sequence[int], tokens: int, **how: Any) -> Pair:
+def pair(base: Model, chat: Model, source: text.Source, layers: Sequence[int], tokens: int, **how: Any) -> Pair:
     """A harvest of `base` and one of `chat` over the same tokens, as `run` makes them, at the first of `layers`.
 
     The rows are those of the chat model's tokenizer: its template, its end-of-text token. A model given by name is
     loaded, run and freed before the other is loaded, so that a card need only hold one. HarvestError if the two do not fit.
     """
     check_pair(base, chat)
-    tokenizer = chat.tokenizer if isinstance(chat, Plain) else models.outline(chat).tokenizer
+    tokenizer = chat.tokenizer if isinstance(chat, LM) else models.outline(chat).tokenizer
     settings, out = session.device_and_dtype(), []
     for given in (base, chat):
-        model = given if isinstance(given, Plain) else models.plain(given, *settings)
+        model = given if isinstance(given, LM) else models.load(given, *settings)
         out.append(run(model, source, layers, tokens, tokenizer=tokenizer, **how))
         del model
         if settings[0].startswith("cuda"):
@@ -364,7 +338,7 @@ class Stream:
     """
 
     def __init__(
-        self, model: Plain, source: corpus.Source, layer: int, chat: Plain | None = None, context: int = 128,
+        self, model: LM, source: text.Source, layer: int, chat: LM | None = None, context: int = 128,
         part: str = "train", pool_tokens: int = 131_072, batch_rows: int = 0,
     ):  # fmt: skip
         if chat is not None:
@@ -372,10 +346,10 @@ class Stream:
         _check(model, [layer], context=context, pool_tokens=pool_tokens, batch=batch_rows)
         self.models = [m for m in (model, chat) if m is not None]
         self.tokenizer = self.models[-1].tokenizer
-        self.source, self.layer, self.context, self.part = corpus.resolved(source), layer, context, part
+        self.source, self.layer, self.context, self.part = text.resolved(source), layer, context, part
         self.pool_rows = max(pool_tokens // context, 1)
         self.batch_rows = batch_rows or choose_batch(model, [layer], context)
-        self.d_model = models.width(model.weights)
+        self.d_model = model.d_model
 
     def about(self) -> dict[str, Any]:
         """What the rows are, as an SAE's metadata says it."""
@@ -440,33 +414,7 @@ class Stream:
 # --- conversations -----------------------------------------------------------------------------------------------------
 
 
-def chats(model: Plain, questions: Sequence[str], max_new_tokens: int = 64, seed: int = 0, batch: int = 32) -> Path:
-    """A .jsonl file of the model's own answers to `questions`, sampled from `seed`: a source for `run`; kept in the cache."""
-    weights, tokenizer, identity = model
-    key = [identity, str(weights.dtype), weights.device.type, list(questions), max_new_tokens, seed, FORMAT]
-    path = session.cache_dir() / "chats" / f"{store.digest(key)[:24]}.jsonl"
-    if path.exists():
-        return path
-    lines, specials = [], sorted(prompts.special_ids(tokenizer))
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        for first in tqdm(range(0, len(questions), batch), desc="chats"):
-            asked = questions[first : first + batch]
-            rows = prompts.pad([prompts.chat(tokenizer, q) for q in asked], tokenizer.pad_token_id, "left")
-            ids = weights.generate(
-                input_ids=rows.ids.to(weights.device), attention_mask=rows.mask.long().to(weights.device),
-                max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_k=0, top_p=1.0,
-                pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-            for question, reply in zip(asked, ids[:, rows.ids.shape[1] :].cpu(), strict=True):
-                ended = torch.isin(reply, torch.tensor(specials)).long().cumsum(0) > 0
-                answer = tokenizer.decode(reply[~ended]).strip()
-                if answer:
-                    lines.append(json.dumps({"question": question, "answer": answer}, ensure_ascii=False))
-    return store.write_file(path, "\n".join(lines) + "\n")
-
-
-def _described(profile: dict[str, Any], speakers: Sequence[Plain], part: str, fast: bool) -> tuple[list[str], int, int]:
+def _described(profile: dict[str, Any], speakers: Sequence[LM], part: str, fast: bool) -> tuple[list[str], int, int]:
     """Source, tokens and context of a profile's `sae: harvest:` section, the answers of each of `speakers` among the sources."""
     how = profile.get("sae", {}).get("harvest")
     if not how:
@@ -477,15 +425,15 @@ def _described(profile: dict[str, Any], speakers: Sequence[Plain], part: str, fa
     if how.get("chats"):
         questions = [q for name in profile["behaviors"] for q in behaviors.load_behavior(name).open]
         for model in speakers:
-            source.append(str(chats(model, questions[:8] if fast else questions, 8 if fast else how["chats"])))
+            source.append(str(replies.chats(model, questions[:8] if fast else questions, 8 if fast else how["chats"])))
     tokens = how["tokens"] if part == "train" else how["held_out"]
     return source, min(tokens, 6000) if fast else tokens, how["context"]
 
 
-def of_profile(model: Plain, profile: dict[str, Any], part: str = "train", fast: bool = False) -> Samples:
+def of_profile(model: LM, profile: dict[str, Any], part: str = "train", fast: bool = False) -> Samples:
     """The harvest a profile's `sae: harvest:` section describes, at the profile's layer; `fast` takes a few thousand tokens.
 
-    `source` as in helpers/corpus.py; with `chats` (a number of new tokens) the model's own answers to the behaviours'
+    `source` as in helpers/lm/text.py; with `chats` (a number of new tokens) the model's own answers to the behaviours'
     open prompts are one of its sources; `tokens` of the part train, `held_out` of the part held-out.
     """
     source, tokens, context = _described(profile, [model], part, fast)
@@ -493,8 +441,8 @@ def of_profile(model: Plain, profile: dict[str, Any], part: str = "train", fast:
 
 
 def pair_of_profile(
-    base: Plain, chat: Plain, profile: dict[str, Any], part: str = "train", fast: bool = False,
-    speakers: Sequence[Plain] = (),
+    base: LM, chat: LM, profile: dict[str, Any], part: str = "train", fast: bool = False,
+    speakers: Sequence[LM] = (),
 ) -> Pair:  # fmt: skip
     """The harvest of `of_profile` through two models, token by token; both models' own answers are read by both.
 
@@ -523,13 +471,13 @@ def _distributed() -> Iterator[None]:
 def main() -> None:
     """The command line: one harvest, its folder printed last."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--source", nargs="+", default=["packaged:wiki+web+stories"], help="see helpers/corpus.py")
+    parser.add_argument("--source", nargs="+", default=["packaged:wiki+web+stories"], help="see helpers/lm/text.py")
     parser.add_argument("--layers", type=int, nargs="+", help="default: the profile's layer")
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--profile", default="")
     parser.add_argument("--model", default="", help="default: the profile's chat model")
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--part", default="train", choices=corpus.PARTS)
+    parser.add_argument("--part", default="train", choices=text.PARTS)
     parser.add_argument("--batch", type=int, default=0, help="rows a forward pass; 0: found by trying")
     parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="token rows a shard")
     o = parser.parse_args()
@@ -538,7 +486,7 @@ def main() -> None:
     with _distributed():
         if device == "cuda":
             device = f"cuda:{session.setting('LOCAL_RANK', '0')}"
-        model = models.plain(o.model or profile["chat"], device, dtype)
+        model = models.load(o.model or profile["chat"], device, dtype)
         source = o.source if len(o.source) > 1 else o.source[0]
         found = run(model, source, o.layers or [profile["layer"]], o.tokens, o.context, o.part, o.shard_rows, o.batch)
         if _ranks()[0] == 0:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers import models, store
+from helpers import store
 from helpers.activations import Samples
-from helpers.models import Plain
+from helpers.lm.reading import LM
 
 
 class Context(NamedTuple):
@@ -94,47 +94,47 @@ def top_tokens(
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
-def _final_norm(weights: Any) -> tuple[Tensor, float]:
+def _final_norm(lm: LM) -> tuple[Tensor, float]:
     """The gain (d_model,) of the norm before the unembedding, and 1.0 if it centres (LayerNorm), else 0.0."""
-    for name, module in reversed(list(weights.named_modules())):
+    for name, module in reversed(list(lm.weights.named_modules())):
         if name.split(".")[-1] in FINAL_NORMS and not any(part.isdigit() for part in name.split(".")):
             if isinstance(module, torch.nn.LayerNorm):
                 return module.weight.float(), 1.0
-            ones = torch.ones(1, 1, models.width(weights), dtype=weights.dtype, device=weights.device)
+            ones = torch.ones(1, 1, lm.d_model, dtype=lm.dtype, device=lm.device)
             return module(ones)[
                 0, 0
             ].float(), 0.0  # ones, of length sqrt(d), come out as the gain (Gemma's: 1 + weight)
     raise ValueError(
-        f"{type(weights).__name__} has no final norm named {', '.join(FINAL_NORMS)}: its logit lens is not known"
+        f"{type(lm.weights).__name__} has no final norm named {', '.join(FINAL_NORMS)}: its logit lens is not known"
     )
 
 
 @torch.no_grad()
-def logit_lens(model: Plain, W_dec: Tensor, n: int = 8, batch: int = 512) -> tuple[list[list[str]], list[list[str]]]:
+def logit_lens(lm: LM, W_dec: Tensor, n: int = 8, batch: int = 512) -> tuple[list[list[str]], list[list[str]]]:
     """The n words each decoder row (latents, d_model) raises most and lowers most, read through the final norm's weight and
     the unembedding (centred first where that norm is a LayerNorm); the norm's scaling of each token is left out.
     ValueError if the model's final norm is not found."""
-    gain, centre = _final_norm(model.weights)
-    unembed = model.weights.get_output_embeddings().weight.float()
+    gain, centre = _final_norm(lm)
+    unembed = lm.unembedding.module.weight.float()
     out: tuple[list[list[str]], list[list[str]]] = ([], [])
     for first in range(0, len(W_dec), batch):
         rows = W_dec[first : first + batch].to(unembed.device).float()
         logits = ((rows - centre * rows.mean(1, keepdim=True)) * gain) @ unembed.T
         for words, largest in zip(out, (True, False), strict=True):
             chosen = logits.topk(n, dim=1, largest=largest).indices.cpu()
-            words.extend([[model.tokenizer.decode([i]) for i in row] for row in chosen.tolist()])
+            words.extend([[lm.tokenizer.decode([i]) for i in row] for row in chosen.tolist()])
     return out
 
 
 def table(
-    model: Plain, sae: Any, samples: Samples, n: int = 6, window: int = 12, limit: int = 0, only: Tensor | None = None
+    lm: LM, sae: Any, samples: Samples, n: int = 6, window: int = 12, limit: int = 0, only: Tensor | None = None
 ) -> list[Latent]:
     """One Latent for each of the SAE's (or of `only`), contexts out of `samples` (the first `limit` token rows), `window` tokens
     either side."""
     only = torch.arange(sae.cfg.d_sae) if only is None else only
     top = top_tokens(sae, samples, n, limit, only=only)
-    promotes, suppresses = logit_lens(model, sae.W_dec.detach()[only])
-    ids, decode = samples.token_rows()[0], model.tokenizer.decode
+    promotes, suppresses = logit_lens(lm, sae.W_dec.detach()[only])
+    ids, decode = samples.token_rows()[0], lm.tokenizer.decode
 
     def context(value: float, row: int, at: int) -> Context:
         text = ids[row].tolist()
@@ -158,13 +158,13 @@ def save(folder: Path, rows: list[Latent], title: str) -> None:
     store.write_file(folder / "latents.jsonl", "\n".join(lines) + "\n")
 
 
-def of(folder: Path, model: Plain, sae: Any, samples: Samples, limit: int = 0) -> list[Latent]:
+def of(folder: Path, lm: LM, sae: Any, samples: Samples, limit: int = 0) -> list[Latent]:
     """The table of the SAE in `folder`, made and kept there on first use, or when how it is made has changed."""
     made_with = json.dumps({"code": store.code_digest("latents"), "samples": samples.about(), "limit": limit})
     mark = folder / "latents.json"
     if not (mark.exists() and mark.read_text() == made_with):
         about = samples.about()
-        save(folder, table(model, sae, samples, limit=limit), f"Latents of {about['hook_name']}, {about['model_name']}")
+        save(folder, table(lm, sae, samples, limit=limit), f"Latents of {about['hook_name']}, {about['model_name']}")
         store.write_file(mark, made_with)
     return load(folder)
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers import models, prompts, splice, stats, store
-from helpers.hooks import resume_at
-from helpers.prompts import ANSWER, Tokens
+from helpers import stats, store
+from helpers.lm import reading, scoring
+from helpers.lm.reading import LM
+from helpers.lm.scoring import Predicted
+from helpers.lm.tokens import ANSWER, Tokens
 from helpers.stats import Interval
-from helpers.steer import exact_logits, token_log_probs, unembedding
 
-CODE = ("patching", "steer", "splice", "hooks", "prompts", "models")
+CODE = ("patching", *scoring.CODE)
 
 
 class Runs:
@@ -29,16 +30,15 @@ class Runs:
     ValueError for a conversation that does not end with its one answer, or begins with it.
     """
 
-    def __init__(self, model: Any, sequences: Sequence[Tokens], layer: int, batch_size: int = 16):
+    def __init__(self, lm: LM, sequences: Sequence[Tokens], layer: int, batch_size: int = 16):
         for tokens in sequences:
             if ANSWER not in tokens.roles or tokens.roles[0] == ANSWER:
-                text = model.tokenizer.decode(tokens.ids)[:60]
+                text = lm.tokenizer.decode(tokens.ids)[:60]
                 raise ValueError(f"{text!r} has no answer after a first token: there is nothing to predict")
             if ANSWER in tokens.roles[: -tokens.roles.count(ANSWER)]:
-                raise ValueError(f"{model.tokenizer.decode(tokens.ids)[:60]!r} does not end with its one answer")
-        self.model, self.sequences, self.layer, self.batch_size = model, list(sequences), layer, batch_size
-        self.residuals = splice.residuals(model, self.sequences, layer, batch_size=batch_size)
-        self._order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together
+                raise ValueError(f"{lm.tokenizer.decode(tokens.ids)[:60]!r} does not end with its one answer")
+        self.lm, self.sequences, self.layer, self.batch_size = lm, list(sequences), layer, batch_size
+        self.residuals = reading.residuals(lm, self.sequences, layer, batch_size=batch_size)
 
     def _check(self, added: Sequence[Tensor] | None) -> None:
         shapes = [
@@ -48,36 +48,21 @@ class Runs:
             a, r = shapes[wrong[0]]
             raise ValueError(f"conversation {wrong[0]}: rows of shape {a} were given to add to residuals of shape {r}")
 
-    def _predictions(self, added: Sequence[Tensor] | None) -> Iterator[tuple[list[int], list[int], Tensor, Tensor]]:
-        """Batch by batch: which conversations, how many answer tokens each, those tokens' hidden states and logits, one after another."""
-        for first in range(0, len(self._order), self.batch_size):
-            rows = self._order[first : first + self.batch_size]
-            batch = prompts.pad([self.sequences[i] for i in rows], self.model.tokenizer.pad_token_id, side="right")
-            stream = torch.zeros(*batch.ids.shape, self.residuals[0].shape[1])
-            for at, i in enumerate(rows):
-                more = 0.0 if added is None else added[i].float()
-                stream[at, : len(self.residuals[i])] = self.residuals[i] + more
-            answers = batch.roles == ANSWER
-            yield rows, answers.sum(1).tolist(), *self._above(batch, stream, answers.roll(-1, 1))
-
-    def _above(self, batch: prompts.Batch, stream: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """What reaches the unembedding (tokens, d_model), and the logits (tokens, vocabulary), at the `chosen` (batch, tokens) positions if
-        `stream` (batch, tokens, d_model) leaves block `layer`."""
-        where = models.device_of(self.model)
-        acts = stream.to(where).to(self.model.original_model.dtype)
-        with unembedding(self.model, chosen.to(where)) as kept, resume_at(self.model, self.layer, acts):
-            logits = models.run(self.model, batch).logits[0]
-        return kept["hidden"], logits
+    def _predictions(self, added: Sequence[Tensor] | None) -> Iterator[tuple[list[int], list[int], Predicted]]:
+        """Batch by batch: which conversations, how many answer tokens each, and those tokens' predictions, one after another."""
+        streams = self.residuals
+        if added is not None:
+            streams = [x + more.float() for x, more in zip(streams, added, strict=True)]
+        return scoring.resumed(self.lm, self.sequences, self.layer, streams, self.batch_size)
 
     def _cached(
         self, kind: str, added: Sequence[Tensor] | None, compute: Callable[[], np.ndarray], **more: Any
     ) -> np.ndarray:
         """compute()'s numbers (conversations,), kept on disk under all that they depend on."""
+        reading.unhooked(self.lm)
         key = {
             "kind": kind,
-            "model": self.model.identity,
-            "dtype": str(self.model.original_model.dtype),
-            "device": models.device_of(self.model).type,
+            **self.lm.key,
             "layer": self.layer,
             "batch": self.batch_size,
             "sequences": store.digest([[t.ids, t.roles] for t in self.sequences]),
@@ -85,7 +70,9 @@ class Runs:
             "added": store.digest(torch.cat(list(added)).float()) if added is not None else "",
             **more,
         }
-        return store.cached("patched", key, lambda: {"values": torch.from_numpy(compute())}, CODE)["values"].numpy()
+        return store.cached(
+            "patched", key, lambda: {"values": scoring.finite(torch.from_numpy(compute()), self.lm)}, CODE
+        )["values"].numpy()
 
     def log_probs(self, added: Sequence[Tensor] | None = None) -> np.ndarray:
         """log p of each conversation's answer given what stands before it, in nats: (conversations,) float64; cached on disk.
@@ -96,11 +83,11 @@ class Runs:
 
         def compute() -> np.ndarray:
             out = np.empty(len(self.sequences))
-            for rows, counts, hidden, logits in self._predictions(added):
+            for rows, counts, found in self._predictions(added):
                 said = [self.sequences[i].ids[-n:] for i, n in zip(rows, counts, strict=True)]
-                targets = torch.tensor(sum(said, []), device=logits.device)
-                exact = exact_logits(self.model, hidden, targets, logits)
-                parts = token_log_probs(logits, targets, exact).double().cpu().split(counts)
+                targets = torch.tensor(sum(said, []), device=found.logits.device)
+                exact = scoring.exact_logits(self.lm, found, targets)
+                parts = scoring.token_log_probs(found.logits, targets, exact).double().cpu().split(counts)
                 out[rows] = [float(p.sum()) for p in parts]
             return out
 
@@ -116,20 +103,20 @@ class Runs:
 
         def compute() -> np.ndarray:
             out = np.empty(len(self.sequences))
-            for rows, counts, _, logits in self._predictions(added):
-                for i, own in zip(rows, logits.split(counts), strict=True):
+            for rows, counts, given in self._predictions(added):
+                for i, own in zip(rows, given.logits.split(counts), strict=True):
                     p, q = reference.own[i].to(own.device), own.float().log_softmax(-1)
                     out[i] = float((p.exp() * (p - q)).sum(-1).double().mean())
             return out
 
-        return self._cached("KL", added, compute, reference=reference.model.identity)
+        return self._cached("KL", added, compute, reference=reference.lm.identity)
 
     @cached_property
     def own(self) -> list[Tensor]:
         """The log-probabilities (answer tokens, vocabulary) float32 of each conversation as the model gives them; kept in memory."""
         found = {}
-        for rows, counts, _, logits in self._predictions(None):
-            found |= dict(zip(rows, (part.float().log_softmax(-1) for part in logits.split(counts)), strict=True))
+        for rows, counts, given in self._predictions(None):
+            found |= dict(zip(rows, (part.float().log_softmax(-1) for part in given.logits.split(counts)), strict=True))
         return [found[i] for i in range(len(found))]
 
 

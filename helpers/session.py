@@ -37,6 +37,17 @@ def redact(text: str) -> str:
     return re.sub(r"(://)[^/@\s]+@", r"\1***@", re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_***", text))
 
 
+def why(error: BaseException, lines: int = 1) -> str:
+    """What an exception says, secrets out: its first `lines` lines, shortened."""
+    said = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return redact(" ".join(said[:lines]) or type(error).__name__)[:400]
+
+
+def path(text: str | Path) -> Path:
+    """A path as a setting or a profile may give it: `~` and `$NAME` expanded, relative to the project's root."""
+    return ROOT / Path(os.path.expandvars(str(text))).expanduser()
+
+
 def cache_dir() -> Path:
     """The folder of everything that can be made again: CACHE_DIR, or data/cache."""
     return Path(setting("CACHE_DIR", str(ROOT / "data" / "cache"))).expanduser()

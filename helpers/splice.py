@@ -1,43 +1,23 @@
 """An SAE inside a running model: residuals token by token, the SAE in their place, and edits of latents that change nothing else.
 
-Knows a TransformerBridge, an SAE and token sequences. Steered and unsteered runs are read after the block that is steered,
+Knows a model, an SAE and token sequences. Steered and unsteered runs are read after the block that is steered,
 where the SAE lives. sae_lens's SAETransformerBridge splices too (equal in the tests); it has no choice of positions, so
 that first and special tokens, on which no SAE was trained, would be replaced as well.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from helpers import decompose, hooks, models, prompts, stats
-from helpers.hooks import Positions
-from helpers.prompts import ANSWER, USER, Tokens
-
-
-def residuals(
-    model: Any,
-    sequences: Sequence[Tokens],
-    layer: int,
-    vector: Tensor | None = None,
-    batch_size: int = 16,
-) -> list[Tensor]:
-    """The residual stream (tokens, d_model) float32 after block `layer` of each sequence, on the CPU.
-
-    With `vector` (d_model,), of a run in which it is added to every token after that block.
-    """
-    out: list[Tensor] = []
-    for first in range(0, len(sequences), batch_size):
-        part = sequences[first : first + batch_size]
-        batch = prompts.pad(part, model.tokenizer.pad_token_id, side="right")
-        steered = nullcontext() if vector is None else hooks.add(model, layer, vector)
-        with steered, hooks.capture(model, [layer], stop=True) as acts:
-            models.run(model, batch)
-        out += [acts[layer][i, : len(t.ids)].float().cpu() for i, t in enumerate(part)]
-    return out
+from helpers import decompose, stats
+from helpers.lm import hooks
+from helpers.lm.hooks import Positions
+from helpers.lm.reading import LM
+from helpers.lm.tokens import ANSWER, USER, Tokens
 
 
 def errors(sae: Any, rows: Tensor) -> Tensor:
@@ -77,13 +57,13 @@ def compare_errors(sae: Any, one: Tensor, other: Tensor) -> Errors:
 
 
 def edited(
-    model: Any,
+    lm: LM,
     layer: int,
     sae: Any,
     edit: Callable[[Tensor], Tensor] | None = None,
     error_term: bool = True,
     positions: Positions | None = None,
-) -> Any:
+) -> AbstractContextManager[None]:
     """Context: the SAE's codes z (..., latents) after block `layer` become edit(z).
 
     With its error term: x + decode(edit(z)) - decode(z), in which b_dec and what the SAE misses cancel: no edit, no change, and the
@@ -103,4 +83,4 @@ def edited(
                 return x + ((new - codes) @ decompose.rows_of(sae)).to(x.device).to(x.dtype)
             return sae.decode(new).to(x.device).to(x.dtype)
 
-    return hooks.edit(model, layer, change, positions)
+    return hooks.edit(lm, layer, change, positions)

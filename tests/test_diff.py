@@ -1,13 +1,15 @@
 """The diff-SAE: its section settled, its memory reckoned as it is, its hours from what was measured, its streamed training resumed."""
 
 import copy
+import dataclasses
 import types
 
 import pytest
 import torch
 from test_harvest import small
 
-from helpers import activations, budget, diff, harvest, models, saes, session, topk, train
+from helpers import activations, budget, diff, harvest, saes, session, topk, train
+from helpers.lm import models, reading
 
 SECTION = {
     "expansion": 2,
@@ -33,7 +35,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def pair():
     """A random base model, and a chat model that differs from it a little."""
-    base, chat = small(), small()._replace(identity="small-chat")
+    base, chat = small(), dataclasses.replace(small(), identity="small-chat")
     torch.manual_seed(3)
     for parameter in chat.weights.parameters():
         parameter.data.mul_(1 + 0.05 * torch.randn_like(parameter))
@@ -180,7 +182,7 @@ def test_the_estimate_of_a_forward_pass_is_above_what_it_takes_and_not_far(kind,
     model.weights.to(dtype)
     for rows, context in ((32, 32), (4, 200)):
         ids, kept = torch.randint(100, (rows, context)), torch.ones(rows, context, dtype=torch.bool)
-        taken = peak(lambda i=ids, k=kept: harvest.residuals(model.weights, i, [1])[1][k].float().norm(dim=1))
+        taken = peak(lambda i=ids, k=kept: reading.packed(model, i, [1])[1][k].float().norm(dim=1))
         assert 0.2 < taken / budget.forward_bytes(budget.shape(model), dtype, rows, context) < 1
 
 

@@ -1,6 +1,7 @@
 """Harvest: the right residuals, the same bits after any interruption or split, damage found, pairs aligned, shuffles exact."""
 
 import copy
+import dataclasses
 import errno
 import functools
 import gc
@@ -17,10 +18,11 @@ import pytest
 import torch
 from conftest import CACHE
 
-from helpers import activations, corpus, harvest, models, store, train
+from helpers import activations, harvest, store, train
 from helpers.activations import Array, HarvestError
 from helpers.behaviors import DataError
-from helpers.models import Plain
+from helpers.lm import models, reading, replies, text
+from helpers.lm.reading import LM
 from helpers.session import ROOT
 
 MODEL = models.packaged_names()[0]
@@ -28,7 +30,7 @@ HOW = dict(context=32, shard_rows=8, batch=4)
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
+def source(tmp_path_factory):
     """A small local source."""
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     words = [
@@ -92,7 +94,7 @@ def small(seed=1, width=48, layers=4, kind="llama"):
     for parameter in weights.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    return Plain(weights, tokenizer, f"small-{kind}-{seed}")
+    return LM.of(weights, tokenizer, f"small-{kind}-{seed}")
 
 
 @pytest.fixture(scope="module")
@@ -110,45 +112,44 @@ def test_residuals_are_transformers_own_and_nothing_above_runs(kind):
     ids = torch.randint(100, 5000, (3, 20))
     whole = model.weights(ids, output_hidden_states=True).hidden_states
     ran = []
-    handles = [
-        b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(models.blocks(model.weights))
-    ]
-    acts = harvest.residuals(model.weights, ids, [0, 2])
+    handles = [b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(model.blocks)]
+    acts = reading.packed(model, ids, [0, 2])
     assert ran == [0, 1, 2] and sorted(acts) == [0, 2]
     for k in acts:
         torch.testing.assert_close(acts[k], whole[k + 1], rtol=0, atol=0)
     for handle in handles:
         handle.remove()
-    before = [len(b._forward_hooks) for b in models.blocks(model.weights)]
-    harvest.residuals(model.weights, ids, [1])
-    assert [len(b._forward_hooks) for b in models.blocks(model.weights)] == before
-    with pytest.raises(HarvestError, match="0 to 3"):
-        harvest.residuals(model.weights, ids, [4])
+    before = [len(b._forward_hooks) for b in model.blocks]
+    reading.packed(model, ids, [1])
+    assert [len(b._forward_hooks) for b in model.blocks] == before
+    with pytest.raises(IndexError, match="0 to 3"):
+        reading.packed(model, ids, [4])
 
 
-def test_samples_are_the_residuals_of_the_kept_tokens(model, text, cache):
-    samples = harvest.run(model, text, [1, 2], 1500, **HOW)
+def test_samples_are_the_residuals_of_the_kept_tokens(model, source, cache):
+    samples = harvest.run(model, source, [1, 2], 1500, **HOW)
     ids, row = samples.token_rows()
-    acts = harvest.residuals(model.weights, ids.long(), [1, 2])
+    acts = reading.packed(model, ids.long(), [1, 2])
     for k in (1, 2):
         there = samples.at(k)
         assert len(there) + there.dropped >= 1500
         torch.testing.assert_close(
             there.rows(torch.arange(len(there))), acts[k][row.long(), there.named("position").long()]
         )
-    kept = np.concatenate([r.kept for r in corpus.rows(model.tokenizer, text, 32, "train")][: len(ids)])
+    kept = np.concatenate([r.kept for r in text.rows(model.tokenizer, source, 32, "train")][: len(ids)])
     assert kept.sum() == len(samples) + samples.dropped == samples.note["counts"]["kept"]
     assert samples.about()["hook_name"] == "blocks.1.hook_resid_post" and str(cache) not in json.dumps(samples.about())
 
 
-def test_massive_activations_are_left_out_and_counted(model, text, cache):
-    plain = harvest.run(model, text, [1], 1000, **HOW)
-    block = models.blocks(model.weights)[1]
+def test_massive_activations_are_left_out_and_counted(model, source, cache, monkeypatch):
+    monkeypatch.setattr(reading, "unhooked", lambda lm: None)  # the hook plants what a model of that identity has
+    plain = harvest.run(model, source, [1], 1000, **HOW)
+    block = model.blocks[1]
     handle = block.register_forward_hook(
         lambda m, i, out: out.index_fill(1, torch.tensor([5]), 300.0), always_call=False
     )
     try:
-        loud = harvest.run(model._replace(identity="loud"), text, [1], 1000, **HOW)
+        loud = harvest.run(dataclasses.replace(model, identity="loud"), source, [1], 1000, **HOW)
     finally:
         handle.remove()
     assert plain.dropped == 0 and loud.dropped == (plain.named("position") == 5).sum()
@@ -156,13 +157,13 @@ def test_massive_activations_are_left_out_and_counted(model, text, cache):
     assert float(activations.Samples(loud.folder, 1, outlier=1e9).rows(torch.arange(500)).norm(dim=1).max()) > 1000
 
 
-def test_a_second_call_runs_nothing_and_another_parameter_runs_anew(model, text, cache, monkeypatch):
-    first = harvest.run(model, text, [1], 800, **HOW)
+def test_a_second_call_runs_nothing_and_another_parameter_runs_anew(model, source, cache, monkeypatch):
+    first = harvest.run(model, source, [1], 800, **HOW)
     monkeypatch.setattr(harvest, "_forward", lambda *_: pytest.fail("ran again"))
-    again = harvest.run(model, text, [1], 800, **HOW)
+    again = harvest.run(model, source, [1], 800, **HOW)
     assert again.folder == first.folder
     with pytest.raises(pytest.fail.Exception):
-        harvest.run(model, text, [2], 800, **HOW)
+        harvest.run(model, source, [2], 800, **HOW)
 
 
 KILLED = """
@@ -189,7 +190,7 @@ def replace(self, target):
         die()
     return out
 Path.write_bytes, Path.replace = write_bytes, replace
-harvest.run(small(), {text!r}, [1], 1500, **HOW)
+harvest.run(small(), {source!r}, [1], 1500, **HOW)
 """
 
 
@@ -198,18 +199,18 @@ harvest.run(small(), {text!r}, [1], 1500, **HOW)
     [("shard-00000.safetensors", "half way through a file"), ("shard-00003.safetensors", "between shard and sidecar"),
      ("shard-00003.json", "half way through a file"), ("plan.json", "half way through a file")],
 )  # fmt: skip
-def test_killed_at_any_moment_it_resumes_to_the_same_bits(model, text, tmp_path, monkeypatch, shard, when):
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(model, source, tmp_path, monkeypatch, shard, when):
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "whole"))
-    whole = every_byte(harvest.run(model, text, [1], 1500, **HOW).folder)
+    whole = every_byte(harvest.run(model, source, [1], 1500, **HOW).folder)
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "killed"))
     store_packaged(tmp_path / "killed")
-    code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), shard=shard, when=when, text=text)
+    code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), shard=shard, when=when, source=source)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "TQDM_DISABLE": "1"})
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     calls = []
     real = harvest._forward
     monkeypatch.setattr(harvest, "_forward", lambda *a: calls.append(1) or real(*a))
-    resumed = harvest.run(model, text, [1], 1500, **HOW)
+    resumed = harvest.run(model, source, [1], 1500, **HOW)
     assert every_byte(resumed.folder) == whole and len(whole) > 8
     kept = int(shard[6:11]) if shard.startswith("shard") else len(whole) // 2 if shard == "sidecar.json" else 0
     assert len(calls) == len(whole) // 2 - kept
@@ -225,8 +226,8 @@ def store_packaged(cache):
             (cache / kind).symlink_to(real / kind)
 
 
-def test_a_damaged_shard_is_named_and_made_again(model, text, cache, capsys):
-    first = harvest.run(model, text, [1], 1500, **HOW)
+def test_a_damaged_shard_is_named_and_made_again(model, source, cache, capsys):
+    first = harvest.run(model, source, [1], 1500, **HOW)
     before = every_byte(first.folder)
     for damage in ("truncated", "flipped", "gone", "sidecar"):
         shard = first.folder / "shard-00002.safetensors"
@@ -242,13 +243,14 @@ def test_a_damaged_shard_is_named_and_made_again(model, text, cache, capsys):
             (first.folder / "shard-00002.json").write_text("{")
         with pytest.raises(HarvestError, match="shard 2"):
             activations.Samples(first.folder, 1)
-        again = harvest.run(model, text, [1], 1500, **HOW)
+        again = harvest.run(model, source, [1], 1500, **HOW)
         assert "shard 2" in capsys.readouterr().out and every_byte(again.folder) == before, damage
 
 
-def test_nan_is_named_by_shard_and_row_and_earlier_shards_stay(text, cache):
+def test_nan_is_named_by_shard_and_row_and_earlier_shards_stay(source, cache, monkeypatch):
+    monkeypatch.setattr(reading, "unhooked", lambda lm: None)
     broken = small(seed=7)
-    block, seen = models.blocks(broken.weights)[1], []
+    block, seen = broken.blocks[1], []
 
     def poison(module, inputs, out):
         seen.append(1)
@@ -256,14 +258,14 @@ def test_nan_is_named_by_shard_and_row_and_earlier_shards_stay(text, cache):
 
     handle = block.register_forward_hook(poison)
     with pytest.raises(HarvestError, match=r"shard 2, sample \d+ \(row 4, document \d+\) holds NaN"):
-        harvest.run(broken, text, [1], 1500, **HOW)
+        harvest.run(broken, source, [1], 1500, **HOW)
     handle.remove()
     folder = next((cache / "harvest").iterdir())
     assert len(list(folder.glob("shard-*.json"))) == 2
-    assert len(harvest.run(broken, text, [1], 1500, **HOW)) > 1400
+    assert len(harvest.run(broken, source, [1], 1500, **HOW)) > 1400
 
 
-def test_a_full_disk_stops_cleanly(model, text, cache, monkeypatch):
+def test_a_full_disk_stops_cleanly(model, source, cache, monkeypatch):
     real = Path.write_bytes
 
     def full(self, data):
@@ -274,18 +276,18 @@ def test_a_full_disk_stops_cleanly(model, text, cache, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="the disk is full .* CACHE_DIR"):
-        harvest.run(model, text, [1], 1500, **HOW)
+        harvest.run(model, source, [1], 1500, **HOW)
     folder = next((cache / "harvest").iterdir())
     assert len(list(folder.glob("shard-*.json"))) == 2 and not list(folder.glob(".tmp*"))
     monkeypatch.setattr(Path, "write_bytes", real)
-    assert len(harvest.run(model, text, [1], 1500, **HOW)) > 1400
+    assert len(harvest.run(model, source, [1], 1500, **HOW)) > 1400
     monkeypatch.setattr(store, "free_bytes", lambda _: 1000)
     with pytest.raises(OSError, match="GB are free"):
-        harvest.run(model, text, [2], 1500, **HOW)
+        harvest.run(model, source, [2], 1500, **HOW)
 
 
-def test_a_shard_that_cannot_be_read_just_now_is_not_thrown_away(model, text, cache, monkeypatch):
-    first = harvest.run(model, text, [1], 1500, **HOW)
+def test_a_shard_that_cannot_be_read_just_now_is_not_thrown_away(model, source, cache, monkeypatch):
+    first = harvest.run(model, source, [1], 1500, **HOW)
     before = every_byte(first.folder)
 
     def busy(path):
@@ -297,18 +299,18 @@ def test_a_shard_that_cannot_be_read_just_now_is_not_thrown_away(model, text, ca
     assert every_byte(first.folder) == before
 
 
-def test_a_sidecar_cut_short_is_an_unfinished_harvest(model, text, cache):
-    first = harvest.run(model, text, [1], 800, **HOW)
+def test_a_sidecar_cut_short_is_an_unfinished_harvest(model, source, cache):
+    first = harvest.run(model, source, [1], 800, **HOW)
     sidecar = first.folder / "sidecar.json"
     sidecar.write_text(sidecar.read_text()[:20])
     with pytest.raises(HarvestError, match="not a finished harvest"):
         activations.Samples(first.folder, 1)
-    assert len(harvest.run(model, text, [1], 800, **HOW)) == len(first)
+    assert len(harvest.run(model, source, [1], 800, **HOW)) == len(first)
 
 
-def test_layers_keep_the_order_asked_for(model, text, cache):
-    assert harvest.run(model, text, [2, 1], 800, **HOW).layer == 2
-    assert harvest.run(model, text, [1, 2], 800, **HOW).layer == 1
+def test_layers_keep_the_order_asked_for(model, source, cache):
+    assert harvest.run(model, source, [2, 1], 800, **HOW).layer == 2
+    assert harvest.run(model, source, [1, 2], 800, **HOW).layer == 1
 
 
 @pytest.mark.parametrize(
@@ -316,38 +318,38 @@ def test_layers_keep_the_order_asked_for(model, text, cache):
     [({"tokens": -5}, "tokens"), ({"shard_rows": 0}, "shard_rows"), ({"batch": -1}, "batch"), ({"context": 1}, "context"),
      ({"context": 4096}, "at most 512"), ({"layers": []}, "layers 0 to 3"), ({"layers": [4]}, "layers 0 to 3")],
 )  # fmt: skip
-def test_nonsense_sizes_are_refused(model, text, cache, change, word):
+def test_nonsense_sizes_are_refused(model, source, cache, change, word):
     with pytest.raises((ValueError, HarvestError), match=word):
-        harvest.run(**{"model": model, "source": text, "layers": [1], "tokens": 800, **HOW, **change})
+        harvest.run(**{"model": model, "source": source, "layers": [1], "tokens": 800, **HOW, **change})
     assert not (cache / "harvest").exists()
 
 
-def test_a_source_with_too_little_text_says_so(model, text, cache, capsys):
-    samples = harvest.run(model, text, [1], 10**6, **HOW)
+def test_a_source_with_too_little_text_says_so(model, source, cache, capsys):
+    samples = harvest.run(model, source, [1], 10**6, **HOW)
     assert f"holds {len(samples):,} tokens" in capsys.readouterr().out
 
 
-def test_a_batch_that_did_not_fit_can_be_changed_while_no_shard_is_there(model, text, cache, monkeypatch):
+def test_a_batch_that_did_not_fit_can_be_changed_while_no_shard_is_there(model, source, cache, monkeypatch):
     def tight(*_):
         raise torch.OutOfMemoryError("no")
 
     with monkeypatch.context() as m:
         m.setattr(harvest, "_forward", tight)
         with pytest.raises(torch.OutOfMemoryError):
-            harvest.run(model, text, [1], 800, **{**HOW, "batch": 64})
-    samples = harvest.run(model, text, [1], 800, **{**HOW, "batch": 2})
+            harvest.run(model, source, [1], 800, **{**HOW, "batch": 64})
+    samples = harvest.run(model, source, [1], 800, **{**HOW, "batch": 2})
     assert samples.note["parameters"]["batch"] == 2
     (samples.folder / "sidecar.json").unlink()
-    assert harvest.run(model, text, [1], 800, **{**HOW, "batch": 8}).note["parameters"]["batch"] == 2
+    assert harvest.run(model, source, [1], 800, **{**HOW, "batch": 8}).note["parameters"]["batch"] == 2
 
 
-def test_two_ranks_write_what_one_writes(model, text, tmp_path, monkeypatch):
+def test_two_ranks_write_what_one_writes(model, source, tmp_path, monkeypatch):
     """torchrun with gloo on two CPU ranks, against one process, on the packaged model."""
     command = [
         "-m",
         "helpers.harvest",
         "--source",
-        text,
+        source,
         "--layers",
         "1",
         "2",
@@ -388,8 +390,8 @@ def test_two_ranks_write_what_one_writes(model, text, tmp_path, monkeypatch):
 
 def test_the_batch_is_chosen_once_and_remembered(model, cache, monkeypatch):
     calls = []
-    real = harvest.residuals
-    monkeypatch.setattr(harvest, "residuals", lambda w, ids, layers: calls.append(len(ids)) or real(w, ids, layers))
+    real = reading.packed
+    monkeypatch.setattr(reading, "packed", lambda w, ids, layers: calls.append(len(ids)) or real(w, ids, layers))
     chosen = harvest.choose_batch(model, [1], 32)
     assert chosen in calls and harvest.choose_batch(model, [1], 32) == chosen and len(calls) >= 6
     del calls[:]
@@ -399,13 +401,13 @@ def test_the_batch_is_chosen_once_and_remembered(model, cache, monkeypatch):
             raise torch.OutOfMemoryError("no")
         return real(w, ids, layers)
 
-    monkeypatch.setattr(harvest, "residuals", tight)
+    monkeypatch.setattr(reading, "packed", tight)
     assert harvest.choose_batch(model, [2], 32) == 16
 
     def hopeless(w, ids, layers):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr(harvest, "residuals", hopeless)
+    monkeypatch.setattr(reading, "packed", hopeless)
     with pytest.raises(HarvestError, match="does not fit"):
         harvest.choose_batch(model, [3], 32)
 
@@ -434,8 +436,8 @@ def test_batches_are_a_seeded_shuffle_without_repeats_that_can_start_anywhere():
         next(source.batches(1001))
 
 
-def test_rows_come_in_the_order_asked_for(model, text, cache):
-    samples = harvest.run(model, text, [1], 1500, **HOW)
+def test_rows_come_in_the_order_asked_for(model, source, cache):
+    samples = harvest.run(model, source, [1], 1500, **HOW)
     whole = samples.rows(torch.arange(len(samples)))
     index = torch.randint(len(samples), (333,))
     assert torch.equal(samples.rows(index), whole[index])
@@ -477,8 +479,8 @@ def test_reading_holds_no_shard_in_memory(tmp_path):
     assert len(samples) == 8 * n and held() - before < 60
 
 
-def test_nan_on_disk_is_named_by_shard_and_row(model, text, cache):
-    samples = harvest.run(model, text, [1], 1500, **HOW)
+def test_nan_on_disk_is_named_by_shard_and_row(model, source, cache):
+    samples = harvest.run(model, source, [1], 1500, **HOW)
     samples.parts = [p.clone() for p in samples.parts]
     samples.parts[2][5, 3] = float("nan")
     with pytest.raises(ValueError, match="shard 2, row 5 of"):
@@ -487,9 +489,9 @@ def test_nan_on_disk_is_named_by_shard_and_row(model, text, cache):
         samples.sample(10**6)
 
 
-def test_streaming_gives_the_harvested_rows_and_can_start_anywhere(model, text, cache):
-    on_disk = harvest.run(model, text, [1], 10**6, **HOW)
-    stream = harvest.Stream(model, text, 1, context=32, pool_tokens=512, batch_rows=4)
+def test_streaming_gives_the_harvested_rows_and_can_start_anywhere(model, source, cache):
+    on_disk = harvest.run(model, source, [1], 10**6, **HOW)
+    stream = harvest.Stream(model, source, 1, context=32, pool_tokens=512, batch_rows=4)
     per_epoch = sum(int(0.99 * c.kept.sum()) // 64 for c in stream._chunks())
     batches = [b for _, b in zip(range(per_epoch + 4), stream.batches(64, seed=1), strict=False)]
     known = {tuple(np.round(r, 3)) for r in on_disk.rows(torch.arange(len(on_disk))).tolist()}
@@ -508,25 +510,25 @@ def test_streaming_gives_the_harvested_rows_and_can_start_anywhere(model, text, 
 # --- pairs -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_pair_is_aligned_token_by_token(model, text, cache):
+def test_a_pair_is_aligned_token_by_token(model, source, cache):
     other = small(seed=2)
-    both = harvest.pair(model, other, text, [1, 2], 1200, **HOW)
+    both = harvest.pair(model, other, source, [1, 2], 1200, **HOW)
     ids, row = both.base.token_rows()
     position = both.base.named("position").long()
-    a, b = (harvest.residuals(m.weights, ids.long(), [1])[1][row.long(), position] for m in (model, other))
+    a, b = (reading.packed(m, ids.long(), [1])[1][row.long(), position] for m in (model, other))
     everything = torch.arange(len(both.base))
     torch.testing.assert_close(both.difference.rows(everything), b - a)
     torch.testing.assert_close(both.chat.rows(everything), b)
     assert len(both.at(2).difference) == len(both.base)
     assert "difference" in both.difference.about() and both.difference.about()["base_harvest"] == both.base.folder.name
-    stream = harvest.Stream(model, text, 1, chat=other, context=32, pool_tokens=512, batch_rows=4)
+    stream = harvest.Stream(model, source, 1, chat=other, context=32, pool_tokens=512, batch_rows=4)
     known = {tuple(np.round(r, 3)) for r in both.difference.rows(everything).tolist()}
     assert {tuple(np.round(r, 3)) for r in next(stream.batches(64)).tolist()} <= known
 
 
 def test_a_pair_uses_the_chat_models_template_and_end_of_text(model, cache, tmp_path):
     other = small(seed=2)
-    base = model._replace(tokenizer=copy.deepcopy(model.tokenizer))
+    base = model.read_as(copy.deepcopy(model.tokenizer))
     base.tokenizer.chat_template = None
     base.tokenizer.eos_token = "<|endoftext|>"
     lines = [json.dumps({"question": f"What is {i}?", "answer": "It is what it is, they say."}) for i in range(20)]
@@ -540,9 +542,9 @@ def test_a_pair_uses_the_chat_models_template_and_end_of_text(model, cache, tmp_
     assert torch.equal(torch.from_numpy(next(stream._chunks()).ids[:8]), alone.token_rows()[0][:8])
 
 
-def test_pairs_of_a_profile_share_their_rows_and_hold_every_speakers_answers(model, text, cache):
+def test_pairs_of_a_profile_share_their_rows_and_hold_every_speakers_answers(model, source, cache):
     second, third = small(seed=2), small(seed=3)
-    how = {"source": text, "chats": 4, "tokens": 900, "held_out": 200, "context": 64}
+    how = {"source": source, "chats": 4, "tokens": 900, "held_out": 200, "context": 64}
     profile = {"name": "p", "layer": 1, "behaviors": ["joy"], "sae": {"harvest": how}}
     speakers = [model, second, third]
     one, two = (harvest.pair_of_profile(model, m, profile, fast=True, speakers=speakers) for m in (second, third))
@@ -561,28 +563,27 @@ def test_pairs_of_a_profile_share_their_rows_and_hold_every_speakers_answers(mod
         harvest.pair_of_profile(model, second, {"name": "p", "sae": {}})
 
 
-def test_streams_of_another_dtype_are_not_mistaken_for_one_another(model, text, cache):
-    half = model._replace(weights=copy.deepcopy(model.weights).bfloat16())
-    a, b = (harvest.Stream(m, text, 1, context=32, batch_rows=4).about() for m in (model, half))
+def test_streams_of_another_dtype_are_not_mistaken_for_one_another(model, source, cache):
+    half = LM.of(copy.deepcopy(model.weights).bfloat16(), model.tokenizer, model.identity)
+    a, b = (harvest.Stream(m, source, 1, context=32, batch_rows=4).about() for m in (model, half))
     assert a["stream"] != b["stream"] and a["model_dtype"] == "float32"
-    samples = harvest.run(model, text, [1], 800, **HOW)
+    samples = harvest.run(model, source, [1], 800, **HOW)
     assert samples.about() != activations.Samples(samples.folder, 1, outlier=50.0).about()
 
 
-def test_an_outlier_in_either_model_leaves_both(model, text, cache):
+def test_an_outlier_in_either_model_leaves_both(model, source, cache, monkeypatch):
+    monkeypatch.setattr(reading, "unhooked", lambda lm: None)
     other = small(seed=2)
-    handle = models.blocks(other.weights)[1].register_forward_hook(
-        lambda m, i, out: out.index_fill(1, torch.tensor([5]), 300.0)
-    )
+    handle = other.blocks[1].register_forward_hook(lambda m, i, out: out.index_fill(1, torch.tensor([5]), 300.0))
     try:
-        both = harvest.pair(model, other, text, [1], 1000, **HOW)
+        both = harvest.pair(model, other, source, [1], 1000, **HOW)
     finally:
         handle.remove()
     assert len(both.base) == len(both.chat) == len(both.difference)
     assert both.base.dropped > 0 and not (both.base.named("position") == 5).any()
 
 
-def test_a_pair_by_name_is_loaded_one_after_the_other(model, text, cache, monkeypatch):
+def test_a_pair_by_name_is_loaded_one_after_the_other(model, source, cache, monkeypatch):
     earlier = []
 
     def load(name, *_):
@@ -594,11 +595,11 @@ def test_a_pair_by_name_is_loaded_one_after_the_other(model, text, cache, monkey
 
     tokenizer = model.tokenizer
     real = models.outline
-    monkeypatch.setattr(models, "plain", load)
+    monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr(
         models, "outline", lambda name: models.Outline(tokenizer, 48, 4) if name in "ab" else real(name)
     )
-    both = harvest.pair("a", "b", text, [1], 800, **HOW)
+    both = harvest.pair("a", "b", source, [1], 800, **HOW)
     assert len(earlier) == 2 and len(both.difference) > 700
 
 
@@ -611,18 +612,18 @@ class Words:
     def get_vocab(self):
         return {w: i for i, w in enumerate(self.words)}
 
-    def __call__(self, text, **_):
-        return {"input_ids": list(range(0, len(text), self.split))}
+    def __call__(self, source, **_):
+        return {"input_ids": list(range(0, len(source), self.split))}
 
 
-def test_a_pair_that_does_not_fit_is_refused(model, text):
+def test_a_pair_that_does_not_fit_is_refused(model, source):
     for other, word in (
         (small(width=64), "d_model 48"),
         (small(layers=3), "4 layers"),
-        (model._replace(tokenizer=Words("a")), "tokenizer"),
+        (dataclasses.replace(model, tokenizer=Words("a")), "tokenizer"),
     ):
         with pytest.raises(HarvestError, match=word):
-            harvest.pair(model, other, text, [1], 500)
+            harvest.pair(model, other, source, [1], 500)
     harvest.check_tokenizers(Words("a", "b"), Words("a", "b"))
     with pytest.raises(HarvestError, match="token 1 is 'b' in the base and 'c'"):
         harvest.check_tokenizers(Words("a", "b"), Words("a", "c"))
@@ -641,12 +642,12 @@ def test_text_that_cannot_be_harvested_leaves_nothing_behind(model, tmp_path, ca
 
 
 def test_chats_are_the_models_own_and_a_source(model, cache):
-    path = harvest.chats(model, ["Who are you?", "What is rain?"], max_new_tokens=8)
+    path = replies.chats(model, ["Who are you?", "What is rain?"], max_new_tokens=8)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line["question"] for line in lines} <= {"Who are you?", "What is rain?"} and lines
     before = path.stat().st_mtime_ns
     assert (
-        harvest.chats(model, ["Who are you?", "What is rain?"], max_new_tokens=8) == path
+        replies.chats(model, ["Who are you?", "What is rain?"], max_new_tokens=8) == path
         and path.stat().st_mtime_ns == before
     )
     assert len(harvest.run(model, str(path), [1], 5, context=64, part="all")) >= 5

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import behaviors, models, prompts
+from helpers import behaviors, caa
+from helpers.lm import models, reading, tokens
 
 
 def test_the_packaged_model_answers_and_loads_fast_the_second_time(smol):
@@ -16,13 +17,13 @@ def test_the_packaged_model_answers_and_loads_fast_the_second_time(smol):
     assert (
         time.perf_counter() - began < 10
     )  # a guard against dequantising again (15 s), not a benchmark: it takes about 1 s
-    batch = prompts.pad([prompts.chat(again.tokenizer, "What is the capital of France?")], again.tokenizer.pad_token_id)
-    ids = again.original_model.generate(
+    batch = tokens.pad([tokens.chat(again.tokenizer, "What is the capital of France?")], again.tokenizer.pad_token_id)
+    ids = again.weights.generate(
         input_ids=batch.ids, attention_mask=batch.mask.long(), max_new_tokens=10, do_sample=False
     )
     assert "Paris" in again.tokenizer.decode(ids[0, batch.ids.shape[1] :])
     assert again.identity.startswith("packaged:smollm2-135m-instruct@") and not any(
-        p.requires_grad for p in again.parameters()
+        p.requires_grad for p in again.weights.parameters()
     )
 
 
@@ -52,7 +53,7 @@ def test_a_folder_loads_and_other_weights_have_another_identity(tiny, tmp_path):
     small(tiny.tokenizer, tmp_path / "a" / "mine", seed=0)
     small(tiny.tokenizer, tmp_path / "b" / "mine", seed=1)
     one, other = (models.load(str(tmp_path / x / "mine")) for x in "ab")
-    assert one.cfg.n_layers == 2 and one.identity != other.identity and str(tmp_path) not in one.identity
+    assert one.layers == 2 and one.identity != other.identity and str(tmp_path) not in one.identity
 
 
 def test_a_hub_model_fetched_before_loads_without_a_network(tiny, tmp_path, monkeypatch):
@@ -62,13 +63,15 @@ def test_a_hub_model_fetched_before_loads_without_a_network(tiny, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     hub(monkeypatch, error=ConnectionError("no route"))
     model = models.load("some/thing")
-    assert model.cfg.n_layers == 2 and model.identity == "some/thing@" + "c" * 40
+    assert model.layers == 2 and model.identity == "some/thing@" + "c" * 40
 
 
 def test_the_tokenizer_is_the_models_own(smol):
     """The bridge makes a variant that adds a first token; plain text must not get one the model's tokenizer would not add."""
-    _, stock, _ = models.plain("packaged:smollm2-135m-instruct")
-    assert prompts.plain(smol.tokenizer, "Hi there").ids == stock("Hi there")["input_ids"]
+    from transformers import AutoTokenizer
+
+    stock = AutoTokenizer.from_pretrained(models.packaged_folder("packaged:smollm2-135m-instruct"))
+    assert tokens.plain(smol.bridge.tokenizer, "Hi there").ids == stock("Hi there")["input_ids"]
 
 
 def test_layers_are_those_the_model_has(tiny):
@@ -113,7 +116,7 @@ def test_gated_unknown_and_unreachable_hub_models_say_what_to_do(monkeypatch):
     monkeypatch.setattr(models, "setting", lambda name, default="": default)
     hub(
         monkeypatch,
-        info=SimpleNamespace(gated="manual", sha="0" * 40, safetensors=None),
+        info=SimpleNamespace(gated="manual", sha="0" * 40, safetensors=None, siblings=[]),
         auth=hub_error("GatedRepoError"),
     )
     with pytest.raises(models.ModelError, match="gated and HF_TOKEN is not set in .env"):
@@ -129,7 +132,7 @@ def test_gated_unknown_and_unreachable_hub_models_say_what_to_do(monkeypatch):
 
 def test_pickled_weights_are_not_read(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
-    hub(monkeypatch, info=SimpleNamespace(gated=False, sha="0" * 40, safetensors=None))
+    hub(monkeypatch, info=SimpleNamespace(gated=False, sha="0" * 40, safetensors=None, siblings=[]))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(models.ModelError, match="holds no safetensors weights"):
         models.load("old/model")
@@ -146,13 +149,13 @@ def test_too_little_memory_is_said_before_the_download(monkeypatch):
 
 
 def test_filler_keeps_its_position_but_is_not_attended_to(tiny):
-    one, other = prompts.padded_pair(
+    one, other = caa.padded_pair(
         tiny.tokenizer, behaviors.SystemPair("Be a loud and angry old man.", "Be kind.", "Why?")
     )
-    batch = prompts.pad([other], tiny.tokenizer.pad_token_id)
+    batch = tokens.pad([other], tiny.tokenizer.pad_token_id)
     assert batch.position_ids[0].tolist() == list(range(len(other.ids)))
-    changed = batch._replace(ids=torch.where(batch.roles == prompts.FILLER, 100, batch.ids))
-    last = [models.run(tiny, b, attend_filler=False).logits[0, -1] for b in (batch, changed)]
+    changed = batch._replace(ids=torch.where(batch.roles == tokens.FILLER, 100, batch.ids))
+    last = [reading.forward(tiny, b, attend_filler=False).logits[0, -1] for b in (batch, changed)]
     assert torch.equal(*last)
     assert json.dumps(tiny.identity)
 
@@ -191,8 +194,8 @@ def test_an_adapter_is_merged_and_has_an_identity_of_its_own(tiny, tmp_path):
     assert chat.identity != base.identity and "+tuned@" in chat.identity and str(tmp_path) not in chat.identity
     assert models.outline(f"{tmp_path}/mine + {tmp_path}/tuned").d_model == 16
     again = adapter(tmp_path / "mine", tmp_path / "again" / "tuned", scale=2)
-    assert again and models.plain(f"{tmp_path}/mine + {tmp_path}/again/tuned").identity != chat.identity
-    half = models.plain(f"{tmp_path}/mine + {tmp_path}/tuned", dtype=torch.bfloat16).weights
+    assert again and models.load(f"{tmp_path}/mine + {tmp_path}/again/tuned").identity != chat.identity
+    half = models.load(f"{tmp_path}/mine + {tmp_path}/tuned", dtype=torch.bfloat16).weights
     expected = chat.weights.state_dict()  # merged in float32, then rounded once
     assert all(torch.equal(w, expected[n].bfloat16()) for n, w in half.state_dict().items())
 
@@ -201,10 +204,10 @@ def test_adapters_and_pairs_that_cannot_be_had_are_refused_in_words(tiny, tmp_pa
     small(tiny.tokenizer, tmp_path / "mine")
     (tmp_path / "empty").mkdir()
     with pytest.raises(models.ModelError, match="holds no adapter_config.json"):
-        models.plain(f"{tmp_path}/mine + {tmp_path}/empty")
+        models.load(f"{tmp_path}/mine + {tmp_path}/empty")
     adapter(tmp_path / "mine", tmp_path / "other", made_for="packaged:another")
     with pytest.raises(models.ModelError, match="was made for packaged:another"):
-        models.plain(f"{tmp_path}/mine + {tmp_path}/other")
+        models.load(f"{tmp_path}/mine + {tmp_path}/other")
     small(tiny.tokenizer, tmp_path / "wide")
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -214,7 +217,7 @@ def test_adapters_and_pairs_that_cannot_be_had_are_refused_in_words(tiny, tmp_pa
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
     adapter(tmp_path / "mine", tmp_path / "fits")
     with pytest.raises(models.ModelError, match="the adapter fits does not fit.*before the"):
-        models.plain(f"{tmp_path}/wide + {tmp_path}/fits")
+        models.load(f"{tmp_path}/wide + {tmp_path}/fits")
     with pytest.raises(models.ModelError, match="set BASE_MODEL"):
         models.load_pair({"name": "p", "chat": "x", "base": None})
     with pytest.raises(models.ModelError, match="names no unrelated model.*write unrelated: into"):

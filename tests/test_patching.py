@@ -9,29 +9,18 @@ import pytest
 import torch
 from conftest import tiny_weights
 
-from helpers import (
-    caa,
-    decompose,
-    directions,
-    harvest,
-    models,
-    overlap,
-    patching,
-    prompts,
-    saes,
-    steer,
-    train,
-)
+from helpers import caa, decompose, directions, harvest, overlap, patching, saes, steer, train
 from helpers.behaviors import AnswerPair, Item
-from helpers.models import Plain
-from helpers.prompts import ANSWER, USER
+from helpers.lm import hooks, reading, scoring, tokens
+from helpers.lm.reading import LM
+from helpers.lm.tokens import ANSWER, USER
 
 LAYER = 1
 
 
 @pytest.fixture(scope="module")
 def planted(smol):
-    """(base, chat, direction, ids of the class): the two models as bridges, the unit direction written."""
+    """(base, chat, direction, ids of the class): the two models, the unit direction written."""
     with torch.no_grad():
         return make_planted(smol.tokenizer)
 
@@ -51,7 +40,7 @@ def make_planted(tokenizer):
     columns = torch.cat([mlp.down_proj.weight, 0.1 * direction[:, None].expand(d, extra)], 1)
     mlp.down_proj = torch.nn.Linear(columns.shape[1], d, bias=False)
     mlp.down_proj.weight.copy_(columns)
-    base, chat = (models.bridge(w, tokenizer, f"tiny-{n}") for w, n in zip(both, ("base", "planted"), strict=True))
+    base, chat = (LM.of(w, tokenizer, f"tiny-{n}") for w, n in zip(both, ("base", "planted"), strict=True))
     return base, chat, direction.double(), marked
 
 
@@ -70,7 +59,7 @@ def text():
 @pytest.fixture(scope="module")
 def difference(planted, text, tmp_path_factory):
     """The pair's differences over the text, harvested as the notebook does."""
-    base, chat = (Plain(m.original_model, m.tokenizer, m.identity) for m in planted[:2])
+    base, chat = planted[:2]
     folder = tmp_path_factory.mktemp("text") / "text.txt"
     folder.write_text("\n\n".join(text))
     with pytest.MonkeyPatch.context() as patch:
@@ -95,7 +84,7 @@ def talks(planted):
         ("when was it", " it was on Monday in July"),
         ("who is old", " nobody is very old"),
     ]
-    return [prompts.chat(base.tokenizer, q, answer=a) for q, a in said]
+    return [tokens.chat(base.tokenizer, q, answer=a) for q, a in said]
 
 
 def unit_rows(sae, samples):
@@ -151,7 +140,7 @@ def test_taking_the_latents_out_of_a_vector_stops_it_steering_and_leaves_another
     )
 
     def effect(v):
-        x = steer.log_odds(where, [5 * v / v.norm() if v.norm() > 0.3 else 5 * v], [-1.0, 1.0])[0]
+        x = scoring.log_odds(where, [5 * v / v.norm() if v.norm() > 0.3 else 5 * v], [-1.0, 1.0])[0]
         return np.abs(x[1] - x[0]).mean()
 
     along = overlap.project_out(direction[None], spanned)[0]
@@ -189,23 +178,21 @@ def test_runs_equal_whole_forward_passes(name, request, talks, cache):
     runs = patching.Runs(model, talks, LAYER, batch_size=2)
     logp = runs.log_probs()
     for i, t in enumerate(talks):
-        full = model.original_model(torch.tensor([t.ids])).logits[0].float().log_softmax(-1)
+        full = model.weights(torch.tensor([t.ids])).logits[0].float().log_softmax(-1)
         at = [j for j, role in enumerate(t.roles) if role == ANSWER]
         assert logp[i] == pytest.approx(sum(float(full[j - 1, t.ids[j]]) for j in at), abs=1e-3)
         np.testing.assert_allclose(runs.own[i], full[[j - 1 for j in at]], atol=1e-3)
 
 
 def test_adding_a_constant_row_is_steering_at_those_tokens(tiny, talks, cache):
-    from helpers import hooks
-
     v, runs = torch.randn(48), patching.Runs(tiny, talks, LAYER)
     steered = runs.log_probs([v.expand(len(t.ids), -1) for t in talks])
     for i, t in enumerate(talks):
         with hooks.add(tiny, LAYER, v):
-            full = models.run(tiny, prompts.pad([t], tiny.tokenizer.pad_token_id)).logits[0].log_softmax(-1)
+            full = reading.forward(tiny, tokens.pad([t], tiny.tokenizer.pad_token_id)).logits[0].log_softmax(-1)
         at = [j for j, role in enumerate(t.roles) if role == ANSWER]
         assert steered[i] == pytest.approx(sum(float(full[j - 1, t.ids[j]]) for j in at), abs=1e-3)
-    assert not tiny.original_model.get_output_embeddings()._forward_pre_hooks
+    assert not tiny.weights.get_output_embeddings()._forward_pre_hooks
     np.testing.assert_array_equal(runs.log_probs([torch.zeros(len(t.ids), 48) for t in talks]), runs.log_probs())
 
 
@@ -224,7 +211,7 @@ def test_a_change_is_laid_where_it_was_and_knows_the_roles(tiny, planted, talks)
 def test_what_cannot_be_patched_is_refused_with_a_sentence(tiny, planted, talks):
     runs = patching.Runs(tiny, talks, LAYER)
     with pytest.raises(ValueError, match="has no answer"):
-        patching.Runs(tiny, [prompts.chat(tiny.tokenizer, "who is it")], LAYER)
+        patching.Runs(tiny, [tokens.chat(tiny.tokenizer, "who is it")], LAYER)
     with pytest.raises(ValueError, match=r"conversation 0: rows of shape \(3, 48\)"):
         runs.log_probs([torch.zeros(3, 48) for _ in talks])
     with pytest.raises(ValueError, match="different tokens"):
@@ -237,7 +224,7 @@ def test_what_cannot_be_patched_is_refused_with_a_sentence(tiny, planted, talks)
 def test_patched_runs_are_cached_and_another_row_is_not_a_hit(tiny, talks, cache, monkeypatch):
     runs, rows = patching.Runs(tiny, talks, LAYER), [torch.ones(len(t.ids), 48) for t in talks]
     first, kl = runs.log_probs(rows), runs.kl(runs, rows)
-    monkeypatch.setattr(patching.Runs, "_above", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(scoring, "above", lambda *_: pytest.fail("computed again"))
     again = patching.Runs(tiny, talks, LAYER)
     np.testing.assert_array_equal(again.log_probs(rows), first)
     np.testing.assert_array_equal(again.kl(again, rows), kl)

@@ -24,7 +24,8 @@ from sae_lens.loading import pretrained_saes_directory as registry
 from safetensors.torch import load_file, save_file
 from test_harvest import packaged_tokenizer
 
-from helpers import assets, claims, figures, report, session
+from helpers import claims, figures, report, session
+from helpers.lm import text
 from helpers.session import ROOT
 
 WIDTH, COMMIT = 32, "0123456789" * 4
@@ -127,7 +128,7 @@ def profile(request, tmp_path_factory):
     packaged_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CACHE_DIR", CACHE)
-        real = [assets.fetch(name) for name in ("text", "pairs")]
+        real = [text.fetch(name) for name in ("text", "pairs")]
         base = snapshot(folder / "hub", settings["chat"])
         scale = write_model(base, request.param, settings["layer"])
         if "pair" in settings:
@@ -259,7 +260,7 @@ def test_notebook_05_runs_unchanged_on_a_profile_of_two_models(name, tmp_path, m
     assert [path.stem[:2] for path in listed(name)] == ["05"]
     packaged_tokenizer()
     monkeypatch.setenv("CACHE_DIR", CACHE)
-    real = assets.fetch("text")
+    real = text.fetch("text")
     scale = write_pair(hub, name, settings)
     wanted = {tuple(x.values()) for x in settings["pair"]["sae"].values()}
     repositories = {}

@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_harvest import HOW, small, text  # noqa: F401
+from test_harvest import HOW, small, source  # noqa: F401
 
-from helpers import harvest, latents, models, saes, topk
+from helpers import harvest, latents, saes, topk
 from helpers.activations import Array
 from helpers.saes import SaeError
 from helpers.topk import Weights
@@ -275,7 +275,7 @@ def test_loss_recovered_is_one_for_a_copy_and_zero_for_the_mean():
     where = kept[0, :-1] & kept[0, 1:]
     by_hand = -logits.gather(1, ids[0, 1:, None])[where].mean()
     assert float(copied.model[0]) == pytest.approx(float(by_hand), rel=1e-5)
-    assert not any(len(b._forward_hooks) for b in models.blocks(model.weights))
+    assert not any(len(b._forward_hooks) for b in model.blocks)
 
 
 def test_what_is_not_kept_and_outliers_pass_through_the_splice():
@@ -290,9 +290,7 @@ def test_what_is_not_kept_and_outliers_pass_through_the_splice():
             seen.append(x)
             return x
 
-    handle = models.blocks(model.weights)[1].register_forward_hook(
-        lambda m, i, out: out.index_fill(1, torch.tensor([7]), 500.0)
-    )
+    handle = model.blocks[1].register_forward_hook(lambda m, i, out: out.index_fill(1, torch.tensor([7]), 500.0))
     saes.loss_recovered(model, Watch(), 1, ids, kept, torch.zeros(48), limit=500.0)
     handle.remove()
     assert len(seen[0]) == 2 * 9 and float(seen[0].norm(dim=1).max()) < 500
@@ -304,9 +302,9 @@ def test_what_is_not_kept_and_outliers_pass_through_the_splice():
 # --- tables of latents -------------------------------------------------------------------------------------------------
 
 
-def test_the_table_finds_a_latent_that_stands_for_one_word(text, cache):  # noqa: F811
+def test_the_table_finds_a_latent_that_stands_for_one_word(source, cache):  # noqa: F811
     model = small()
-    samples = harvest.run(model, text, [1], 1500, **HOW)
+    samples = harvest.run(model, source, [1], 1500, **HOW)
     ids, row = samples.token_rows()
     position = samples.named("position").long()
     token = model.tokenizer(" river")["input_ids"][0]
@@ -388,9 +386,9 @@ def test_a_table_is_kept_beside_the_sae_and_shown_on_a_page(tmp_path):
         latents.load(tmp_path / "nowhere")
 
 
-def test_a_table_is_made_once_and_again_when_its_making_changes(text, cache, tmp_path, monkeypatch):  # noqa: F811
+def test_a_table_is_made_once_and_again_when_its_making_changes(source, cache, tmp_path, monkeypatch):  # noqa: F811
     model = small()
-    samples = harvest.run(model, text, [1], 800, **HOW)
+    samples = harvest.run(model, source, [1], 800, **HOW)
     folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
     sae = saes.load(folder).sae
     made, real = [], latents.table

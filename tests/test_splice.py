@@ -6,8 +6,9 @@ from conftest import tiny_model
 from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-from helpers import hooks, models, prompts, splice
-from helpers.hooks import Positions
+from helpers import splice
+from helpers.lm import hooks, reading, tokens
+from helpers.lm.hooks import Positions
 
 LAYER = 1
 
@@ -15,7 +16,7 @@ LAYER = 1
 @pytest.fixture
 def sae(tiny):
     """A TopK SAE of the tiny model's width with offsets, so that b_dec would be seen if it were added."""
-    d = tiny.cfg.d_model
+    d = tiny.d_model
     cfg = {
         "d_in": d,
         "d_sae": 3 * d,
@@ -41,18 +42,18 @@ def sae(tiny):
 
 @pytest.fixture
 def sequences(tiny):
-    return [prompts.chat(tiny.tokenizer, q) for q in ("Where do rivers begin?", "Name three birds.")]
+    return [tokens.chat(tiny.tokenizer, q) for q in ("Where do rivers begin?", "Name three birds.")]
 
 
 def run(model, sequences):
-    return models.run(model, prompts.pad(sequences, model.tokenizer.pad_token_id)).logits
+    return reading.forward(model, tokens.pad(sequences, model.tokenizer.pad_token_id)).logits
 
 
 def test_residuals_are_those_of_the_model_and_a_steered_run_differs_by_the_vector(tiny, sequences):
-    v = torch.randn(tiny.cfg.d_model)
-    plain, steered = splice.residuals(tiny, sequences, LAYER), splice.residuals(tiny, sequences, LAYER, 2 * v)
-    for tokens, a, b in zip(sequences, plain, steered, strict=True):
-        alone = tiny.original_model(torch.tensor([tokens.ids]), output_hidden_states=True).hidden_states[LAYER + 1][0]
+    v = torch.randn(tiny.d_model)
+    plain, steered = reading.residuals(tiny, sequences, LAYER), reading.residuals(tiny, sequences, LAYER, 2 * v)
+    for laid, a, b in zip(sequences, plain, steered, strict=True):
+        alone = tiny.weights(torch.tensor([laid.ids]), output_hidden_states=True).hidden_states[LAYER + 1][0]
         assert torch.allclose(a, alone, atol=1e-5) and torch.allclose(b - a, (2 * v).expand_as(a), atol=1e-5)
 
 
@@ -74,9 +75,9 @@ def test_an_edit_shifts_by_exactly_the_difference_of_two_decodes(tiny, sae, sequ
         z[..., 4] += 3.0
         return torch.where(torch.arange(z.shape[-1]) == int(z[0, 0].argmax()), torch.zeros(()), z)
 
-    plain = splice.residuals(tiny, sequences, LAYER)
+    plain = reading.residuals(tiny, sequences, LAYER)
     with splice.edited(tiny, LAYER, sae, edit):
-        shifted = splice.residuals(tiny, sequences, LAYER)
+        shifted = reading.residuals(tiny, sequences, LAYER)
     width = max(len(t.ids) for t in sequences)
     x = torch.stack([torch.nn.functional.pad(p, (0, 0, 0, width - len(p))) for p in plain])
     z = sae.encode(x)
@@ -87,29 +88,27 @@ def test_an_edit_shifts_by_exactly_the_difference_of_two_decodes(tiny, sae, sequ
 
 
 def test_only_chosen_positions_are_edited(tiny, sae, sequences):
-    batch = prompts.pad(sequences, tiny.tokenizer.pad_token_id, side="right")
-    where = Positions(batch.roles == prompts.USER)
-    plain = splice.residuals(tiny, sequences, LAYER)
+    batch = tokens.pad(sequences, tiny.tokenizer.pad_token_id, side="right")
+    where = Positions(batch.roles == tokens.USER)
+    plain = reading.residuals(tiny, sequences, LAYER)
     with splice.edited(tiny, LAYER, sae, error_term=False, positions=where):
-        changed = splice.residuals(tiny, sequences, LAYER)
-    for tokens, a, b in zip(sequences, plain, changed, strict=True):
-        user = torch.tensor(tokens.roles) == prompts.USER
+        changed = reading.residuals(tiny, sequences, LAYER)
+    for laid, a, b in zip(sequences, plain, changed, strict=True):
+        user = torch.tensor(laid.roles) == tokens.USER
         assert torch.equal(a[~user], b[~user]) and torch.allclose(b[user], sae(a[user]), atol=1e-4)
 
 
 @pytest.mark.parametrize("error_term", [True, False])
 def test_the_splice_is_sae_lens_own_with_and_without_its_error_term(sae, tiny, error_term):
-    weights = tiny_model(
-        "llama", tiny.tokenizer, models
-    ).original_model  # the same weights; a bridge takes a model apart
+    weights = tiny_model("llama", tiny.tokenizer).weights  # the same weights; a bridge takes a model apart
     theirs = SAETransformerBridge.boot_transformers("llama", hf_model=weights, tokenizer=tiny.tokenizer)
-    ids = torch.tensor([prompts.chat(tiny.tokenizer, "Where do rivers begin?").ids])
+    ids = torch.tensor([tokens.chat(tiny.tokenizer, "Where do rivers begin?").ids])
     with theirs.saes([sae], use_error_term=error_term):
         expected = theirs(ids)
     with splice.edited(tiny, LAYER, sae, error_term=error_term):
-        ours = tiny.original_model(ids).logits
+        ours = tiny.weights(ids).logits
     assert torch.allclose(ours, expected, atol=1e-3)
-    assert error_term == torch.allclose(ours, tiny.original_model(ids).logits, atol=1e-3)
+    assert error_term == torch.allclose(ours, tiny.weights(ids).logits, atol=1e-3)
 
 
 def test_an_edit_of_another_shape_is_refused(tiny, sae, sequences):
@@ -122,10 +121,10 @@ def test_an_edit_of_another_shape_is_refused(tiny, sae, sequences):
 
 def test_what_is_spoken_leaves_out_first_template_special_and_outlier_tokens(tiny):
     reply = tiny.tokenizer(" In springs.", add_special_tokens=False)["input_ids"]
-    tokens = prompts.conversation(tiny.tokenizer, "Where do rivers begin?", reply)
-    rows = splice.residuals(tiny, [tokens], LAYER)[0]
+    talk = tokens.conversation(tiny.tokenizer, "Where do rivers begin?", reply)
+    rows = reading.residuals(tiny, [talk], LAYER)[0]
     rows[-1] *= 1e6
-    spoken = splice.spoken(tokens, rows, limit=1e5)
+    spoken = splice.spoken(talk, rows, limit=1e5)
     assert tiny.tokenizer.decode(spoken.ids) == "Where do rivers begin? In springs"
     assert tiny.tokenizer.decode(spoken.ids[torch.from_numpy(spoken.answer)]) == " In springs" and len(
         spoken.rows

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import behaviors, hooks, models, prompts, steer
+from helpers import behaviors, steer
 from helpers.behaviors import Item
-from helpers.prompts import ANSWER
+from helpers.lm import hooks, reading, replies, scoring, tokens
+from helpers.lm.tokens import ANSWER
 
 ITEMS = [
     Item("What is tin?", "Tin is a soft, silvery metal.", "No idea, sorry."),
@@ -19,19 +20,19 @@ def naive(model, layer, vector, multiplier, item):
     """log p of both completions by whole forward passes, one text at a time, no cache, no skipped blocks."""
     out = []
     for answer in (item.matching, item.non_matching):
-        tokens = prompts.chat(model.tokenizer, item.question, answer=answer)
-        batch = prompts.pad([tokens], model.tokenizer.pad_token_id)
-        with hooks.add(model, layer, vector, multiplier, prompts.positions(batch, "response")):
-            logp = models.run(model, batch).logits[0].float().log_softmax(-1)
-        start = tokens.roles.index(ANSWER)
-        out.append(sum(float(logp[i - 1, tokens.ids[i]]) for i in range(start, len(tokens.ids))))
+        laid = tokens.chat(model.tokenizer, item.question, answer=answer)
+        batch = tokens.pad([laid], model.tokenizer.pad_token_id)
+        with hooks.add(model, layer, vector, multiplier, tokens.positions(batch, "response")):
+            logp = reading.forward(model, batch).logits[0].float().log_softmax(-1)
+        start = laid.roles.index(ANSWER)
+        out.append(sum(float(logp[i - 1, laid.ids[i]]) for i in range(start, len(laid.ids))))
     return out
 
 
 @pytest.mark.parametrize("name,layer", [("smol", 14), ("tiny", 0), ("tiny", 3), ("gemma", 1)])
 def test_fast_scores_equal_plain_steered_passes(name, layer, request, cache):
     model = request.getfixturevalue(name)
-    v = torch.randn(model.cfg.d_model) * (5 if name == "smol" else 0.5)
+    v = torch.randn(model.d_model) * (5 if name == "smol" else 0.5)
     where = steer.of_items(model, ITEMS, layer)
     where.chunk = 2  # more chunks than one, of unequal size
     for multiplier in (0.0, 1.0, -2.0):
@@ -44,7 +45,7 @@ def test_scoring_leaves_the_model_and_its_cache_as_they_were(tiny, cache):
     first = where.log_probs(v, 1.0)
     where.log_probs(-v, 3.0), where.gradients()
     np.testing.assert_array_equal(where.log_probs(v, 1.0), first)
-    assert not tiny.original_model.get_output_embeddings()._forward_pre_hooks
+    assert not tiny.weights.get_output_embeddings()._forward_pre_hooks
 
 
 @pytest.mark.parametrize("name", ["tiny", "gemma"])
@@ -62,49 +63,49 @@ def test_kl_is_zero_unsteered_positive_steered_and_exact(tiny, cache):
     steered = where.kl(v, 1.0)
     assert (steered > 0).all()
     group = where.sequences[0][0]
-    batch = prompts.pad([group], tiny.tokenizer.pad_token_id)
+    batch = tokens.pad([group], tiny.tokenizer.pad_token_id)
     start = group.roles.index(ANSWER)
     chosen = torch.zeros_like(batch.mask)
     chosen[0, start - 1 :] = True
-    p = models.run(tiny, batch).logits[0, start - 1 : -1].log_softmax(-1)
+    p = reading.forward(tiny, batch).logits[0, start - 1 : -1].log_softmax(-1)
     with hooks.add(tiny, 1, v, 1.0, hooks.Positions(chosen)):
-        q = models.run(tiny, batch).logits[0, start - 1 : -1].log_softmax(-1)
+        q = reading.forward(tiny, batch).logits[0, start - 1 : -1].log_softmax(-1)
     np.testing.assert_allclose(steered[0, 0], float((p.exp() * (p - q)).sum(-1).mean()), rtol=1e-3)
 
 
 def test_log_odds_are_cached_and_a_changed_vector_is_not_a_hit(tiny, cache, monkeypatch):
     v = torch.randn(48)
-    first = steer.log_odds(steer.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0])
-    monkeypatch.setattr(steer.Continuations, "log_probs", lambda *_: pytest.fail("computed again"))
-    np.testing.assert_array_equal(steer.log_odds(steer.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0]), first)
+    first = scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0])
+    monkeypatch.setattr(scoring.Continuations, "log_probs", lambda *_: pytest.fail("computed again"))
+    np.testing.assert_array_equal(scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0]), first)
     with pytest.raises(pytest.fail.Exception):
-        steer.log_odds(steer.of_items(tiny, ITEMS, 1), [v + 1e-6], [0.0, 1.0])
+        scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [v + 1e-6], [0.0, 1.0])
 
 
 def test_planted_direction_steers_and_an_orthogonal_one_does_not(tiny, cache):
     """A control must fire: the gradient's own direction raises the log-odds, one at right angles leaves it (to first order)."""
     where = steer.of_items(tiny, ITEMS, 2)
-    gradient = torch.from_numpy(steer.linear_response(where)).mean(0).float()
+    gradient = torch.from_numpy(scoring.linear_response(where)).mean(0).float()
     along = gradient / gradient.norm()
     across = torch.randn(48)
     across -= (across @ along) * along
     across /= across.norm()
-    scores = steer.log_odds(where, [along, across], [-0.01, 0.01]).mean(-1)
+    scores = scoring.log_odds(where, [along, across], [-0.01, 0.01]).mean(-1)
     slope = (scores[:, 1] - scores[:, 0]) / 0.02
     assert slope[0] > 0 and abs(slope[1]) < 0.05 * slope[0]
 
 
 def test_prompts_must_be_shared(tiny):
-    one, other = (prompts.chat(tiny.tokenizer, q, answer="Yes.") for q in ("What?", "Why?"))
+    one, other = (tokens.chat(tiny.tokenizer, q, answer="Yes.") for q in ("What?", "Why?"))
     with pytest.raises(ValueError, match="one and the same prompt"):
-        steer.Continuations(tiny, [[one, other]], 1)
+        scoring.Continuations(tiny, [[one, other]], 1)
 
 
 def test_token_log_probs_equal_log_softmax():
     logits, targets = torch.randn(300, 97) * 5, torch.randint(0, 97, (300,))
     rows = torch.arange(300)
     expected = logits.log_softmax(-1)[rows, targets]
-    torch.testing.assert_close(steer.token_log_probs(logits, targets, logits[rows, targets], block=64), expected)
+    torch.testing.assert_close(scoring.token_log_probs(logits, targets, logits[rows, targets], block=64), expected)
 
 
 def test_letters_swap_the_options(tiny):
@@ -115,11 +116,11 @@ def test_letters_swap_the_options(tiny):
 
 def test_generation_is_reproducible_and_steering_changes_it(tiny, cache):
     v, ask = 20 * torch.randn(48), ["What is tin?"]
-    plain = steer.generate_ids(tiny, ask, 1, v, 0.0, max_new_tokens=8)
-    assert torch.equal(plain, steer.generate_ids(tiny, ask, 1, -v, 0.0, max_new_tokens=8))
-    assert not torch.equal(plain, steer.generate_ids(tiny, ask, 1, v, 1.0, max_new_tokens=8))
-    options = dict(max_new_tokens=8, sample=True)
-    sampled = [steer.generate_ids(tiny, ask, 1, v, 1.0, seed=s, **options) for s in (1, 1, 2)]
+    plain = replies.generate_ids(tiny, ask, 1, v, 0.0, max_new_tokens=8)
+    assert torch.equal(plain, replies.generate_ids(tiny, ask, 1, -v, 0.0, max_new_tokens=8))
+    assert not torch.equal(plain, replies.generate_ids(tiny, ask, 1, v, 1.0, max_new_tokens=8))
+    options = dict(max_new_tokens=8, temperature=1.0)
+    sampled = [replies.generate_ids(tiny, ask, 1, v, 1.0, seed=s, **options) for s in (1, 1, 2)]
     assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
 
 

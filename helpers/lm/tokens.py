@@ -1,0 +1,298 @@
+"""The tokens a model sees: text in, token batches and position masks out.
+
+Knows tokenizers, not models or files. Every token carries a role, so that positions can be chosen by meaning and shown. Roles
+follow from how a prompt was put together; nothing is looked for in the text.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from helpers.lm.hooks import Positions
+from helpers.session import setting
+from helpers.store import DataError, digest
+
+DATE = datetime(2024, 7, 26)  # what a template that prints a date prints, so that prompts do not depend on the clock
+SYSTEM_MARK, USER_MARK = "\ue0f1system\ue0f1", "\ue0f2user\ue0f2"  # of private use: no text holds them
+_SAID: set[str] = set()
+
+SPECIAL, TEMPLATE, SYSTEM, USER, ANSWER, FILLER, PAD = range(7)  # the role of a token
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    chat_template: str | None
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def pad_token_id(self) -> int: ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool = ..., return_offsets_mapping: bool = ...) -> Mapping: ...
+
+    def decode(self, token_ids: Sequence[int] | Tensor, skip_special_tokens: bool = ...) -> str: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def apply_chat_template(self, conversation: list, **options: object) -> str: ...
+
+
+class Tokens(NamedTuple):
+    """One text as token ids with a role (SPECIAL, TEMPLATE, SYSTEM, ...) each."""
+
+    ids: list[int]
+    roles: list[int]
+
+
+class Batch(NamedTuple):
+    """Padded `ids` and `roles` (batch, tokens), and `position_ids` that padding does not move."""
+
+    ids: Tensor
+    roles: Tensor
+    position_ids: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(batch, tokens) bool: a real token. Fillers are real; padding is not."""
+        return self.roles != PAD
+
+
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    """Every special token, also those without a name of their own (Llama-3's headers)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+
+def first_token(tokenizer: Tokenizer) -> list[int]:
+    """The BOS that the tokenizer puts before a text, as a list of one id, or an empty list where it adds none."""
+    return [i for i in tokenizer("", add_special_tokens=True)["input_ids"][:1] if i == tokenizer.bos_token_id]
+
+
+def _thinking() -> bool:
+    """Whether answers stand where a thinking model still thinks: the setting THINKING, closed (the default) or open."""
+    wanted = setting("THINKING", "closed").lower()
+    if wanted not in ("closed", "open"):
+        raise DataError(f"THINKING={wanted!r} given; it is closed (answers follow an empty thought) or open")
+    return wanted == "open"
+
+
+def _rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
+    """The messages in the chat template, up to where the assistant is to speak, on a fixed date."""
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=_thinking(), strftime_now=DATE.strftime,
+    )  # fmt: skip
+
+
+def _system_in_front(tokenizer: Tokenizer) -> None:
+    """Say, once for each template, that it has no place for a system prompt."""
+    if (template := digest(tokenizer.chat_template)) not in _SAID:
+        _SAID.add(template)
+        name = Path(getattr(tokenizer, "name_or_path", "")).name or "this model"
+        print(f"the chat template of {name} takes no system prompt: it is put in front of the user's first turn")
+
+
+def _pieces(tokenizer: Tokenizer, question: str, system: str | None) -> list[tuple[str, int]]:
+    """The prompt as (text, role) pieces, in order, up to where the assistant is to speak.
+
+    The template is rendered around marks, which show where each text goes whatever the texts are; they are then exchanged
+    for the texts. DataError if the template does anything else to them.
+    """
+    if tokenizer.chat_template is None:  # a base model: a plain transcript
+        first = [("System: ", TEMPLATE), (system, SYSTEM), ("\n", TEMPLATE)] if system else []
+        return [*first, ("User: ", TEMPLATE), (question, USER), ("\nAssistant: ", TEMPLATE)]
+    own = {SYSTEM_MARK: (system or "", SYSTEM), USER_MARK: (question, USER)}
+
+    def rendered(system: str | None, question: str, joined: bool) -> str:
+        turns = [{"role": "user", "content": f"{system}\n\n{question}" if system and joined else question}]
+        return _rendered(tokenizer, [{"role": "system", "content": system}, *turns] if system and not joined else turns)
+
+    marks, joined, marked = (SYSTEM_MARK if system else None, USER_MARK), False, ""
+    with suppress(Exception):  # jinja2 raises its own classes from inside the template
+        marked = rendered(*marks, joined)
+    if system and SYSTEM_MARK not in marked:
+        _system_in_front(tokenizer)
+        joined = True
+    try:
+        marked, real = rendered(*marks, joined), rendered(system, question, joined)
+    except Exception as error:
+        raise DataError(f"the chat template refuses {question[:40]!r} as the user's turn: {error}") from None
+    parts = re.split(f"({SYSTEM_MARK}|{USER_MARK})", marked)
+    pieces = [own.get(part, (part, TEMPLATE)) for part in parts if part]
+    if USER_MARK not in parts or "".join(text for text, _ in pieces) != real:
+        raise DataError(f"the chat template changed or dropped the text {question[:40]!r}; positions cannot be marked")
+    last = parts[-1]
+    if not _thinking() and last.rfind("<think>") > last.rfind("</think>"):  # a thought has begun: it stays empty
+        pieces[-1] = (last.rstrip() + "\n\n</think>\n\n", TEMPLATE)
+    return pieces
+
+
+def _tokenize(tokenizer: Tokenizer, pieces: Sequence[tuple[str, int]]) -> Tokens:
+    """The joined text of `pieces` as tokens; a token that any of a piece's text lies in has the piece's role.
+
+    Where template and content share a token it is the content's. DataError for text that is not Unicode, and for a
+    tokenizer that cannot say which characters a token stands for.
+    """
+    text = "".join(part for part, _ in pieces)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text {text[max(error.start - 20, 0) : error.start]!r} is followed by half a character (a lone surrogate): "
+            "mend it where it was read"
+        ) from None
+    try:
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
+    except (KeyError, NotImplementedError):
+        raise DataError(
+            f"{type(tokenizer).__name__} cannot say which characters its tokens stand for, so that no position has a meaning: "
+            "take the model's fast tokenizer (tokenizer.json)"
+        ) from None
+    special, end, spans = special_ids(tokenizer), 0, []
+    for part, role in pieces:
+        start, end = end, end + len(part)
+        if role != TEMPLATE:
+            spans.append((start, end, role))
+    roles = [SPECIAL if i in special else TEMPLATE for i in ids]
+    for start, end, role in spans:
+        for i, (a, b) in enumerate(offsets):
+            if a < end and b > start and roles[i] == TEMPLATE:
+                roles[i] = role
+    # Templates write the BOS themselves; plain text gets the one the tokenizer would have added, never two.
+    bos = first_token(tokenizer)
+    if bos and ids[:1] != bos:
+        ids, roles = bos + ids, [SPECIAL, *roles]
+    return Tokens(ids, roles)
+
+
+def chat(tokenizer: Tokenizer, question: str, system: str | None = None, answer: str | None = None) -> Tokens:
+    """A user turn, an optional system prompt and an optional answer, in the model's own chat template.
+
+    Ends where the assistant is to speak, or after the answer's last token (the end-of-turn mark is left off). The answer is
+    what is appended, so its tokens are known. A template without a system role gets the system prompt in front of the
+    question, one that prints a date always the same, one that lets the model think an empty thought (setting THINKING).
+    DataError for an empty answer and for a template that changes the texts.
+    """
+    pieces = _pieces(tokenizer, question.strip(), system.strip() or None if system else None)
+    if answer is not None:
+        if not answer.strip():
+            raise DataError(f"the answer to {question.strip()[:40]!r} is empty: there is nothing to read or to score")
+        pieces.append((answer.strip(), ANSWER))
+    return _tokenize(tokenizer, pieces)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A hash of how a tokenizer lays out a conversation: its template as it comes out, special tokens, end and padding."""
+    shown = chat(tokenizer, "A question.", answer="An answer.")
+    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, sorted(special_ids(tokenizer))]
+    return digest([shown, tokenizer.chat_template, specials])[:16]
+
+
+def conversation(tokenizer: Tokenizer, question: str, reply: Sequence[int], own_turn: bool = True) -> Tokens:
+    """A user turn and the reply's token ids, which have the role `answer`.
+
+    With `own_turn` false the same ids end the user's own turn, after a blank line, and no assistant turn is opened before
+    them: the same words, and nobody starts to speak.
+    """
+    start, reply = chat(tokenizer, question), list(reply)
+    if own_turn:
+        return Tokens(start.ids + reply, start.roles + [ANSWER] * len(reply))
+    end = max(i for i, role in enumerate(start.roles) if role == USER) + 1
+    blank = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    return Tokens(
+        start.ids[:end] + blank + reply + start.ids[end:],
+        start.roles[:end] + [TEMPLATE] * len(blank) + [ANSWER] * len(reply) + start.roles[end:],
+    )
+
+
+def plain(tokenizer: Tokenizer, text: str) -> Tokens:
+    """A plain text, with the tokenizer's own BOS if it has one; every other token has the role `user`."""
+    return _tokenize(tokenizer, [(text, USER)])
+
+
+def pad(batch: Sequence[Tokens], pad_id: int, side: str = "left") -> Batch:
+    """The sequences padded to one length. Positions count real tokens, so either side gives the same activations."""
+    width = max(len(t.ids) for t in batch)
+    ids = torch.full((len(batch), width), pad_id)
+    roles = torch.full((len(batch), width), PAD)
+    for row, tokens in enumerate(batch):
+        n = len(tokens.ids)
+        where = slice(width - n, width) if side == "left" else slice(0, n)
+        ids[row, where], roles[row, where] = torch.tensor(tokens.ids), torch.tensor(tokens.roles)
+    return Batch(ids, roles, ((roles != PAD).long().cumsum(1) - 1).clamp_min(0))
+
+
+def _first(batch: Batch) -> Tensor:
+    """(batch, tokens) bool: the first real token of each row."""
+    return batch.mask & (batch.mask.long().cumsum(1) == 1)
+
+
+def _last(mask: Tensor) -> Tensor:
+    """(batch, tokens) bool: the last true position of each row."""
+    return mask & (mask.long().cumsum(1) == mask.long().sum(1, keepdim=True))
+
+
+def positions(batch: Batch, where: str | Sequence[int] | Tensor, specials: bool = False) -> Positions:
+    """Positions by meaning, for reading or steering `batch`; padding never, the outlier first token only if named by index.
+
+    all: every token · prompt: every token before the answer · last: the last token · answer: the answer's tokens ·
+    response: the last prompt token (it writes the response's first token) and all that follow · after_instruction: all
+    after the last token of the user's turn · a list of indices counted over real tokens, negative from the end · a bool mask.
+    Special tokens are left out of `all`, `prompt` and `answer` unless `specials`.
+    """
+    real, roles = batch.mask, batch.roles
+    content = real & ~_first(batch) & ((roles != SPECIAL) | specials)
+    if isinstance(where, Tensor):
+        if where.shape != batch.ids.shape:
+            raise ValueError(f"a mask of shape {tuple(where.shape)} was given for a batch of {tuple(batch.ids.shape)}")
+        return Positions(where.bool() & real)
+    if not isinstance(where, str):
+        mask, lengths = torch.zeros_like(real), real.sum(1)
+        for index in where:
+            target = torch.where(torch.tensor(index) < 0, lengths + index, torch.tensor(index))
+            if bool(((target < 0) | (target >= lengths)).any()):
+                raise IndexError(
+                    f"position {index} was asked for, but the shortest sequence has {int(lengths.min())} tokens"
+                )
+            mask |= real & (real.long().cumsum(1) - 1 == target[:, None])
+        return Positions(mask)
+    answer = roles == ANSWER
+    before = real & (answer.long().cumsum(1) == 0)
+    after_user = real & ((roles == USER).long().flip(1).cumsum(1).flip(1) == 0) & ((roles == USER).any(1, keepdim=True))
+    masks = {
+        "all": (content, True),
+        "prompt": (content & before, False),
+        "last": (_last(real), False),
+        "answer": (content & answer, False),
+        "response": (_last(before) | (real & ~before), True),
+        "after_instruction": (after_user, True),
+    }
+    if where not in masks:
+        raise ValueError(f"positions {where!r} given; choose one of {', '.join(masks)}, or give indices or a mask")
+    return Positions(*masks[where])
+
+
+def provenance(tokenizer: Tokenizer, batch: Batch, chosen: Positions, row: int = 0, colour: bool = False) -> str:
+    """One row of the batch as text with the chosen tokens in «guillemets» (and in reverse video with `colour`)."""
+    out = []
+    for i, on, real in zip(batch.ids[row].tolist(), chosen.prompt[row].tolist(), batch.mask[row].tolist(), strict=True):
+        if real:
+            piece = tokenizer.decode([i]).replace("\n", "⏎")
+            marked = f"\x1b[30;46m«{piece}»\x1b[0m" if colour else f"«{piece}»"
+            out.append(marked if on else piece)
+    tail = " … and every generated token" if chosen.later else ""
+    return "".join(out) + tail
