@@ -21,11 +21,13 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
 
-from helpers import claims
+from helpers import claims, session
 from helpers.lm import text
 from helpers.session import DEFAULT_PROFILE, ROOT, load_profile, redact, setting
-from helpers.store import digest, versions, write_file
+from helpers.store import digest, read_json, versions, write_file
 
 NOTEBOOKS = ROOT / "notebooks"
 MARKERS = ("<!-- claims:start -->", "<!-- claims:end -->")
@@ -36,12 +38,32 @@ class ReportError(RuntimeError):
     """The report was asked for something that is not there."""
 
 
+class OwnKernel(AsyncKernelManager):
+    """A kernel of the interpreter that makes the report, with this checkout first on its import path.
+
+    Which kernelspecs are installed does not matter: one named python3 may start another Python, or another checkout.
+    """
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """The specification that every start uses."""
+        found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            env={"PYTHONPATH": found.replace("$", "$$")},  # jupyter expands $NAME in it
+            display_name="Python 3",
+            language="python",
+        )
+
+
 def notebooks(only: str = "") -> list[Path]:
     """The numbered notebooks in order, or those whose number or name is in the comma-separated `only`."""
     found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if not only:
         return found
     wanted = [w.strip() for w in only.split(",") if w.strip()]
+    if not wanted:
+        raise ReportError(f"--only {only!r} names no notebook; there are {', '.join(p.stem for p in found)}")
     known = {key: path for path in found for key in (path.stem, path.stem[:2])}
     if unknown := [w for w in wanted if w not in known]:
         raise ReportError(f"no notebook {', '.join(unknown)}; there are {', '.join(p.stem for p in found)}")
@@ -99,14 +121,14 @@ def execute(path: Path, out: Path, parameters: dict[str, Any]) -> dict[str, Any]
         try:
             papermill.execute_notebook(
                 str(path), str(ran), parameters, kernel_name="python3", cwd=str(NOTEBOOKS), progress_bar=False,
-                log_output=False, extra_arguments=["--IPKernelApp.log_level=40"],
+                log_output=False, extra_arguments=["--IPKernelApp.log_level=40"], kernel_manager_class=OwnKernel,
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = redact(f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}")
         except Exception as failure:  # a kernel that died, most likely for want of memory
             error = redact(f"{type(failure).__name__}: {failure}")
         notebook = strip(nbformat.read(ran if ran.exists() else path, as_version=4))
-    notebook = nbformat.from_dict(json.loads(redact(json.dumps(notebook))))
+    notebook = nbformat.from_dict(redact(notebook))
     write_file(out / path.name, nbformat.writes(notebook) + "\n")
     write_file(out / f"{path.stem}.html", render(notebook, path.stem))
     seconds = round(time.perf_counter() - began, 1)
@@ -131,11 +153,12 @@ def index(out: Path, profile: str, runs: dict[str, Any]) -> str:
     studies, rows = [], []
     for stem, run in sorted(runs.items()):
         path = out / "results" / f"{stem}.json"
-        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() and run["status"] == "ran" else None
+        result = read_json(path) if run["status"] == "ran" else None
         pictures = sorted((out / "figures").glob(f"{stem[:2]}_*.png"))
         headline = [p for p in pictures if p.stem.endswith("_headline")] or pictures
         picture = base64.b64encode(headline[0].read_bytes()).decode() if result and headline else ""
-        words = html.escape(result["summary"]) if result else f"<b>failed</b>: {html.escape(run['error'])}"
+        error = run["error"] or "its file of results is missing or cut short; run it again"
+        words = html.escape(result["summary"]) if result else f"<b>failed</b>: {html.escape(error)}"
         image = f'<img alt="" src="data:image/png;base64,{picture}">' if picture else ""
         studies.append(
             f'<section><a href="{stem}.html">{image}</a><div><h2><a href="{stem}.html">{stem}</a></h2>'
@@ -159,8 +182,7 @@ def index(out: Path, profile: str, runs: dict[str, Any]) -> str:
                 + "</tr>"
             )
     total = sum(r["seconds"] for r in runs.values())
-    paths = [p for stem in runs if (p := out / "results" / f"{stem}.json").exists()]
-    ran = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
+    ran = [r for stem in runs if (r := read_json(out / "results" / f"{stem}.json"))]
     keys = ("model", "layer", "device", "dtype")  # a file of an older version may lack one
     devices = " / ".join(sorted({", ".join(f"{k} {r[k]}" for k in keys if k in r) for r in ran}))
     software = " · ".join(f"{k} {v}" for k, v in versions().items())
@@ -237,15 +259,45 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
         given["profile"] = options.profile
     if options.fast:
         given["fast"] = True
+    if "fast" in given:
+        given["fast"] = session.checked_fast(given["fast"])
     return given
+
+
+def _folder(out: Path) -> None:
+    """Make the report's folder, and see that it can be written; ReportError otherwise."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ReportError(
+            f"{out} is no folder that can be written ({error.strerror}): give another with --out"
+        ) from None
+
+
+def _earlier(record: Path) -> dict[str, Any]:
+    """What runs.json tells of notebooks that ran before and still exist; nothing where it is missing or damaged."""
+    kept = read_json(record)
+    if kept is None and record.exists():
+        print(f"{record.name} of an earlier report cannot be read; it is made anew")
+    whole = {"status", "seconds", "error"}
+    return {
+        stem: run
+        for stem, run in (kept.items() if isinstance(kept, dict) else ())
+        if isinstance(run, dict) and whole <= run.keys() and (NOTEBOOKS / f"{stem}.ipynb").exists()
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the report; 0 if every notebook ran, 1 if one failed, 2 for a request that cannot be met, 130 after Ctrl-C."""
     options = _options(arguments)
+    session.print_anywhere()
     try:
+        session.check_checkout()
         given = _parameters(options)
         settings = load_profile(options.profile)
+        session.device_and_dtype(settings), session.cache_dir()  # their errors now, not in every notebook
         profile = settings["name"]
         selected = notebooks(options.only) if options.only else fitting(notebooks(), settings)
         for path in selected:
@@ -255,15 +307,15 @@ def main(arguments: list[str] | None = None) -> int:
             raise ReportError(
                 "--commit takes a run of the default profile on default parameters, with nothing overridden"
             )
-    except (ReportError, FileNotFoundError, ValueError, yaml.YAMLError) as error:
+        if options.commit:
+            given = {}
+        changed = sorted((k, str(v)) for k, v in given.items() if k not in ("profile", "fast"))
+        name = profile + ("-fast" if options.fast else "") + (f"+{digest(changed)[:6]}" if changed else "")
+        out = Path(options.out).expanduser().resolve() if options.out else ROOT / "reports" / name
+        _folder(out)
+    except (RuntimeError, FileNotFoundError, ValueError, yaml.YAMLError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    if options.commit:
-        given = {}
-    changed = sorted((k, str(v)) for k, v in given.items() if k not in ("profile", "fast"))
-    name = profile + ("-fast" if options.fast else "") + (f"+{digest(changed)[:6]}" if changed else "")
-    out = Path(options.out).resolve() if options.out else ROOT / "reports" / name
-    out.mkdir(parents=True, exist_ok=True)
     packaged = str(settings["chat"]).removeprefix("packaged:")
     if packaged in text.WHEELS:
         try:
@@ -273,9 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
     os.environ.update(REPORT_DIR=str(out), TQDM_DISABLE="1", PYTHONHASHSEED="0")
     record = out / "runs.json"
-    runs = json.loads(record.read_text()) if record.exists() else {}
-    runs = {stem: run for stem, run in runs.items() if (NOTEBOOKS / f"{stem}.ipynb").exists()}
-    failed = []
+    runs, failed = _earlier(record), []
     try:
         for path in selected:
             print(f"{path.stem} …", end=" ", flush=True)
@@ -288,6 +338,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; finished notebooks are kept", file=sys.stderr)
         return 130
+    except OSError as error:
+        print(f"\nreport: {error}; finished notebooks are kept", file=sys.stderr)
+        return 1
     if options.commit and not failed:
         commit(out, [p.stem for p in selected])
     shown = out / "index.html"

@@ -123,7 +123,7 @@ def load(
     """
     from sae_lens import SAE
 
-    folder = Path(release).expanduser()
+    folder = session.path(release)
     name = f"{release}/{sae_id}" if sae_id else folder.name
     normalisation = None
     with warnings.catch_warnings(record=True) as said:

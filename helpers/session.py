@@ -5,10 +5,14 @@ printed or hashed.
 """
 
 import hashlib
+import io
 import os
 import platform
 import re
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
+from html.entities import codepoint2name
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,122 @@ SECRET_NAMES = ("HF_TOKEN", "NEURONPEDIA_API_KEY", "WANDB_API_KEY")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+# What a template of .env or a tutorial leaves where a token belongs.
+PLACEHOLDER = re.compile(
+    r"none|null|nil|undefined|n/a|true|false|todo|tbd|empty|dummy|placeholder|"
+    r"(my|some|test|example)?[-_ ]?(hf|api|access)?[-_ ]?(token|key|secret)([-_ ]?(goes)?[-_ ]?here)?|"
+    r"(change|replace|fill)[-_ ]?(me|this|in|with).*|(hf[-_ ])?(your|insert|enter|paste|put)[-_ ].*|"
+    r"(hf[-_ ])?your(hf|api|access)?(token|key).*|<.*>|\$\{?\w+\}?|(hf_)?[x*.…]+",
+    re.IGNORECASE,
+)
+SHORTEST_SECRET = 8
+
+
+def print_anywhere() -> None:
+    """Let a terminal or log that cannot show a character print its escape (`\\u2026`), so that no print fails."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+print_anywhere()  # here, because everything that prints imports this module
+
+
+def _dotenv() -> dict[str, str | None]:
+    """What `.env` says; ValueError if it is not text in UTF-8 (a byte order mark is fine)."""
+    file = ROOT / ".env"
+    if not file.exists() or file.is_dir():
+        return {}
+    try:
+        content = file.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f".env cannot be read ({error.strerror}): let this user read it, or remove it") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        found = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content else "another encoding"
+        raise ValueError(f".env is written in {found}, which is not read: save it as UTF-8 in your editor")
+    return dotenv_values(stream=io.StringIO(text))
+
+
 def setting(name: str, default: str = "") -> str:
-    """One setting: from the environment if it is there (even empty), else from `.env`; `default` where it is empty."""
-    value = os.environ[name] if name in os.environ else dotenv_values(ROOT / ".env").get(name)
-    return (value or "").strip() or default
+    """One setting: from the environment if it is there (even empty), else from `.env`; `default` where it is empty.
+
+    A placeholder in a token's place ("null", "your_token_here", anything under eight characters) is no token.
+    ValueError if `.env` is not UTF-8.
+    """
+    value = (os.environ[name] if name in os.environ else _dotenv().get(name)) or ""
+    value = value.strip()
+    if name in SECRET_NAMES and (len(value) < SHORTEST_SECRET or PLACEHOLDER.fullmatch(value)):
+        if name in os.environ:
+            os.environ[name] = ""  # the library that wants the token reads it there, and would send it
+        value = ""
+    return value or default
 
 
-def redact(text: str) -> str:
-    """`text` with every secret setting and every user:password@ of an address replaced by stars."""
-    for name in SECRET_NAMES:
-        if secret := setting(name):
-            text = text.replace(secret, "***")
-    return re.sub(r"(://)[^/@\s]+@", r"\1***@", re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_***", text))
+def _however_escaped(character: str) -> str:
+    """A regular expression for a character as text, JSON, Python, HTML and URLs write it, escaped any number of times."""
+    if character.isascii() and (character.isalnum() or character in "-_."):
+        return re.escape(character)
+    code, units = ord(character), character.encode("utf-16-be").hex()
+    name = "apos" if character == "'" else codepoint2name.get(code, "#")
+    forms = [
+        "".join(rf"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)),
+        rf"\\x{code:02x}",
+        rf"\\U{code:08x}",
+        rf"(?:&|\\u0026)(?:amp;)*(?:#0*{code}|#x0*{code:x}|{name});",
+        "".join(f"%(?:25)*{byte:02x}" for byte in character.encode()),
+        re.escape(character),
+        *([r"\+"] if character == " " else []),
+    ]
+    return rf"(?i:(?:\\|%(?:25)*5c)*(?:{'|'.join(forms)}))"
+
+
+@lru_cache
+def _pattern(secret: str) -> re.Pattern[str]:
+    """What finds a secret, however escaped."""
+    return re.compile("".join(map(_however_escaped, secret)))
+
+
+def redact(value: Any) -> Any:
+    """`value` with every secret setting, however escaped, and every user:password@ of an address replaced by stars.
+
+    Text, or lists and dicts of it (a notebook): what is no text stays as it is, so that JSON stays JSON.
+    """
+    secrets = [_pattern(secret) for name in SECRET_NAMES if (secret := setting(name))]
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {clean(key): clean(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        for secret in secrets:
+            value = secret.sub("***", value)
+        return re.sub(r"(://)[^/@\s]+@", r"\1***@", re.sub(r"\bhf_[A-Za-z0-9]{20,}", "hf_***", value))
+
+    return clean(value)
+
+
+def path(text: str | os.PathLike[str]) -> Path:
+    """`text` as a path that means the same in every folder a run is started in.
+
+    `~` and `$VAR` (of the environment or `.env`) are expanded; a relative path starts at the repository's root.
+    ValueError names a variable that is not set, or a home that is not known.
+    """
+    given = os.fspath(text)
+
+    def value(variable: re.Match[str]) -> str:
+        if found := setting(variable[1] or variable[2]):
+            return found
+        raise ValueError(f"the path {given!r} needs {variable[0]}, which is not set: set it, or write the path out")
+
+    expanded = os.path.expanduser(re.sub(r"\$(?:([A-Za-z_]\w*)|\{(\w+)\})", value, given))
+    if expanded.startswith("~"):
+        raise ValueError(f"the path {given!r} begins with a home that is not known: write the path out")
+    return ROOT / expanded
 
 
 def why(error: BaseException, lines: int = 1) -> str:
@@ -43,51 +151,70 @@ def why(error: BaseException, lines: int = 1) -> str:
     return redact(" ".join(said[:lines]) or type(error).__name__)[:400]
 
 
-def path(text: str | Path) -> Path:
-    """A path as a setting or a profile may give it: `~` and `$NAME` expanded, relative to the project's root."""
-    return ROOT / Path(os.path.expandvars(str(text))).expanduser()
-
-
 def cache_dir() -> Path:
     """The folder of everything that can be made again: CACHE_DIR, or data/cache."""
-    return Path(setting("CACHE_DIR", str(ROOT / "data" / "cache"))).expanduser()
+    return path(setting("CACHE_DIR", "data/cache"))
 
 
 def choose_device(wanted: str = "auto") -> str:
-    """`wanted`, or the best of cuda, mps, cpu that is here."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """`wanted` (cpu, cuda, cuda:N or mps) if it is here, or for auto the best that is; ValueError otherwise."""
+    name = str(wanted).strip().lower()
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    here = [*(["cuda"] if cuda else []), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if name == "auto":
+        return here[0]
+    if name not in [*here, *cuda]:
+        raise ValueError(
+            f"device {str(wanted)!r} given; DEVICE may be auto or what this machine and this build of torch have: "
+            f"{', '.join([*here, *cuda])}"
+        )
+    return name
 
 
 def choose_dtype(wanted: str, device: str) -> torch.dtype:
     """`wanted` by name, or bfloat16 where the device multiplies it natively, else float32 (float16 overflows on Gemma)."""
-    if wanted != "auto":
-        if wanted not in DTYPES:
+    name = str(wanted).strip().lower()
+    if name != "auto":
+        if name not in DTYPES:
             raise ValueError(f"dtype {wanted!r} given; choose one of auto, {', '.join(DTYPES)}")
-        return DTYPES[wanted]
+        return DTYPES[name]
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if native else torch.float32
 
 
+def split(model: str) -> tuple[str, str]:
+    """A model's name and its adapter's folder, "" where there is none: `NAME + FOLDER`, spaces included."""
+    name, _, adapter = model.partition(" + ")
+    return name.strip(), adapter.strip()
+
+
+def located(model: str) -> str:
+    """A model's name with its folder and its adapter's written out in full; names of the hub and packaged ones stay."""
+
+    def full(name: str) -> str:
+        is_path = name.startswith(("~", "$", "/", "./", "../"))
+        return str(path(name)) if is_path or (name and path(name).is_dir()) else name
+
+    name, adapter = map(full, split(model))
+    return f"{name} + {adapter}" if adapter else name
+
+
 def load_profile(name: str = "") -> dict[str, Any]:
     """The profile as a dict, with the overrides of `.env` (CHAT_MODEL, BASE_MODEL, LAYER) laid over it.
 
-    An overridden profile gets a name of its own, so that its results never pass for the profile's. FileNotFoundError
-    lists the profiles there are.
+    A model that is a folder is named by its full path. An overridden profile gets a name of its own, so that its
+    results never pass for the profile's. FileNotFoundError lists the profiles there are.
     """
     name = name or setting("PROFILE", DEFAULT_PROFILE)
-    path = PROFILES / f"{name}.yaml"
-    if not path.exists():
+    file = PROFILES / f"{name}.yaml"
+    if not file.exists():
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise FileNotFoundError(f"no profile {name!r}: {PROFILES.relative_to(ROOT)} has {known}")
-    profile = {"name": name, **yaml.safe_load(path.read_text(encoding="utf-8"))}
+    profile = {"name": name, **yaml.safe_load(file.read_text(encoding="utf-8"))}
     overrides = {key: setting(env) for key, env in (("chat", "CHAT_MODEL"), ("base", "BASE_MODEL"), ("layer", "LAYER"))}
-    overrides = {key: value for key, value in overrides.items() if value}
+    overrides = {key: value if key == "layer" else located(value) for key, value in overrides.items() if value}
     if "layer" in overrides:
         if not overrides["layer"].isdigit():
             raise ValueError(f"LAYER={overrides['layer']!r} given; it must be a layer number such as 14")
@@ -98,6 +225,9 @@ def load_profile(name: str = "") -> dict[str, Any]:
         profile.update(overrides, name=f"{name}+{model}-{tag}")
         if overrides.keys() & {"chat", "base"}:
             profile.pop("pair", None)  # it belongs to the profile's own model
+    for key in ("chat", "base"):
+        if key not in overrides and isinstance(profile.get(key), str):
+            profile[key] = located(profile[key])
     return profile
 
 
@@ -108,16 +238,10 @@ def device_and_dtype(profile: dict[str, Any] | None = None) -> tuple[str, torch.
     return device, choose_dtype(setting("DTYPE", profile.get("dtype", "auto")), device)
 
 
-def split(model: str) -> tuple[str, str]:
-    """A model's name and its adapter's folder, "" where there is none: `NAME + FOLDER`, spaces included."""
-    name, _, adapter = model.partition(" + ")
-    return name.strip(), adapter.strip()
-
-
 def shown(model: str) -> str:
     """A model's name as it may stand in a result: of a folder, and of an adapter's, only the last part."""
     name, adapter = split(model)
-    name = f"folder:{Path(name).name}" if Path(name).expanduser().is_dir() else name
+    name = f"folder:{Path(name).name}" if (ROOT / os.path.expanduser(name)).is_dir() else name
     return f"{name} + {Path(adapter).name}" if adapter else name
 
 
@@ -146,23 +270,48 @@ class Session:
         return self.profile["name"] + ("-fast" if self.fast else "")
 
 
+def check_checkout() -> None:
+    """RuntimeError if the working folder lies in one checkout of this repository and `helpers` comes from another."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "helpers" / "session.py").is_file() and (folder / "notebooks").is_dir():
+            if folder.resolve() != ROOT:
+                raise RuntimeError(
+                    f"this runs in {folder}, but `helpers`, the profiles and .env would be those of {ROOT}: start it "
+                    f"with a .venv of its own (`make lab` or `make report` there), or put {folder} first on PYTHONPATH"
+                )
+            return
+
+
+def checked_fast(fast: Any) -> bool:
+    """`fast` as a bool; ValueError for anything else, such as text, which is true to a notebook whatever it says."""
+    if isinstance(fast, str) or fast not in (True, False):
+        raise ValueError(
+            f"fast={fast!r} given; it must be True or False (papermill reads only these words: -p fast False)"
+        )
+    return bool(fast)
+
+
 def start(notebook: str, profile: str = "", fast: bool = False, seed: int = 0, **parameters: Any) -> Session:
     """Settle a notebook's session, seed torch, print one line that says what runs where.
 
     `parameters`: the notebook's other parameters, kept with its results.
 
-    Results go to data/results/<profile> and figures/<profile>; the report sets REPORT_DIR to collect them elsewhere.
+    Results and figures go to reports/<profile>, where the report puts them too, unless it sets REPORT_DIR; the
+    committed ones change only by `report --commit`. ValueError and RuntimeError say what is wrong with a setting,
+    before any model is loaded.
     """
+    print_anywhere()
+    check_checkout()
+    fast = checked_fast(fast)
     settings = load_profile(profile)
     device, dtype = device_and_dtype(settings)
     name = settings["name"] + ("-fast" if fast else "")
-    out = setting("REPORT_DIR")
-    results = Path(out) / "results" if out else ROOT / "data" / "results" / name
-    figures = Path(out) / "figures" if out else ROOT / "figures" / name
+    out = ROOT / setting("REPORT_DIR", f"reports/{name}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.manual_seed(seed)
     torch.set_grad_enabled(False)
-    session = Session(notebook, settings, fast, device, dtype, seed, results, figures, parameters)
+    session = Session(notebook, settings, fast, device, dtype, seed, out / "results", out / "figures", parameters)
     print(
         f"{notebook} · profile {name} · {session.model} · {device} {str(dtype).removeprefix('torch.')} · seed {seed} · "
         f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"

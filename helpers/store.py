@@ -9,26 +9,37 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.session import ROOT, cache_dir
 
+FOREIGN_AGE = 24 * 3600.0  # seconds without a change after which another host's temporary is rubbish
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "this user may not write there",
+    errno.EPERM: "this user may not write there",
+    errno.ENOTDIR: "a file stands where a folder is wanted",
+}
+LIBRARIES = ("torch", "transformers", "transformer_lens", "scikit-learn", "numpy")
+
 
 class DataError(ValueError):
     """Bad input data; the message names file, line and field, or the text, and what is wanted."""
-
-
-LIBRARIES = ("torch", "transformers", "transformer_lens", "scikit-learn", "numpy")
 
 
 def digest(value: Any) -> str:
@@ -51,8 +62,10 @@ def file_digest(path: Path) -> str:
 
 
 # Read when the process starts: what runs is this source, even if a file is edited meanwhile.
-_ROOM = ROOT / "helpers"
-_SOURCE = {".".join(p.relative_to(_ROOM).with_suffix("").parts): file_digest(p) for p in _ROOM.rglob("*.py")}
+_SOURCE = {
+    ".".join(path.relative_to(ROOT / "helpers").with_suffix("").parts): file_digest(path)
+    for path in (ROOT / "helpers").rglob("*.py")
+}
 
 
 def versions() -> dict[str, str]:
@@ -61,60 +74,120 @@ def versions() -> dict[str, str]:
 
 
 def code_digest(*modules: str) -> str:
-    """A hash of the named helpers' source, so that an edited computation does not meet its old results."""
+    """A hash of the source of helpers ("caa", "lm.hooks"): an edited computation does not meet its old results."""
     return digest([_SOURCE[m] for m in sorted(modules)])[:16]
 
 
-def _alive(pid: int) -> bool:
+def _host() -> str:
+    """Eight hex digits for this machine since it started and, in a container, for its own numbering of processes."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return digest(parts)[:8]
+
+
+def _began(pid: int) -> str:
+    """When process `pid` of this host began (clock ticks since the machine did); "" where that is not told."""
+    with suppress(OSError, IndexError):
+        if int(Path("/proc/self/stat").read_bytes().split()[0]) == os.getpid():  # else it is another container's /proc
+            return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+    return ""
+
+
+def _alive(pid: int, began: str) -> bool:
+    """Does the process `pid` of this host that began at `began` still run? Yes, where it cannot be told."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    now = _began(pid)
+    return not began or not now or now == began
+
+
+def temporary_name() -> str:
+    """A name for a temporary that says whose it is: host, process, when that began, a number."""
+    return f".tmp-{_host()}-{os.getpid()}-{_began(os.getpid())}-{time.monotonic_ns()}"
+
+
+def _abandoned(temporary: Path) -> bool:
+    """Is the writer of a temporary gone? Where it wrote on another host: has nothing in it changed for a day?"""
+    named = re.match(r"\.tmp-([0-9a-f]{8})-(\d{1,9})-(\d*)-\d", temporary.name)
+    if named and named[1] == _host():
+        return not _alive(int(named[2]), named[3])
+    with suppress(OSError):
+        newest = max(p.lstat().st_mtime for p in (temporary, *temporary.rglob("*")))
+        return time.time() - newest > FOREIGN_AGE
+    return False
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporaries in `folder` of processes that are gone."""
+    """Remove temporaries in `folder` of processes that are gone; those of other hosts and containers when a day old."""
     for old in folder.glob(".tmp-*"):
-        pid = old.name.split("-")[1]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+        if _abandoned(old):
+            with suppress(OSError):
+                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of `folder`."""
-    return shutil.disk_usage(folder).free
+    """Free bytes on the disk of `folder`, which need not be there yet."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+
+
+def disk_reason(said: str) -> str:
+    """What another program says is wrong with the disk, in the system's words ("No space left on device"), or ""."""
+    return next((os.strerror(n) for n in DISK_ERRORS if os.strerror(n) in said or f"[Errno {n}]" in said), "")
+
+
+def _disk_error(error: Exception, folder: Path) -> int:
+    """The number of the error if it is one of `DISK_ERRORS` about `folder` (or about no file that is named), else 0."""
+    if isinstance(error, SafetensorError):  # it tells the system's error only in words
+        found = re.search(r"os error (\d+)", str(error))
+        number, named = int(found[1]) if found else 0, None
+    elif isinstance(error, OSError):
+        number, named = error.errno or 0, error.filename
+    else:
+        return 0
+    about = named is None or folder.is_relative_to(str(named)) or Path(str(named)).is_relative_to(folder)
+    return number if number in DISK_ERRORS and about else 0
 
 
 @contextmanager
 def full_disk_said(folder: Path) -> Iterator[None]:
-    """Context: a full disk raises OSError that says how much is free and what to do."""
+    """Context: a disk that is full, or a folder that cannot be written, raises OSError that says so and what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not (number := _disk_error(error, folder)):
             raise
-        free = free_bytes(folder) / 1e9
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk is full ({free:.1f} GB free): make room or set CACHE_DIR in .env to another disk; what was whole is kept",
-        ) from error
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            free = free_bytes(folder) / 1e9
+            said = (
+                f"{DISK_ERRORS[number]} ({free:.1f} GB free): make room or set CACHE_DIR in .env to another disk; "
+                "what was whole is kept"
+            )
+        else:
+            said = (
+                f"{folder} cannot be written: {DISK_ERRORS[number]}. Make it writable, or set CACHE_DIR in .env to a "
+                "folder that is (for a report, --out)"
+            )
+        raise OSError(number, said) from error
 
 
 @contextmanager
 def writing(path: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends without an error, and vanishes otherwise.
 
-    If `path` exists by then it stays, or, with `replace`, is exchanged. A full disk raises OSError that says how much is free.
+    If `path` exists by then it stays, or, with `replace`, is exchanged. OSError as for `full_disk_said`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
-    temporary = path.parent / f".tmp-{os.getpid()}-{time.monotonic_ns()}"
-    temporary.mkdir()
+    temporary = path.parent / temporary_name()
     try:
         with full_disk_said(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent)
+            temporary.mkdir()
             yield temporary
             if replace and path.exists():
                 path.rename(temporary.with_name(f"{temporary.name}-old"))
@@ -131,21 +204,22 @@ def writing(path: Path, replace: bool = False) -> Iterator[Path]:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON file of ours, or None if it is not there or was cut short."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
 
 
 def write_file(path: Path, data: str | bytes) -> Path:
     """Write a whole file or nothing: under a temporary name, then renamed over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
+    temporary = path.parent / temporary_name()
     try:
         with full_disk_said(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data.encode() if isinstance(data, str) else data)
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return path
 
 

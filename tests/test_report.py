@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+import sys
 
 import nbformat
 import papermill
@@ -22,12 +23,36 @@ COMMITTED = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
         (["--only", "00", "-p", "n_itens=3"], "00_base has no parameter n_itens; it has .*n_items"),
         (["--only", "00", "-p", "n_items"], "written -p name=value"),
         (["--profile", "nope"], "no profile 'nope'"),
+        (["--only", ","], "--only ',' names no notebook; there are 00_base"),
+        (["--only", " , "], "names no notebook"),
+        (["--only", "00", "-p", "fast='false'"], "fast='false' given; it must be True or False"),
+        (["--only", "00", "-p", "fast=maybe"], "fast='maybe' given"),
         (["--commit", "--fast"], "--commit takes a run of the default profile on default parameters"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused_at_once(arguments, message, capsys):
     assert report.main(arguments) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_settings_that_cannot_be_met_are_refused_before_anything_runs(monkeypatch, tmp_path, capsys):
+    for name, value, said in (
+        ("DEVICE", "gpu", "device 'gpu' given"),
+        ("DTYPE", "half", "dtype 'half' given"),
+        ("CACHE_DIR", "$NOT_SET_1/x", "NOT_SET_1, which is not set"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert report.main(["--only", "00", "--fast", "--out", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+        monkeypatch.setenv(name, "")
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/deeper"):
+        assert report.main(["--only", "00", "--out", str(tmp_path / out)]) == 2
+        assert "is no folder that can be written" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def notebook(folder, name, *cells, parameters="fast = False\nprofile = ''"):
@@ -106,6 +131,55 @@ def test_results_of_an_older_version_do_not_break_the_index(workshop, tmp_path):
     (out / "results" / "00_old.json").write_text('{"claims": []}')
     assert report.main(["--out", str(out)]) == 0
     assert "A summary in words." in (out / "index.html").read_text()
+
+
+WHOSE = """
+import sys, helpers.session
+print("python", sys.executable, "helpers", helpers.session.__file__, "name")
+"""
+
+
+def test_the_kernel_is_this_python_with_this_checkout_first(workshop, tmp_path, monkeypatch):
+    notebook(workshop, "01_whose", WHOSE)
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    other = {"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"}
+    (spec / "kernel.json").write_text(json.dumps(other))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    for folder in (workshop, tmp_path / "first"):  # the kernel's working folder, and one on the import path
+        (folder / "helpers").mkdir(parents=True)
+        (folder / "helpers" / "__init__.py").write_text("")
+        (folder / "helpers" / "session.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"))
+    out = tmp_path / "out"
+    assert report.main(["--out", str(out)]) == 0
+    said = nbformat.read(out / "01_whose.ipynb", 4).cells[1].outputs[0]["text"]
+    assert f"python {sys.executable} helpers {ROOT / 'helpers' / 'session.py'} name" in said
+
+
+@pytest.mark.parametrize("kept", ['{"01_good": {"stat', "", "[1]", '{"01_good": 3, "02_x": {}}'])
+def test_a_record_cut_short_is_made_anew(workshop, tmp_path, kept, capsys):
+    notebook(workshop, "01_good", "print(1)")
+    out = tmp_path / "out"
+    (out / "results").mkdir(parents=True)
+    (out / "results" / "01_good.json").write_text('{"cla')
+    (out / "runs.json").write_text(kept)
+    assert report.main(["--out", str(out)]) == 0
+    assert json.loads((out / "runs.json").read_text())["01_good"]["status"] == "ran"
+    assert "its file of results is missing or cut short" in (out / "index.html").read_text()
+
+
+def test_a_placeholder_or_an_odd_token_breaks_no_report_and_does_not_leak(workshop, tmp_path, monkeypatch):
+    notebook(
+        workshop, "01_odd", "import os\nprint(1, 'ab', os.environ.get('HF_TOKEN'))\n[os.environ.get('HF_TOKEN'), '\\'']"
+    )
+    out = tmp_path / "out"
+    for token in ("1", "ab", "null", "zq\"ken'with\\zqodd<marks>"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert report.main(["--out", str(out)]) == 0
+        raw = (out / "01_odd.ipynb").read_text() + (out / "01_odd.html").read_text()
+        assert "zqodd" not in raw and 'zq"ken' not in raw
+        assert "1 ab " in nbformat.read(out / "01_odd.ipynb", 4).cells[1].outputs[0]["text"]
 
 
 def test_a_dead_kernel_is_a_failure_like_another(workshop, tmp_path):

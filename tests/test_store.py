@@ -3,15 +3,19 @@
 import errno
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from helpers import store
+from helpers.session import ROOT
 
 
 def entry(n=3):
@@ -108,3 +112,104 @@ def test_sweeping_spares_the_living(cache):
     with store.writing(cache / "kind" / "e"):
         pass
     assert mine.exists()
+
+
+def make(folder, name, age=0.0):
+    """A temporary of that name with a file in it, last touched `age` seconds ago."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "part").write_text("x")
+    for path in (folder / name / "part", folder / name):
+        os.utime(path, (time.time() - age,) * 2)
+    return folder / name
+
+
+def test_another_hosts_temporaries_are_left_until_they_are_a_day_old(cache, monkeypatch):
+    here = store.temporary_name()
+    monkeypatch.setattr(socket, "gethostname", lambda: "another-host")
+    foreign = [store.temporary_name(), ".tmp-999999-1", f".tmp-{os.getpid()}-2"]  # the last two: of an older version
+    monkeypatch.undo()
+    monkeypatch.setenv("CACHE_DIR", str(cache))
+    assert foreign[0].split("-")[1] != here.split("-")[1]
+    young = [make(cache / "a", name) for name in foreign]
+    old = [make(cache / "b", name, 2 * store.FOREIGN_AGE) for name in foreign]
+    (old[0] / "part").touch()  # still written
+    for folder in ("a", "b"):
+        store.sweep(cache / folder)
+    assert all(path.exists() for path in young) and [path.exists() for path in old] == [True, False, False]
+
+
+def test_a_process_number_used_again_is_another_process(cache):
+    _, host, pid, began, number = store.temporary_name().removeprefix(".").split("-")
+    mine = make(cache, f".tmp-{host}-{pid}-{began}-{number}")
+    earlier = make(cache, f".tmp-{host}-{pid}-{int(began) - 1}-{number}")
+    store.sweep(cache)
+    assert mine.exists() and not earlier.exists()
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
+@pytest.mark.parametrize("proc", [["--mount-proc"], []])
+def test_a_container_does_not_sweep_its_neighbours_temporaries(cache, proc):
+    mine = make(cache, store.temporary_name())
+    code = f"from helpers import store; from pathlib import Path; store.sweep(Path({str(cache)!r})); print('swept')"
+    run = subprocess.run(
+        ["unshare", "--pid", "--fork", *proc, sys.executable, "-c", code], capture_output=True, text=True
+    )
+    if "swept" not in run.stdout:
+        pytest.skip(f"no namespaces here: {run.stderr[-100:]}")
+    assert mine.exists()
+
+
+@pytest.mark.parametrize(
+    "number,said",
+    [
+        (errno.ENOSPC, "the disk is full .*GB free"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EROFS, "cannot be written: the file system is read-only"),
+        (errno.EACCES, "cannot be written: this user may not write there"),
+    ],
+)
+def test_a_disk_that_cannot_be_written_says_why_and_names_the_setting(cache, number, said, monkeypatch):
+    for error in (OSError(number, os.strerror(number)), SafetensorError(f"I/O error: x (os error {number})")):
+        with pytest.raises(OSError, match=f"{said}.*CACHE_DIR") as raised, store.writing(cache / "kind" / "e"):
+            raise error
+        assert raised.value.errno == number
+    refused = OSError(number, os.strerror(number), str(cache))
+    monkeypatch.setattr("pathlib.Path.mkdir", lambda *_, **__: (_ for _ in ()).throw(refused))
+    for write in (lambda: store.write_file(cache / "x", "x"), lambda: store.cached("new", {}, entry)):
+        with pytest.raises(OSError, match=f"{said}.*CACHE_DIR"):
+            write()
+
+
+def test_a_cache_that_is_a_file_says_so_and_other_errors_stay(cache):
+    cache.write_text("")
+    with pytest.raises(OSError, match="a file stands where a folder is wanted.*CACHE_DIR"):
+        store.cached("kind", {}, entry)
+    with pytest.raises(PermissionError, match="^.Errno 13. no: '/elsewhere/x'"), store.full_disk_said(cache):
+        raise PermissionError(errno.EACCES, "no", "/elsewhere/x")
+
+
+def test_json_is_read_as_utf8_whatever_the_locale(tmp_path):
+    (tmp_path / "x.json").write_bytes('{"a": "caf\u00e9"}'.encode())
+    path = str(tmp_path / "x.json")
+    code = f"from helpers import store; from pathlib import Path; print(ascii(store.read_json(Path({path!r}))))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.stdout.strip() == r"{'a': 'caf\xe9'}", run.stderr
+
+
+def test_modules_in_rooms_have_digests_of_their_own(tmp_path):
+    (tmp_path / "helpers" / "lm").mkdir(parents=True)
+    for name in ("__init__", "session", "store"):
+        shutil.copy(ROOT / "helpers" / f"{name}.py", tmp_path / "helpers")
+    for name, text in (("hooks", "1"), ("lm/hooks", "2"), ("lm/__init__", "")):
+        (tmp_path / "helpers" / f"{name}.py").write_text(text)
+    code = "from helpers import store; print(*(store.code_digest(m) for m in ('hooks', 'lm.hooks', 'store')))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert len(set(run.stdout.split())) == 3, run.stderr
+    assert {"caa", "store"} <= store._SOURCE.keys()

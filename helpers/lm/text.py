@@ -38,7 +38,8 @@ from tqdm import tqdm
 from helpers.lm import tokens
 from helpers.lm.tokens import ANSWER, SPECIAL, USER, Tokenizer, Tokens
 from helpers.session import cache_dir, redact, setting
-from helpers.store import DataError, digest, file_digest, writing
+from helpers.session import path as located
+from helpers.store import DataError, digest, disk_reason, file_digest, temporary_name, writing
 
 
 class Wheel(NamedTuple):
@@ -98,21 +99,34 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     said: list[str] = []
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            encoding="utf-8",
+            errors="replace",
+        ) as run,
         tqdm(total=round(wheel.megabytes * 1e6), unit="B", unit_scale=True, desc=f"fetch {wheel.package}") as bar,
     ):
         assert run.stdout is not None
         for line in run.stdout:
             if moved := re.match(r"Progress (\d+) of", line):
                 bar.update(int(moved[1]) - bar.n)
-            else:
+            elif line.strip():
                 said.append(line.rstrip())
     found = list(folder.glob("*.whl"))
     if run.returncode or not found:
         why = redact("\n  ".join(said[-4:]))
+        disk = disk_reason("\n".join(line for line in said if "onnection" not in line))
+        cure = (
+            f"{disk}: make room, or set CACHE_DIR in .env (and TMPDIR, where pip unpacks) to a folder on another disk"
+            if disk
+            else "Check the network or set your mirror (PIP_INDEX_URL)"
+        )
         raise AssetError(
-            f"pip could not fetch {wheel.package}=={wheel.version} ({wheel.megabytes:.0f} MB, {wheel.what}). Check the network "
-            f"or set your mirror (PIP_INDEX_URL) and run again; nothing partial was kept. pip said:\n  {why}"
+            f"pip could not fetch {wheel.package}=={wheel.version} ({wheel.megabytes:.0f} MB, {wheel.what}). {cure} "
+            f"and run again; nothing partial was kept. pip said:\n  {why}"
         )
     return found[0]
 
@@ -147,7 +161,7 @@ def fetch(name: str) -> Path:
     if not path.exists():
         with (
             writing(path) as temporary,
-            tempfile.TemporaryDirectory(dir=path.parent, prefix=f".tmp-{os.getpid()}-") as downloads,
+            tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{temporary_name()}-") as downloads,
         ):
             _extract(_download(wheel, Path(downloads)), wheel, temporary)
     return path
@@ -313,7 +327,7 @@ def documents(source: Source) -> Iterator[str | Chat]:
         yield from _packaged(rest)
     elif kind == "hub":
         yield from _hub(rest)
-    elif (path := Path(source).expanduser()).suffix in (".txt", ".jsonl") and path.is_file():
+    elif (path := located(source)).suffix in (".txt", ".jsonl") and path.is_file():
         yield from _local(path)
     else:
         raise DataError(
@@ -326,7 +340,7 @@ def fingerprint(source: Source) -> list[str]:
     """What a source's rows depend on besides the tokenizer: its name, of packaged text the wheel, of a file the contents."""
     out = []
     for name in [source] if isinstance(source, str) else source:
-        path = Path(name).expanduser()
+        path = located(name)
         local = not name.startswith(("packaged:", "hub:")) and path.is_file()
         if name.startswith("packaged:"):
             name = f"{name}@{WHEELS['text'].sha256[:12]}"
