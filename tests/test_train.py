@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers import saes, topk, train
 from helpers.activations import Array
@@ -165,6 +166,24 @@ def test_dead_latents_come_back_by_the_auxiliary_loss_and_not_without():
             train.update(state, x[(i * 256) % 39_936 :][:256], config)
         alive[alpha] = int((state.since_fired[:64] < 1000).sum())
     assert alive[0.0] == 0 and alive[1.0] > 40, alive
+
+
+@pytest.mark.parametrize("d", [8, 48, 512])
+def test_the_limit_of_clipping_grows_with_the_width_and_touches_no_healthy_step(tmp_path, d):
+    """Adam's first moment after one step is (1 - beta1) times the clipped gradient."""
+    config = train.Config(2 * d, 4, 256, 256, low=False)
+    source = Array(30 * torch.randn(256, d) + 7)
+    centre, scale = train.measure(source.sample(256, 0))
+    batch = next(source.batches(256, 0)) * scale
+    raw = topk.step(batch, topk.initial(d, 2 * d, scale * centre), 4).gradients
+    length = math.sqrt(sum(float(g.double().square().sum()) for g in raw))
+    assert length > 1.5  # a limit of 1 would bind
+    for clip in (1.0, 1e-3, math.inf):
+        train.fit(source, config._replace(clip=clip), checkpoints=tmp_path / str(clip))
+        state = load_file(next((tmp_path / str(clip)).glob("*/step-*/state.safetensors")))
+        kept = (1 - config.beta1) * min(1, clip * d / length)
+        for name, g in raw._asdict().items():
+            torch.testing.assert_close(state[f"first.{name}"], g * kept, rtol=1e-4, atol=1e-7)
 
 
 def test_decoder_rows_stay_unit_when_asked():
