@@ -269,7 +269,7 @@ def fit(
     bits as a run that was never stopped. Loss that is not finite stops the run with TrainingError; the last good
     checkpoint stays.
 
-    The loss of rows scaled to a root mean square of 1 a dimension grows with d_model, and gradients with it, so the limit
+    Rows are scaled to a root mean square of 1 a dimension, so the loss and its gradients grow with d_model, and the limit
     of clipping does too. (A limit of 1 was seen to bind in every step at d_model = 48 and 576, and to cost fit.)
     """
     check(config)

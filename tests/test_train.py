@@ -218,10 +218,18 @@ def test_a_damaged_cached_sae_is_named_and_trained_again(cache, capsys):
     x, _ = planted()
     source = Array(x, model_name="planted", hook_name="blocks.0.hook_resid_post")
     folder = train.sae(source, SMALL)
-    before = (folder / "sae_weights.safetensors").read_bytes()
-    (folder / "sae_weights.safetensors").write_bytes(before[:-100])
-    assert train.sae(source, SMALL) == folder and (folder / "sae_weights.safetensors").read_bytes() == before
-    assert "damaged" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == {"sae_weights.safetensors", "cfg.json", "training.json", "checksums.json"}
+    weights, cfg = before["sae_weights.safetensors"], before["cfg.json"]
+    for name, damaged in (
+        ("sae_weights.safetensors", weights[:-100]),
+        ("sae_weights.safetensors", weights[:-100] + bytes([weights[-100] ^ 1]) + weights[-99:]),
+        ("cfg.json", cfg[: len(cfg) // 2]),
+    ):
+        (folder / name).write_bytes(damaged)
+        assert train.sae(source, SMALL) == folder
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert f"{folder.name} is damaged" in capsys.readouterr().out
 
 
 def test_a_checkpoint_made_by_other_code_is_not_taken(tmp_path, monkeypatch):
