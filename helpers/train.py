@@ -269,8 +269,8 @@ def fit(
     bits as a run that was never stopped. Loss that is not finite stops the run with TrainingError; the last good
     checkpoint stays.
 
-    Rows are scaled to a root mean square of 1 a dimension, so the loss and its gradients grow with d_model, and the limit
-    of clipping does too. (A limit of 1 was seen to bind in every step at d_model = 48 and 576, and to cost fit.)
+    Rows are scaled to a root mean square of 1 a dimension, so the loss and its gradients grow with d_model, and so does
+    the limit of clipping. (A limit of 1 was seen to bind in every step at d_model = 48 and 576, and to cost fit.)
     """
     check(config)
     sample = source.sample(min(config.samples, 16_384), config.seed).float()
