@@ -39,8 +39,8 @@ def save(
     """An SAE in SAELens's own layout, whole or not there; `sae_lens.SAE.load_from_disk` reads it.
 
     A BatchTopK SAE is given by its `threshold` and saved as a JumpReLU one, as SAELens does. `metadata`: model_name,
-    hook_name, context_size and what else is known; `notes` (JSON) go beside it as training.json. An SAE that is already there is
-    exchanged; a folder of anything else is refused.
+    hook_name, context_size and what else is known; `notes` (JSON) go beside it as training.json, and each file's sha256
+    in checksums.json. An SAE that is already there is exchanged; a folder of anything else is refused.
     """
     topk.check_sizes(w.W_enc.shape[1], len(w.b_enc), k)
     if missing := {"model_name", "hook_name"} - set(metadata):
@@ -75,16 +75,27 @@ def save(
         (temporary / "cfg.json").write_text(json.dumps(cfg, indent=1))
         if notes is not None:
             (temporary / "training.json").write_text(json.dumps(notes, indent=1))
+        sums = {path.name: store.file_digest(path) for path in sorted(temporary.iterdir())}
+        (temporary / "checksums.json").write_text(json.dumps(sums, indent=1))
     return folder
 
 
+def _checksums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file that `save` wrote into a folder, by name; empty if it was saved by something else."""
+    path = folder / "checksums.json"
+    sums = store.read_json(path) if path.is_file() else None
+    return sums if isinstance(sums, dict) else {}
+
+
+def _as_saved(path: Path, sha256: str | None) -> bool:
+    return path.is_file() and store.file_digest(path) == sha256
+
+
 def whole(folder: Path) -> bool:
-    """Whether a folder holds an SAE whose weights file is complete."""
-    try:
-        with safe_open(folder / "sae_weights.safetensors", "pt") as weights:
-            return (folder / "cfg.json").exists() and "W_dec" in weights.keys()  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return False
+    """Whether a folder holds an SAE as `save` wrote it: every file there, and none changed since by a bit."""
+    sums = _checksums(folder)
+    names = {"sae_weights.safetensors", "cfg.json", *sums}
+    return all(_as_saved(folder / name, sums.get(name)) for name in names)
 
 
 class Loaded(NamedTuple):
@@ -119,10 +130,13 @@ def load(
     `d_model` and `layer`, where given, must be its own. What sae_lens warns about is printed. A transcoder, or an SAE whose
     inputs must be whitened, is refused. An SAE that wants its inputs scaled and whose scale is not known is
     refused (sae_lens only warns, and every code is then wrong); `norm_factor` supplies it: mean norm of the scaled
-    inputs over that of the raw ones. SaeError says what is wrong.
+    inputs over that of the raw ones. An SAE that holds NaN, or whose files contradict each other, is refused, and so is
+    one that `save` wrote and whose weights have changed since. SaeError says what is wrong.
     """
     from sae_lens import SAE
 
+    if norm_factor and not 0 < norm_factor < math.inf:
+        raise SaeError(f"norm_factor = {norm_factor} was given; it must be a positive number, or 0 for none")
     folder = session.path(release)
     name = f"{release}/{sae_id}" if sae_id else folder.name
     normalisation = None
@@ -140,11 +154,13 @@ def load(
                     "an id of sae_lens's registry"
                 )
             else:
+                _check_files(folder, name)
                 sae = SAE.load_from_disk(folder, device=device, dtype="float32")
         except SaeError:
             raise
         except Exception as error:
-            raise SaeError(f"{name} cannot be loaded: {session.redact(str(error))[:300]}") from None
+            raise SaeError(f"{name} cannot be loaded: {_reason(error)}") from None
+    _check_sound(sae, name)
     normalisation = normalisation or sae.cfg.normalize_activations
     if sae.cfg.normalize_activations == "expected_average_only_in":
         if not norm_factor:
@@ -181,10 +197,91 @@ def load(
         meta.model_name, meta.context_size, bool(sae.cfg.apply_b_dec_to_input), normalisation,
     )  # fmt: skip
     check(out, d_model, layer)
+    if not sae_id:
+        _check_saved(folder, name)
     for parameter in sae.parameters():
         parameter.requires_grad_(False)
     print(out)
     return out
+
+
+def _reason(error: Exception) -> str:
+    """What sae_lens found wrong, on one line."""
+    said = " ".join(session.redact(str(error)).split())[:300]
+    if isinstance(error, KeyError):
+        return f"{said} is missing from its cfg.json or not known to sae_lens"
+    if "state_dict" in said:
+        return f"its weights are not those of its architecture ({said}): copy or train it again"
+    return said
+
+
+def _check_saved(folder: Path, name: str) -> None:
+    """SaeError if the weights of a folder that `save` wrote have changed since."""
+    weights = "sae_weights.safetensors"
+    saved = _checksums(folder).get(weights)
+    if saved and not _as_saved(folder / weights, saved):
+        raise SaeError(
+            f"{name} cannot be loaded: its weights are not those that were saved: copy or train it again, or, if they "
+            "were changed on purpose, remove checksums.json"
+        )
+
+
+def _check_shape(reshape: Any, name: str) -> None:
+    if reshape not in ("none", None):
+        raise SaeError(
+            f"{name} reshapes its inputs ({reshape}): it was trained on attention heads, not on a residual stream"
+        )
+
+
+def _check_files(folder: Path, name: str) -> None:
+    """SaeError unless cfg.json of a folder is complete and has the sizes of the weights beside it."""
+    try:
+        cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise SaeError(f"{name}: cfg.json cannot be read as JSON, it may be cut short: copy the SAE again") from None
+    if not isinstance(cfg, dict) or not isinstance(cfg.get("metadata", {}), dict):
+        raise SaeError(f"{name}: cfg.json, and metadata in it, must be JSON objects: copy the SAE again")
+    _check_shape(cfg.get("reshape_activations", "none"), name)
+    for size in ("d_in", "d_sae"):
+        if type(cfg.get(size)) is not int or cfg[size] < 1:
+            raise SaeError(f"{name}: cfg.json says {size} = {cfg.get(size)!r}; a whole number of at least 1 is wanted")
+    if type(cfg.get("architecture", "standard")) is not str:
+        raise SaeError(f"{name}: cfg.json says architecture = {cfg['architecture']!r}; a name is wanted, such as topk")
+    kinds = {str(cfg.get(key)) for key in ("architecture", "activation_fn", "activation_fn_str")}
+    if kinds & {"topk", "abstopk"} and "k" not in {**(cfg.get("activation_fn_kwargs") or {}), **cfg}:
+        raise SaeError(
+            f"{name}: cfg.json does not say k, and sae_lens would take 100: write the number of codes a token"
+        )
+    try:
+        with safe_open(folder / "sae_weights.safetensors", "pt") as weights:
+            shapes = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        reason = str(error).replace(str(folder), folder.name)
+        raise SaeError(f"{name} cannot be loaded: sae_weights.safetensors is damaged or not there ({reason})") from None
+    wanted = (cfg["d_sae"], cfg.get("d_out") or cfg["d_in"])
+    if shapes.get("W_dec", wanted) != wanted:
+        raise SaeError(
+            f"{name}: cfg.json says d_sae = {cfg['d_sae']} and d_in = {cfg['d_in']}, but W_dec is {shapes['W_dec']}: "
+            "they are of two SAEs"
+        )
+
+
+def _check_sound(sae: Any, name: str) -> None:
+    """SaeError if what sae_lens holds cannot encode rows of the residual stream: its settings, then its weights."""
+    cfg = sae.cfg
+    _check_shape(cfg.reshape_activations, name)
+    k = getattr(cfg, "k", 1)
+    if type(k) is not int or not 1 <= k <= cfg.d_sae:
+        raise SaeError(f"{name} says k = {k!r}; a whole number from 1 to its {cfg.d_sae} latents is wanted")
+    for setting in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        if type(getattr(cfg, setting, True)) is not bool:
+            raise SaeError(f"{name} says {setting} = {getattr(cfg, setting)!r}; true or false is wanted")
+    if bad := [key for key, t in sae.state_dict().items() if not bool(torch.isfinite(t).all())]:
+        raise SaeError(f"{name} holds NaN or infinity in {', '.join(bad)}: train it again, or download it again")
+    if getattr(cfg, "rescale_acts_by_decoder_norm", False) and not bool(sae.W_dec.any(1).all()):
+        raise SaeError(
+            f"{name} divides by the lengths of its decoder rows, and some are zero: every output would be NaN"
+        )
 
 
 def _folded(release: str, sae_id: str, sae: Any, cfg: dict[str, Any]) -> str | None:
@@ -205,7 +302,7 @@ def check(loaded: Loaded, d_model: int = 0, layer: int | None = None) -> None:
         )
     if layer is None:
         return
-    if not loaded.hook:
+    if not loaded.hook or not isinstance(loaded.hook, str):
         raise SaeError(f"{loaded.name} does not say which hook it belongs to: leave layer out if you know that it fits")
     if hook_layer(loaded.hook) != layer:
         raise SaeError(f"{loaded.name} belongs to {loaded.hook}, but {resid_post(layer)} was asked for")
@@ -213,8 +310,9 @@ def check(loaded: Loaded, d_model: int = 0, layer: int | None = None) -> None:
 
 def hook_layer(hook: str) -> int | None:
     """The layer L whose residual stream after block L a hook name means (`hook_resid_pre` of L + 1 is the same); else None."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hook)
-    return int(found[1]) - (found[2] == "pre") if found else None
+    found = re.fullmatch(r"blocks\.([0-9]{1,6})\.hook_resid_(post|pre)", hook)
+    layer = int(found[1]) - (found[2] == "pre") if found else -1
+    return layer if layer >= 0 else None  # before block 0 there is none
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------

@@ -119,14 +119,23 @@ def product(x: Tensor, rows: Tensor, bias: Tensor | None = None, out: Tensor | N
 
 
 def _codes(centred: Tensor, ranked: Tensor, w: Weights, k: int, batch_topk: bool) -> Codes:
-    """The chosen codes with exact float32 values, also where the ranking was done in bfloat16."""
-    chosen = select(ranked, k, batch_topk)
-    if ranked.dtype == torch.bfloat16:
+    """The chosen codes with their values z."""
+    chosen = _valued(centred, select(ranked, k, batch_topk), w)
+    return chosen._replace(values=chosen.values.relu())
+
+
+def _valued(centred: Tensor, chosen: Codes, w: Weights) -> Codes:
+    """Chosen codes with their p in the place of the rank p |W_dec|: float32, also where ranked in bfloat16.
+
+    A decoder row of zeros has no share in the output: its p counts as 0.
+    """
+    norms = torch.linalg.vector_norm(w.W_dec, dim=1)[chosen.latents]
+    if chosen.values.dtype == torch.bfloat16:
         chosen = chosen._replace(values=chosen.values.float())
         p = gather_dot(centred, w.W_enc, chosen) + w.b_enc[chosen.latents]
     else:
-        p = chosen.values / torch.linalg.vector_norm(w.W_dec, dim=1)[chosen.latents]
-    return chosen._replace(values=p.relu())
+        p = chosen.values / norms
+    return chosen._replace(values=p.masked_fill(norms == 0, 0.0))
 
 
 def gather_dot(a: Tensor, b: Tensor, codes: Codes) -> Tensor:
@@ -228,9 +237,7 @@ def _auxiliary(centred: Tensor, ranked: Tensor, error: Tensor, w: Weights, dead:
     """
     few = Weights(w.W_enc[dead], w.b_enc[dead], w.W_dec[dead], w.b_dec)
     k_aux, scale = min(k_aux, len(dead)), 2 / len(centred)
-    norms = torch.linalg.vector_norm(few.W_dec, dim=1)
-    chosen = select(ranked[:, dead].to(centred.dtype), k_aux)
-    p = chosen._replace(values=chosen.values / norms[chosen.latents])
+    p = _valued(centred, select(ranked[:, dead], k_aux), few)
     if len(dead) > 4 * k_aux:
         gap = decode(p, few) - w.b_dec - error
         return gap.square().sum(1).mean(), _backward(centred, p, scale * gap, few, relu=False)
@@ -294,10 +301,13 @@ def without_radial(gradient: Tensor, W_dec: Tensor) -> Tensor:
 
 
 def unit_decoder(w: Weights) -> Weights:
-    """The same function with decoder rows of length 1 (a row of zeros stays): codes are then in the units of x."""
+    """The same function with decoder rows of length 1: codes are then in the units of x.
+
+    A row of zeros stays, and its encoder becomes zero too, so that it still takes no other latent's place.
+    """
     norms = torch.linalg.vector_norm(w.W_dec, dim=1)
     safe = torch.where(norms > 0, norms, torch.ones_like(norms))
-    return Weights(w.W_enc * safe[:, None], w.b_enc * safe, w.W_dec / safe[:, None], w.b_dec)
+    return Weights(w.W_enc * norms[:, None], w.b_enc * norms, w.W_dec / safe[:, None], w.b_dec)
 
 
 def rescaled(w: Weights, scale: float) -> Weights:

@@ -112,6 +112,163 @@ def test_an_sae_for_something_else_is_refused(tmp_path):
     assert saes.hook_layer("blocks.3.hook_resid_pre") == 2 and saes.hook_layer("blocks.3.hook_mlp_out") is None
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, monkeypatch, key, value):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN, 0.5 if key == "threshold" else None)
+    changed(folder, lambda t: t[key].view(-1)[7:8].fill_(value))
+    with pytest.raises(SaeError, match=rf"NaN or infinity in {key}\b"):
+        saes.load(folder)
+    registry(monkeypatch, folder, None)
+    with pytest.raises(SaeError, match=rf"rel/id holds NaN or infinity in {key}\b"):
+        saes.load("rel", "id")
+
+
+@pytest.mark.parametrize("k", [5000, 97, 0, -1, 2.5, 8.0, "8", True, None, [8], float("nan")])
+def test_a_k_that_is_no_number_of_codes_is_refused(tmp_path, monkeypatch, k):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    rewrite(folder, k=k)
+    with pytest.raises(SaeError, match=r"k = .*from 1 to its 96 latents"):
+        saes.load(folder)
+    registry(monkeypatch, folder, None)
+    with pytest.raises(SaeError, match=r"k = .*from 1 to its 96 latents"):
+        saes.load("rel", "id")
+
+
+@pytest.mark.parametrize("k", [1, 96])
+def test_a_k_of_one_and_of_all_latents_load(tmp_path, k):
+    assert saes.load(saes.save(tmp_path / "sae", some_weights(), k, KNOWN)).k == k
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reshape_activations": "hook_z"}, "reshapes its inputs"),
+        ({"reshape_activations": "hook_z", "metadata": {**KNOWN, "hook_name": "blocks.1.attn.hook_z"}}, "reshapes"),
+        ({"d_in": 49}, r"d_in = 49, but W_dec is \(96, 48\)"),
+        ({"d_sae": 4}, r"d_sae = 4 .*but W_dec is \(96, 48\)"),
+        ({"d_in": "48"}, "d_in = '48'"),
+        ({"d_sae": -96}, "d_sae = -96"),
+        ({"d_in": True}, "d_in = True"),
+        ({"architecture": "wild"}, "'wild' is missing from its cfg.json or not known"),
+        ({"architecture": None}, "architecture = None"),
+        ({"architecture": "jumprelu"}, "not those of its architecture .*threshold"),
+        ({"metadata": None}, "metadata"),
+        ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input = 'no'"),
+        ({"rescale_acts_by_decoder_norm": "no"}, "rescale_acts_by_decoder_norm = 'no'"),
+        ({"normalize_activations": "odd"}, "Got odd"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(tmp_path, change, words):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    rewrite(folder, **change)
+    with pytest.raises(SaeError, match=words) as said:
+        saes.load(folder)
+    assert "\n" not in str(said.value) and str(tmp_path) not in str(said.value)
+
+
+@pytest.mark.parametrize("key", ["architecture", "d_in", "d_sae", "k"])
+def test_a_configuration_that_lacks_something_is_refused(tmp_path, key):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({name: value for name, value in cfg.items() if name != key}))
+    with pytest.raises(SaeError, match=rf"\b{key}\b"):
+        saes.load(folder)
+
+
+@pytest.mark.parametrize("given", ["", '{"d_in": 48', "null", "[1]", "48", "[" * 100_000, "\udcff"])
+def test_a_configuration_that_is_no_json_object_is_refused(tmp_path, given):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    (folder / "cfg.json").write_bytes(given.encode(errors="surrogateescape"))
+    with pytest.raises(SaeError, match=r"cfg.json.*JSON"):
+        saes.load(folder)
+
+
+@pytest.mark.parametrize("key", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_a_missing_tensor_is_named(tmp_path, key):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN, 0.5 if key == "threshold" else None)
+    changed(folder, lambda t: t.pop(key))
+    with pytest.raises(SaeError, match=rf'not those of its architecture .*"{key}"'):
+        saes.load(folder)
+    (folder / "sae_weights.safetensors").unlink()
+    with pytest.raises(SaeError, match="damaged or not there"):
+        saes.load(folder)
+
+
+def test_rescaling_by_a_decoder_row_of_zeros_is_refused(tmp_path):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    changed(folder, lambda t: t["W_dec"][3].zero_())
+    rewrite(folder, rescale_acts_by_decoder_norm=True)
+    with pytest.raises(SaeError, match="every output would be NaN"):
+        saes.load(folder)
+
+
+def test_a_saved_decoder_row_of_zeros_takes_no_other_latents_place(tmp_path):
+    w, x = some_weights(), torch.randn(50, 48)
+    w.W_dec[::2] = 0
+    for threshold in (None, 0.0):
+        sae = saes.load(saes.save(tmp_path / "sae", w, 8, KNOWN, threshold)).sae
+        codes = sae.encode(x)
+        assert not codes[:, ::2].any() and codes.any(0)[1::2].sum() > 20
+        if threshold is None:
+            torch.testing.assert_close(sae(x), topk.decode(topk.encode(x, w, 8), w), rtol=1e-4, atol=1e-4)
+
+
+def test_an_sae_of_sae_lens_itself_loads_without_checksums(tmp_path):
+    from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+
+    for kind, config in ((StandardSAE, StandardSAEConfig(48, 96)), (TopKSAE, TopKSAEConfig(48, 96, k=5))):
+        kind(config).save_model(tmp_path / kind.__name__)
+        assert saes.load(tmp_path / kind.__name__).latents == 96 and not saes.whole(tmp_path / kind.__name__)
+
+
+def test_one_changed_bit_anywhere_is_not_whole(tmp_path):
+    for name in ("sae_weights.safetensors", "cfg.json", "training.json", "checksums.json"):
+        folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN, notes={"log": []})
+        assert saes.whole(folder)
+        good = (folder / name).read_bytes()
+        for damaged in (good[:-9], good[:-9] + bytes([good[-9] ^ 1]) + good[-8:], b"", None):
+            (folder / name).unlink() if damaged is None else (folder / name).write_bytes(damaged)
+            assert not saes.whole(folder), (name, damaged is None)
+        (folder / name).write_bytes(good)
+        (folder / "latents.json").write_text("a table beside it")
+        assert saes.whole(folder)
+    assert not saes.whole(tmp_path / "nowhere") and not saes.whole(folder / "cfg.json")
+
+
+def test_weights_that_changed_since_they_were_saved_are_not_loaded(tmp_path):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    changed(folder, lambda t: t["b_dec"].add_(1e-3))
+    with pytest.raises(SaeError, match="not those that were saved"):
+        saes.load(folder)
+    (folder / "checksums.json").unlink()
+    assert saes.load(folder).latents == 96
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -0.5])
+def test_a_norm_factor_that_is_no_positive_number_is_refused(tmp_path, factor):
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
+    rewrite(folder, normalize_activations="expected_average_only_in")
+    with pytest.raises(SaeError, match="norm_factor = .*positive"):
+        saes.load(folder, norm_factor=factor)
+
+
+def test_a_hook_that_is_not_after_a_block_has_no_layer(tmp_path):
+    for hook in ("blocks.0.hook_resid_pre", "blocks.\u0663.hook_resid_post", f"blocks.{'9' * 5000}.hook_resid_post"):
+        assert saes.hook_layer(hook) is None
+    assert saes.hook_layer("blocks.0.hook_resid_post") == 0 == saes.hook_layer("blocks.1.hook_resid_pre")
+    folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN | {"hook_name": 5})
+    with pytest.raises(SaeError, match="does not say which hook"):
+        saes.load(folder, layer=1)
+
+
+def changed(folder, change):
+    """Change a folder's tensors in place."""
+    tensors = load_file(folder / "sae_weights.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "sae_weights.safetensors")
+
+
 def rewrite(folder, **change):
     cfg = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(cfg | change))

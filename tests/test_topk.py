@@ -74,6 +74,59 @@ def test_the_step_equals_autograd_on_cuda():
     assert abs(float(done.loss - loss)) < 1e-5 * float(loss) and close(done.gradients, gradients)
 
 
+def safe_autograd(x, w, k, dead, k_aux, alpha=1 / 32):
+    """The plain twin with codes divided by |W_dec_j|, or by 1 where that is 0."""
+    w = Weights(*(t.clone().requires_grad_() for t in w))
+    norms = w.W_dec.norm(dim=1)
+    safe = torch.where(norms > 0, norms, torch.ones(()))
+    ranked = ((x - w.b_dec) @ w.W_enc.T + w.b_enc) * norms
+
+    def best(of, k):
+        index = of.topk(k, dim=1).indices
+        return torch.zeros_like(of).scatter(1, index, of.gather(1, index))
+
+    x_hat = best(ranked, k).relu() / safe @ w.W_dec + w.b_dec
+    error = (x - x_hat).detach()
+    e_hat = best(ranked[:, dead], k_aux) / safe[dead] @ w.W_dec[dead]
+    loss = (x - x_hat).square().sum(1).mean() + alpha * (e_hat - error).square().sum(1).mean()
+    loss.backward()
+    return loss.detach(), Weights(*(t.grad for t in w))
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(("d", "latents", "k", "k_aux"), [(2, 3, 3, 2), (48, 200, 200, 60), (48, 200, 200, 4)])
+def test_a_decoder_row_of_zeros_contributes_nothing(d, latents, k, k_aux, low):
+    x, w = problem(d, latents, 60)
+    w.W_dec[::3] = 0
+    dead = torch.arange(0, latents, 3 if k_aux == 4 else 1)[:60]
+    with torch.enable_grad():
+        loss, gradients = safe_autograd(x, w, k, dead, k_aux=min(k_aux, len(dead)))
+    done = topk.step(x, w, k, dead, k_aux=k_aux, low=low)
+    assert abs(float(done.loss - loss)) < 1e-5 * float(loss)
+    assert close(done.gradients, gradients)
+    assert not any(g[::3].any() for g in done.gradients[:3]) and done.gradients.W_dec[1].any()
+
+
+def test_unit_rows_keep_the_function_where_a_decoder_row_is_zero():
+    x, w = problem()
+    w.W_dec[::2] = 0
+    for k in (8, 150):
+        codes, again = topk.encode(x, w, k), topk.encode(x, topk.unit_decoder(w), k)
+        torch.testing.assert_close(topk.decode(again, topk.unit_decoder(w)), topk.decode(codes, w))
+    low = topk.encode(x, w, 150, low=True)
+    torch.testing.assert_close(low.dense(200)[:, ::2], torch.zeros(300, 100))
+
+
+@pytest.mark.parametrize("k_aux", [60, 5, 1])
+def test_the_auxiliary_loss_is_exact_where_latents_are_ranked_in_bfloat16(k_aux):
+    x, w = problem(tokens=60)
+    w.b_enc[:60] += 10.0 * torch.arange(60)  # steps that bfloat16 can tell apart
+    w.W_dec[:60] /= w.W_dec[:60].norm(dim=1, keepdim=True)
+    exact, low = (topk.step(x, w, 200, torch.arange(60), 1.0, k_aux, low=low) for low in (False, True))
+    assert abs(float(low.aux / exact.aux) - 1) < 1e-6
+    assert close(low.gradients, exact.gradients, 1e-6)
+
+
 def test_gather_dot_without_mkl_is_the_same(monkeypatch):
     x, w = problem()
     codes = topk.encode(x, w, 8)

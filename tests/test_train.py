@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers import saes, topk, train
 from helpers.activations import Array
@@ -167,6 +168,24 @@ def test_dead_latents_come_back_by_the_auxiliary_loss_and_not_without():
     assert alive[0.0] == 0 and alive[1.0] > 40, alive
 
 
+@pytest.mark.parametrize("d", [8, 48, 512])
+def test_the_limit_of_clipping_grows_with_the_width_and_touches_no_healthy_step(tmp_path, d):
+    """Adam's first moment after one step is (1 - beta1) times the clipped gradient."""
+    config = train.Config(2 * d, 4, 256, 256, low=False)
+    source = Array(30 * torch.randn(256, d) + 7)
+    centre, scale = train.measure(source.sample(256, 0))
+    batch = next(source.batches(256, 0)) * scale
+    raw = topk.step(batch, topk.initial(d, 2 * d, scale * centre), 4).gradients
+    length = math.sqrt(sum(float(g.double().square().sum()) for g in raw))
+    assert length > 1.5  # a limit of 1 would bind
+    for clip in (1.0, 1e-3, math.inf):
+        train.fit(source, config._replace(clip=clip), checkpoints=tmp_path / str(clip))
+        state = load_file(next((tmp_path / str(clip)).glob("*/step-*/state.safetensors")))
+        kept = (1 - config.beta1) * min(1, clip * d / length)
+        for name, g in raw._asdict().items():
+            torch.testing.assert_close(state[f"first.{name}"], g * kept, rtol=1e-4, atol=1e-7)
+
+
 def test_decoder_rows_stay_unit_when_asked():
     x, _ = planted()
     state = train.State.new(topk.initial(64, 96, x.mean(0)))
@@ -199,10 +218,18 @@ def test_a_damaged_cached_sae_is_named_and_trained_again(cache, capsys):
     x, _ = planted()
     source = Array(x, model_name="planted", hook_name="blocks.0.hook_resid_post")
     folder = train.sae(source, SMALL)
-    before = (folder / "sae_weights.safetensors").read_bytes()
-    (folder / "sae_weights.safetensors").write_bytes(before[:-100])
-    assert train.sae(source, SMALL) == folder and (folder / "sae_weights.safetensors").read_bytes() == before
-    assert "damaged" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == {"sae_weights.safetensors", "cfg.json", "training.json", "checksums.json"}
+    weights, cfg = before["sae_weights.safetensors"], before["cfg.json"]
+    for name, damaged in (
+        ("sae_weights.safetensors", weights[:-100]),
+        ("sae_weights.safetensors", weights[:-100] + bytes([weights[-100] ^ 1]) + weights[-99:]),
+        ("cfg.json", cfg[: len(cfg) // 2]),
+    ):
+        (folder / name).write_bytes(damaged)
+        assert train.sae(source, SMALL) == folder
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert f"{folder.name} is damaged" in capsys.readouterr().out
 
 
 def test_a_checkpoint_made_by_other_code_is_not_taken(tmp_path, monkeypatch):
