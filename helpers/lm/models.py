@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,7 +69,7 @@ def packaged_folder(name: str) -> Path:
 def _intact(folder: Path) -> bool:
     """Whether each file of a packaged model is the one that was written."""
     sums = read_json(folder / "checksums")
-    return bool(sums) and all((folder / n).is_file() and _content(folder / n) == s for n, s in sums.items())
+    return sums is not None and all((folder / n).is_file() and _content(folder / n) == s for n, s in sums.items())
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -198,12 +198,14 @@ def _from_hub(
     wanted = [f for f in held if f.endswith(SMALL)] + (large if weights else [])
     exactly = [f.replace("[", "[[]") for f in wanted]  # patterns, of which only this sign can stand in a name
     try:
-        folder = Path(snapshot_download(name, revision=info.sha, token=token, allow_patterns=exactly, tqdm_class=tqdm))
+        folder = Path(
+            snapshot_download(name, revision=info.sha, token=token, allow_patterns=exactly, tqdm_class=cast(Any, tqdm))
+        )
     except Exception as error:
         raise ModelError(
             f"{name} could not be fetched whole: {why(error)}. Run again: it goes on where it stopped"
         ) from None
-    return folder, info.sha
+    return folder, str(info.sha)
 
 
 def _in_hub_cache(name: str, revision: str | None, weights: bool) -> Path | None:
@@ -284,19 +286,20 @@ def _tokenizer(folder: Path, identity: str) -> Tokenizer:
         ) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return cast(Tokenizer, tokenizer)
 
 
 def _weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, identity: str) -> PreTrainedModel:
     """transformers' own model of a folder; ModelError unless every weight it has came out of the files, and every one in them went in."""
     weight_files(folder)
     try:
-        weights, loading = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
             local_files_only=True, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:
         raise ModelError(f"{identity} cannot be loaded as a language model: {why(error, 3)}") from None
+    weights, loading = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     wrong = [
         f"{len(loading[f'{kind}_keys'])} {kind}, such as {sorted(map(str, loading[f'{kind}_keys']))[0]}"
         for kind in ("missing", "unexpected", "mismatched")
@@ -390,7 +393,7 @@ def _merged(weights: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's: missing keys, which are counted here, and a renamed argument
-            peft = PeftModel.from_pretrained(weights, str(adapter.path))
+            peft: Any = PeftModel.from_pretrained(weights, str(adapter.path))
     except Exception as error:
         raise ModelError(
             f"the adapter {adapter.path.name} does not fit {type(weights).__name__}: {why(error, 4)}; name the model it was trained "
@@ -423,7 +426,7 @@ def _merged(weights: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
 
 def _untie(weights: PreTrainedModel, keys: set[str]) -> None:
     """Give the unembedding rows of its own where an adapter changes one of the two that share them: merging would change both."""
-    embedding, head = weights.get_input_embeddings(), weights.get_output_embeddings()
+    embedding, head = weights.get_input_embeddings(), cast(torch.nn.Linear | None, weights.get_output_embeddings())
     if head is None or head.weight is not embedding.weight:
         return
     names = {name.split(".")[-1] for name, module in weights.named_modules() if module in (embedding, head)}
@@ -468,10 +471,10 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, rev
     tokenizer = _tokenizer_of(adapter, found, identity) if adapter else _tokenizer(found, identity)
     weights = _weights(found, config, torch.float32 if adapter else dtype, identity)
     if adapter:
-        weights = _merged(weights, adapter).to(dtype)
+        weights = torch.nn.Module.to(_merged(weights, adapter), dtype)
         stem, _, version = identity.rpartition("@")
         identity = f"{stem}+{adapter.path.name}@{version}.{adapter.digest}"
-    lm = LM.of(weights.to(device), tokenizer, identity)
+    lm = LM.of(torch.nn.Module.to(weights, device), tokenizer, identity)
     seconds = time.perf_counter() - began
     print(f"{identity.split('@')[0]}: {lm.layers} layers, d_model {lm.d_model}, loaded in {seconds:.1f} s")
     return lm

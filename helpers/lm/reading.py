@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class ModelError(RuntimeError):
 class Unembedding(NamedTuple):
     """How a model makes logits of what reaches its unembedding h: cap(scale * (h W^T + bias)), cap(x) = cap tanh(x / cap)."""
 
-    module: nn.Module
+    module: nn.Linear
     scale: float
     cap: float | None
     exact: bool
@@ -97,7 +97,7 @@ class LM:
     @property
     def embedding(self) -> Tensor:
         """The input embedding's rows (vocabulary, d_model)."""
-        return self.weights.get_input_embeddings().weight
+        return _embedding(self.weights)
 
     @property
     def d_model(self) -> int:
@@ -141,8 +141,12 @@ class LM:
 # --- what a model is made of, checked on six tokens --------------------------------------------------------------------
 
 
+def _embedding(weights: PreTrainedModel) -> Tensor:
+    return cast(nn.Embedding, weights.get_input_embeddings()).weight
+
+
 def _check_vocabulary(weights: PreTrainedModel, tokenizer: Tokenizer, identity: str) -> None:
-    rows, vocabulary = weights.get_input_embeddings().weight.shape[0], tokenizer.get_vocab()
+    rows, vocabulary = len(_embedding(weights)), tokenizer.get_vocab()
     special = tokens.special_ids(tokenizer)
     if beyond := [token for token, i in vocabulary.items() if i >= rows and i not in special]:
         raise ModelError(
@@ -154,7 +158,7 @@ def _check_vocabulary(weights: PreTrainedModel, tokenizer: Tokenizer, identity: 
 def _probed(weights: PreTrainedModel, identity: str) -> tuple[tuple[nn.Module, ...], tuple[bool, ...], Unembedding]:
     """Blocks, whether they return tuples, and the unembedding of a model, found by running six tokens."""
     config, name = weights.config.get_text_config(), type(weights).__name__
-    head = weights.get_output_embeddings()
+    head = cast(nn.Linear | None, weights.get_output_embeddings())
     if head is None or weights.config.is_encoder_decoder:
         raise ModelError(f"{identity} ({name}) does not predict next tokens: a decoder-only language model is wanted")
     lists = [m for m in weights.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers]
@@ -166,7 +170,7 @@ def _probed(weights: PreTrainedModel, identity: str) -> tuple[tuple[nn.Module, .
         seen[module] = out
 
     hidden: list[Tensor] = []
-    ids = torch.tensor([[1, 2, 3], [1, 2, 4]]) % weights.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]]) % len(_embedding(weights))
     every = [module for group in lists for module in group]
     handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
     try:
@@ -213,7 +217,7 @@ def _is_stream(out: Output, shape: tuple[int, ...]) -> bool:
     return isinstance(stream(out), Tensor) and stream(out).shape == shape
 
 
-def _head(config: object, head: nn.Module, hidden: Tensor, logits: Tensor) -> Unembedding:
+def _head(config: object, head: nn.Linear, hidden: Tensor, logits: Tensor) -> Unembedding:
     """How this model's logits come from `hidden` (2, 3, d_model): by which of the known ways, or by none (`exact` false)."""
     weight, bias = head.weight, getattr(head, "bias", None)
     products = hidden.float() @ weight.float().T + (0.0 if bias is None else bias.float())
@@ -239,9 +243,7 @@ def _nothing_installs() -> Iterator[None]:
     """Context: a dependency that starts a process fails. TransformerLens runs pip in the user's environment for some models."""
 
     def refused(*args: object, **kwargs: object) -> None:
-        raise ModelError(
-            f"a library wanted to run {' '.join(map(str, args[0])) if args else 'a command'}; nothing is installed here"
-        )
+        raise ModelError(f"a library wanted to run a command, {str(args)[:200]}; nothing is run or installed here")
 
     kept, subprocess.Popen = subprocess.Popen, refused  # type: ignore[misc,assignment]
     try:
@@ -267,7 +269,7 @@ def _bridged(lm: LM) -> "TransformerBridge":
         raise
     except Exception as error:
         raise ModelError(f"TransformerLens cannot wrap {lm.identity}: {why(error)}; `weights` works") from None
-    bridge._tokenizer = lm.tokenizer  # its setter makes a variant that adds a first token; templates write their own
+    bridge._tokenizer = lm.tokenizer  # type: ignore[assignment]  # its setter makes a variant that adds a first token; templates write their own
     bridge.eval()
     for parameter in bridge.parameters():
         parameter.requires_grad_(False)
@@ -321,9 +323,9 @@ def forward(
     return lm.weights(**inputs(lm, batch, attend_filler), use_cache=False, output_hidden_states=output_hidden_states)
 
 
-def logits_of_few(weights: nn.Module) -> Tensor:
+def logits_of_few(weights: PreTrainedModel) -> Tensor:
     """Logits (8, vocabulary) float32 of a bare model on eight tokens: what two states of one model are compared by."""
-    embedding = weights.get_input_embeddings().weight  # type: ignore[operator]
+    embedding = _embedding(weights)
     ids = torch.arange(1, 9, device=embedding.device)[None] % len(embedding)
     with torch.no_grad():
         return weights(input_ids=ids, use_cache=False).logits[0].float()

@@ -6,6 +6,7 @@ see `Continuations`. Whatever runs a model from a block on (`above`) or wants a 
 why, is said by `steer`, `patching` and `saes`.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from helpers import store
 from helpers.lm import hooks, reading, tokens
@@ -43,7 +44,7 @@ def whole_cache(lm: LM) -> DynamicCache:
 def _forget(cache: Cache, length: int) -> None:
     """Cut each layer of a key-value cache back to `length` tokens; layers that were skipped are left as they are."""
     for layer in cache.layers:
-        if extra := layer.get_seq_length() - length:
+        if isinstance(layer, DynamicLayer) and (extra := layer.get_seq_length() - length):
             layer.crop(-extra)
 
 
@@ -280,14 +281,12 @@ def _sweep(kind: str, where: Continuations, vectors: Vectors, multipliers: Seque
         raise ValueError(f"multipliers {list(multipliers)} given; they must be finite")
 
     def compute() -> dict[str, Tensor]:
-        out, zero = [], None
+        out, unsteered = [], functools.cache(lambda: score(torch.zeros(where.lm.d_model), 0.0))
         with tqdm(total=len(stack) * len(multipliers), desc=kind, leave=False) as bar:
             for vector in stack:
                 row = []
                 for m in multipliers:
-                    if m == 0 or not vector.any():
-                        zero = score(torch.zeros_like(vector), 0.0) if zero is None else zero
-                    row.append(zero if m == 0 or not vector.any() else score(vector, m))
+                    row.append(score(vector, m) if m != 0 and bool(vector.any()) else unsteered())
                     bar.update()
                 out.append(np.stack(row))
         return {"scores": finite(torch.from_numpy(np.stack(out)), where.lm)}

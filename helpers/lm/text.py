@@ -293,7 +293,7 @@ def _address(address: str) -> tuple[str, str, str]:
 def resolved(source: Source) -> Source:
     """The source with every hub data set pinned to the commit its revision means now, so that a later run reads the same."""
     if not isinstance(source, str):
-        return [resolved(s) for s in source]
+        return [str(resolved(s)) for s in source]
     if not source.startswith("hub:"):
         return source
     name, subset, revision = _address(source.removeprefix("hub:"))

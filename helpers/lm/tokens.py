@@ -7,18 +7,18 @@ follow from how a prompt was put together; nothing is looked for in the text.
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from transformers.utils import chat_template_utils
 
 from helpers.lm.hooks import Positions
 from helpers.session import setting
 from helpers.store import DataError, digest
 
-DATE = datetime(2024, 7, 26)  # what a template that prints a date prints, so that prompts do not depend on the clock
 SYSTEM_MARK, USER_MARK = "\ue0f1system\ue0f1", "\ue0f2user\ue0f2"  # of private use: no text holds them
 _SAID: set[str] = set()
 
@@ -90,11 +90,26 @@ def _thinking() -> bool:
     return wanted == "open"
 
 
+class _Clock(datetime):
+    """A clock that stands still: what a template that prints a date prints, so that prompts do not depend on the day."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "_Clock":
+        return cls(2024, 7, 26)
+
+
 def _rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
     """The messages in the chat template, up to where the assistant is to speak, on a fixed date."""
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=_thinking(), strftime_now=DATE.strftime,
-    )  # fmt: skip
+    clock, chat_template_utils.datetime = (
+        chat_template_utils.datetime,
+        _Clock,
+    )  # templates may be given data, not functions
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=_thinking()
+        )
+    finally:
+        chat_template_utils.datetime = clock  # type: ignore[misc]
 
 
 def _system_in_front(tokenizer: Tokenizer) -> None:
