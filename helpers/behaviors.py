@@ -231,7 +231,7 @@ def _subsequence(one: str, other: str) -> int:
 
 
 def _overlaps(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(i, j, overlap, fewest) of text pairs i < j with a word trigram in common: shared / all, and the smaller number."""
+    """(i, j, overlap, fewest) of text pairs i < j that share a word trigram: shared / all, and the smaller number."""
     words = [re.findall(r"\w+", text) for text in texts]
     trigrams = [set(zip(w, w[1:], w[2:], strict=False)) or {tuple(w)} for w in words]
     known: dict[tuple, int] = {}
