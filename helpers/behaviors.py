@@ -3,22 +3,25 @@
 Knows files, not tokenizers or models.
 """
 
-import json
+import os
 import random
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from difflib import SequenceMatcher
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from helpers.entries import DataError, listed, parse
 from helpers.lm import text
 from helpers.session import ROOT
-from helpers.store import DataError
 
 BEHAVIORS = ROOT / "data" / "behaviors"
+COMPARED, LETTERS = 2000, 10_000_000  # near-duplicates: texts compared at most, and letters compared one by one
 
 
 class SystemPair(NamedTuple):
@@ -78,34 +81,36 @@ def trim(b: Behavior, pairs: int, items: int) -> Behavior:
 
 def _text(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path.name}, line {line}: not UTF-8; save the file as UTF-8") from None
+        data = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{str(path)!r}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{str(path)!r} is a folder; a file is wanted") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise DataError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
+        line = data[: max(data.find(b"\0"), 0)].count(b"\n") + 1
+        raise DataError(f"{path.name}, line {line}: zero bytes, as of UTF-16; save the file as UTF-8")
+    try:
+        content = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{path.name}, line {line}: not UTF-8; save the file as UTF-8") from None
     if not content.strip():
         raise DataError(f"{path.name}: the file is empty; at least one entry is wanted")
-    return content
+    return content.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(place, object) for each entry of a JSON list or a JSONL file; the place is for error messages."""
     content = _text(path)
     if content.lstrip().startswith("["):
-        try:
-            rows = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path.name}, line {error.lineno}: not JSON ({error.msg})") from None
-        placed = [(f"{path.name}, entry {i}", row) for i, row in enumerate(rows, 1)]
+        placed = [(f"{path.name}, entry {i}", row) for i, row in enumerate(listed(path.name, content), 1)]
     else:
         placed = []
         for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
-                try:
-                    placed.append((f"{path.name}, line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path.name}, line {number}: not JSON ({error.msg})") from None
+                placed.append((f"{path.name}, line {number}", parse(path.name, line, number)))
     if not placed:
         raise DataError(f"{path.name}: the list is empty; at least one entry is wanted")
     for place, row in placed:
@@ -118,7 +123,7 @@ def field(place: str, row: dict[str, Any], field: str) -> str:
     """The non-empty string in a field of an entry; DataError with the entry's place if there is none."""
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        given = "is missing" if field not in row else f"is {value!r}"
+        given = "is missing" if field not in row else f"is {value!r:.80}"
         raise DataError(f"{place}: field {field!r} {given}; a non-empty string is wanted")
     return value
 
@@ -128,43 +133,108 @@ def _distinct(place: str, one: str, other: str) -> None:
         raise DataError(f"{place}: both halves are the same text ({one[:40]!r}); a contrast needs two")
 
 
+def _subsequence(one: str, other: str) -> int:
+    """Length of the longest common subsequence of two strings, a row of the table at a time as bits of one integer.
+
+    Hyyrö 2004, "Bit-parallel LCS-length computation revisited".
+    """
+    start = len(os.path.commonprefix([one, other]))
+    one, other = one[start:], other[start:]
+    end = len(os.path.commonprefix([one[::-1], other[::-1]]))
+    one, other = one[: len(one) - end], other[: len(other) - end]
+    places: dict[str, int] = {}
+    for i, letter in enumerate(one):
+        places[letter] = places.get(letter, 0) | 1 << i
+    every = (1 << len(one)) - 1
+    row = every
+    for letter in other:
+        if hit := row & places.get(letter, 0):
+            row = (row + hit) | (row - hit)
+    return start + end + (every & ~row).bit_count()
+
+
+def _overlaps(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(i, j, overlap, fewest) of text pairs i < j that share a word trigram: shared / all, and the smaller number."""
+    words = [re.findall(r"\w+", text) for text in texts]
+    trigrams = [set(zip(w, w[1:], w[2:], strict=False)) or {tuple(w)} for w in words]
+    known: dict[tuple, int] = {}
+    columns = [known.setdefault(gram, len(known)) for grams in trigrams for gram in grams]
+    size = np.array([len(grams) for grams in trigrams], dtype=int)
+    holds = csr_matrix((np.ones(len(columns), np.float32), columns, np.r_[0, size.cumsum()]), (len(texts), len(known)))
+    both = (holds @ holds.T).tocoo()
+    upper = both.row < both.col
+    i, j, shared = both.row[upper], both.col[upper], both.data[upper]
+    return i, j, shared / (size[i] + size[j] - shared), np.minimum(size[i], size[j])
+
+
 def near_duplicates(texts: Sequence[str], threshold: float = 0.85) -> list[tuple[int, int]]:
     """Index pairs of texts that are nearly the same: word-trigram overlap above one half, or edit ratio above `threshold`.
 
-    Only texts that share a trigram of words are compared letter by letter: fast for thousands.
+    Overlap: shared / all trigrams of the two. Edit ratio: 2 * longest common subsequence / letters of the two, for
+    texts that share a fifth of their trigrams, or one where a text has fewer than ten. Seconds for a thousand long
+    texts: the first 2,000 are compared, and letters up to a bound, the likeliest first; what is left out is printed.
     """
-    words = [re.findall(r"\w+", t.lower()) for t in texts]
-    trigrams = [set(zip(w, w[1:], w[2:], strict=False)) or {tuple(w)} for w in words]
-    index: dict[tuple, list[int]] = defaultdict(list)
-    candidates: set[tuple[int, int]] = set()
-    for i, grams in enumerate(trigrams):
-        for gram in grams:
-            if len(index[gram]) < 50:
-                candidates.update((j, i) for j in index[gram])
-                index[gram].append(i)
-    return [
-        (i, j)
-        for i, j in sorted(candidates)
-        if len(trigrams[i] & trigrams[j]) > 0.5 * len(trigrams[i] | trigrams[j])
-        or SequenceMatcher(None, texts[i].lower(), texts[j].lower()).ratio() > threshold
-    ]
+    if len(texts) > COMPARED:
+        print(f"near-duplicates: the first {COMPARED} of {len(texts)} texts are compared")
+    lower = [text.lower() for text in texts[:COMPARED]]
+    i, j, overlap, fewest = _overlaps(lower)
+    near = overlap > 0.5
+    letters = np.array([len(text) for text in lower], dtype=int)
+    possible = 2 * np.minimum(letters[i], letters[j]) > threshold * (letters[i] + letters[j])
+    doubtful = np.nonzero(~near & possible & ((overlap > 0.2) | (fewest < 10)))[0]
+    doubtful = doubtful[np.argsort(-overlap[doubtful], kind="stable")]
+    afforded = int(np.searchsorted(letters[j[doubtful]].cumsum(), LETTERS, side="right"))
+    if afforded < len(doubtful):
+        print(
+            f"near-duplicates: of the {len(doubtful)} pairs of texts that may be near-duplicates the {afforded} "
+            "likeliest are compared letter by letter"
+        )
+    for k in doubtful[:afforded]:
+        one, other = lower[i[k]], lower[j[k]]
+        near[k] = 2 * _subsequence(one, other) > threshold * (len(one) + len(other))
+    return sorted(zip(i[near].tolist(), j[near].tolist(), strict=True))
+
+
+_MARK = re.compile(r"([(\[{（*\s]*([^\W\d_]|\d{1,2}))[)\]}）.:*\s]*")  # an option: (A), A), A., [b], **(1)**
+_CLOSED = re.compile(r"(.*\W)([^\W_])[)\]}）.:*]+\s*", re.S)  # a text that ends in one
+
+
+def _answers(place: str, question: str, one: str, other: str) -> AnswerPair:
+    """The pair; answers that are both nothing but an option mark end at their letter: "(A" for "(A)"."""
+    marks = [_MARK.fullmatch(text) for text in (one, other)]
+    if all(marks):
+        _distinct(place, marks[0][2], marks[1][2])
+        one, other = (mark[1].strip() for mark in marks)
+    _distinct(place, one, other)
+    return AnswerPair(question, one, other)
+
+
+def _say_cut(path: Path, given: Sequence[tuple[str, str]], pairs: Sequence[AnswerPair | TextPair]) -> None:
+    """One line that counts the pairs whose answers are shorter than those given."""
+    kept = [(p.positive.strip(), p.negative.strip()) for p in pairs]
+    cut = [k for k, (one, other) in zip(kept, given, strict=True) if k != (one.strip(), other.strip())]
+    if cut:
+        print(
+            f"{path.name}: the answers of {len(cut)} of {len(pairs)} pairs are option marks and end at their letter "
+            f"({cut[0][0]!r})"
+        )
 
 
 def load_behavior(name: str | Path) -> Behavior:
     """The behaviour of that name in data/behaviors, of that file, or packaged. DataError names file, line and field.
 
     Kinds of line: system_pair (positive, negative, question), answer_pair (question, positive, negative), item (split,
-    question, matching, non_matching), open (question). `packaged:corrigible-neutral-HHH` is a set of multiple-choice
-    questions out of a wheel: see `_packaged`.
+    question, matching, non_matching), open (question). Answers that are option marks end at their letter, as in
+    `load_pairs`. `packaged:corrigible-neutral-HHH` is a set of multiple-choice questions out of a wheel: `_packaged`.
     """
     if str(name).startswith("packaged:"):
         return _packaged(str(name).removeprefix("packaged:"))
     path = Path(name) if str(name).endswith(".jsonl") else BEHAVIORS / f"{name}.jsonl"
-    if not path.exists() and path.parent == BEHAVIORS:
+    if path.parent == BEHAVIORS and not os.path.exists(path):
         raise DataError(
             f"no behaviour {name!r}; there are {', '.join(sorted(p.stem for p in BEHAVIORS.glob('*.jsonl')))}"
         )
-    out = Behavior(path.stem, [], [], [], [], [])
+    out, given = Behavior(path.stem, [], [], [], [], []), []
     for place, row in objects(path):
         kind = field(place, row, "kind")
         question = field(place, row, "question")
@@ -177,7 +247,8 @@ def load_behavior(name: str | Path) -> Behavior:
         if kind == "system_pair":
             out.system_pairs.append(SystemPair(first, second, question))
         elif kind == "answer_pair":
-            out.answer_pairs.append(AnswerPair(question, first, second))
+            given.append((first, second))
+            out.answer_pairs.append(_answers(place, question, first, second))
         elif kind == "item":
             split = field(place, row, "split")
             if split not in ("dev", "test"):
@@ -187,6 +258,7 @@ def load_behavior(name: str | Path) -> Behavior:
             raise DataError(f"{place}: field 'kind' is {kind!r}; system_pair, answer_pair, item or open is wanted")
     if lacking := [name for name, part in zip(out._fields[1:], out[1:], strict=True) if not part]:
         raise DataError(f"{path.name}: no {', '.join(lacking)} in the file; one or more of each is wanted")
+    _say_cut(path, given, out.answer_pairs)
     _warn_of_repeats(path, [p.question for part in out[1:5] for p in part] + out.open)
     return out
 
@@ -233,43 +305,55 @@ def _warn_of_repeats(path: Path, texts: list[str]) -> None:
         warnings.warn(f"{path.name}: {what}, such as {texts[i][:40]!r} and {texts[j][:40]!r}", stacklevel=3)
 
 
+def _warn_of_letters(path: Path, pairs: Sequence[AnswerPair | TextPair]) -> None:
+    """Warn of positive answers that are nearly all one letter, and of letters behind which a closing mark is read."""
+    marks = [_MARK.fullmatch(p.positive) or re.search(r"(\(([A-Z]))\)\s*$", p.positive) for p in pairs]
+    letters = Counter(mark[2] for mark in marks if mark)
+    if letters and letters.total() > 3 and max(letters.values()) > 0.9 * letters.total():
+        letter, count = letters.most_common(1)[0]
+        warnings.warn(
+            f"{path.name}: {count} of {letters.total()} positive answers are ({letter}): the vector will hold the "
+            "letter; swap the options in half of the entries",
+            stacklevel=3,
+        )
+    ends = [[_CLOSED.fullmatch(text) for text in (p.positive, p.negative)] for p in pairs]
+    if closed := sum(1 for one, other in ends if one and other and one[1] == other[1] and one[2] != other[2]):
+        warnings.warn(
+            f"{path.name}: {closed} of {len(pairs)} pairs differ in a letter before a closing mark: position 'last' "
+            "reads the mark, CAA the letter; end the texts at the letter",
+            stacklevel=3,
+        )
+
+
 def load_pairs(path: str | Path) -> list[AnswerPair] | list[TextPair]:
     """Contrast pairs in the forms people hold: CAA's JSON, {"positive", "negative"} objects; JSON list or JSONL.
 
-    CAA (nrimsky): `question`, `answer_matching_behavior`, `answer_not_matching_behavior` -> AnswerPair. Near-duplicates and
-    one-sided letters (every positive "(A)") are warned of with counts; anything unreadable is a DataError.
+    CAA (nrimsky): `question`, `answer_matching_behavior`, `answer_not_matching_behavior` -> AnswerPair. CAA reads its
+    answers "(A)" at the letter, not at the bracket: where both answers of a pair are nothing but an option mark they
+    end at their letter, "(A", so that position `last` is the letter; a line says how many. Other answers stay as they
+    are. Near-duplicates, one-sided letters (every positive "(A)") and texts that end in a mark behind their letter are
+    warned of with counts; anything unreadable is a DataError.
     """
     path = Path(path)
     pairs: list[Any] = []
+    given = []
     for place, row in objects(path):
         if "answer_matching_behavior" in row or "answer_not_matching_behavior" in row:
-            pair = AnswerPair(
-                field(place, row, "question"),
-                field(place, row, "answer_matching_behavior").strip(),
-                field(place, row, "answer_not_matching_behavior").strip(),
-            )
+            question = field(place, row, "question")
+            one, other = (field(place, row, f"answer_{name}_behavior").strip() for name in ("matching", "not_matching"))
+            pairs.append(_answers(place, question, one, other))
         elif "positive" in row or "negative" in row:
-            pair = TextPair(field(place, row, "positive"), field(place, row, "negative"))
+            one, other = field(place, row, "positive"), field(place, row, "negative")
+            _distinct(place, one, other)
+            pairs.append(TextPair(one, other))
         else:
             raise DataError(
-                f"{place}: fields {sorted(row)} given; wanted are question, answer_matching_behavior and "
+                f"{place}: fields {sorted(row)!r:.200} given; wanted are question, answer_matching_behavior and "
                 "answer_not_matching_behavior, or positive and negative"
             )
-        _distinct(place, pair.positive, pair.negative)
-        pairs.append(pair)
+        given.append((one, other))
+    _say_cut(path, given, pairs)
     texts = [p.question if isinstance(p, AnswerPair) else p.positive for p in pairs]
     _warn_of_repeats(path, texts)
-    letters = Counter(m[1] for p in pairs if (m := re.search(r"\(([A-Z])\)\s*$", p.positive)))
-    if letters and sum(letters.values()) > 3 and max(letters.values()) > 0.9 * sum(letters.values()):
-        letter, count = letters.most_common(1)[0]
-        warnings.warn(
-            f"{path.name}: {count} of {sum(letters.values())} positive answers are ({letter}): the vector will hold the "
-            "letter; swap the options in half of the entries",
-            stacklevel=2,
-        )
+    _warn_of_letters(path, pairs)
     return pairs
-
-
-def load_lines(path: str | Path) -> list[str]:
-    """The non-empty lines of a plain-text file (one prompt a line)."""
-    return [line.strip() for line in _text(Path(path)).splitlines() if line.strip()]

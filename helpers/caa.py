@@ -5,6 +5,11 @@ variant with one padded pair is that of the "steering vector reconstruction" sou
 """
 
 import json
+import math
+import operator
+import os
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +20,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from helpers.behaviors import AnswerPair, SystemPair, TextPair
+from helpers.entries import DataError, parse
 from helpers.lm import models, reading, tokens
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
 from helpers.lm.tokens import FILLER, SPECIAL, SYSTEM, Tokenizer, Tokens
-from helpers.store import DataError, digest, write_file
+from helpers.store import digest, write_file
 
 
 class Halves(NamedTuple):
@@ -140,11 +146,23 @@ def extract_padded(
 # --- a vector with its papers --------------------------------------------------------------------------------------
 
 
+def _whole(name: str, number: Any) -> int:
+    """A whole number; ValueError with its name for anything else."""
+    try:
+        if not isinstance(number, bool):
+            return operator.index(number)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} {number!r} was given; a whole number is wanted")
+
+
 @dataclass(frozen=True)
 class SteeringVector:
     """A direction (d_model,) float32 for `blocks.layer.hook_resid_post`, with all that is needed to make it again.
 
-    `residual_norm` is the median norm of the stream there, special tokens out: a multiplier means nothing without the two.
+    `residual_norm` is the median norm of the stream there, special tokens out: a multiplier means nothing without the
+    two; None where nobody measured it. An imported vector has 0 `pairs`. ValueError if the vector could steer nothing:
+    a shape other than (d_model,), zero, NaN, a negative layer.
     """
 
     vector: Tensor
@@ -155,9 +173,26 @@ class SteeringVector:
     model: str
     pairs: int
     data: str
-    residual_norm: float
+    residual_norm: float | None
     read_from: str
     convention: str = models.CONVENTION
+
+    def __post_init__(self) -> None:
+        vector, norm = self.vector.detach().float().cpu().contiguous(), self.residual_norm
+        if vector.ndim != 1 or not len(vector):
+            raise ValueError(f"a vector of shape {tuple(vector.shape)} was given; (d_model,) is wanted")
+        if bad := int((~vector.isfinite()).sum()):
+            raise ValueError(
+                f"the vector holds {bad} values that are NaN or infinite in float32; finite ones are wanted"
+            )
+        if not vector.any():
+            raise ValueError("the vector is zero: it steers nothing")
+        if (layer := _whole("layer", self.layer)) < 0:
+            raise ValueError(f"layer {layer} was given; the block whose output it is, counted from 0, is wanted")
+        if norm is not None and not 0 < (norm := float(norm)) < math.inf:
+            raise ValueError(f"residual_norm {norm} was given; a positive number is wanted, or None if it is not known")
+        for name, value in (("vector", vector), ("layer", layer), ("residual_norm", norm)):
+            object.__setattr__(self, name, value)
 
     @property
     def norm(self) -> float:
@@ -166,9 +201,13 @@ class SteeringVector:
 
     def summary(self) -> str:
         """One line: what it is, how long, and how long against the stream."""
+        over = f" over {self.pairs} pairs" if self.pairs else ""
+        stream = "; residual norm not measured"
+        if self.residual_norm:
+            stream = f" = {self.norm / self.residual_norm:.3f} of the residual norm {self.residual_norm:.0f}"
         return (
-            f"{self.behavior} · layer {self.layer} · {self.method} over {self.pairs} pairs, {self.positions} · norm {self.norm:.2f} "
-            f"= {self.norm / self.residual_norm:.3f} of the residual norm {self.residual_norm:.0f}"
+            f"{self.behavior or 'unnamed'} · layer {self.layer} · {self.method}{over}, "
+            f"{self.positions or 'position not said'} · norm {self.norm:.2f}{stream}"
         )
 
 
@@ -180,7 +219,7 @@ def make_vector(
     method: str,
     positions: str,
     pairs: Sequence[Any],
-    residual_norm: float,
+    residual_norm: float | None,
     read_from: str = "",
 ) -> SteeringVector:
     """The SteeringVector of a direction, with the data's hash and one example of the tokens it was read from.
@@ -191,8 +230,8 @@ def make_vector(
         batch = tokens.pad([tokens_of(lm.tokenizer, pairs[0])[0]], lm.tokenizer.pad_token_id)
         read_from = tokens.provenance(lm.tokenizer, batch, tokens.positions(batch, positions))
     return SteeringVector(
-        direction.float(), layer, behavior, method, positions, lm.identity, len(pairs),
-        digest([list(p) for p in pairs])[:16], float(residual_norm), read_from,
+        direction, layer, behavior, method, positions, lm.identity, len(pairs),
+        digest([list(p) for p in pairs])[:16], residual_norm, read_from,
     )  # fmt: skip
 
 
@@ -224,23 +263,36 @@ def load_vector(path: str | Path) -> SteeringVector:
 def export_repeng(vectors: Sequence[SteeringVector], path: str | Path, model_type: str) -> Path:
     """Write repeng's (and llama.cpp's) GGUF layout: one `direction.<layer>` float32 tensor a layer. Returns the path.
 
-    repeng counts layers as block outputs, as we do. `model_type` is transformers' own (llama, gemma2, ...).
+    Both count layers by the block whose output is steered, from 0, as we do, so nothing is shifted; but llama.cpp
+    steers from block 1 on and refuses a file with `direction.0`: ValueError. `model_type` is transformers' own (llama,
+    gemma2, ...).
     """
     import gguf
 
     path = Path(path)
-    layers = [v.layer for v in vectors]
+    layers, widths = [v.layer for v in vectors], [len(v.vector) for v in vectors]
+    if not vectors:
+        raise ValueError("no vectors were given; one or more are wanted")
     if len(set(layers)) < len(layers):
         raise ValueError(
             f"two vectors at one layer were given (layers {layers}); GGUF control vectors hold one a layer"
         )
+    if 0 in layers:
+        raise ValueError(
+            "a vector at layer 0 was given; llama.cpp steers from layer 1 on and reads no file with layer 0"
+        )
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"vectors of {', '.join(map(str, widths))} dimensions were given; those of one model are wanted"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     writer = gguf.GGUFWriter(temporary, "controlvector")
     try:
         writer.add_string("controlvector.model_hint", model_type)
         writer.add_uint32("controlvector.layer_count", len(vectors))
         for v in vectors:
-            writer.add_tensor(f"direction.{v.layer}", v.vector.float().numpy())
+            writer.add_tensor(f"direction.{v.layer}", v.vector.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -254,10 +306,145 @@ def export_repeng(vectors: Sequence[SteeringVector], path: str | Path, model_typ
 def export_direction(v: SteeringVector, folder: str | Path) -> Path:
     """Write refusal_direction's layout, `direction.pt` and `direction_metadata.json`. Returns the folder.
 
-    That code names a layer by the residual *entering* it, so our layer L is written as L + 1.
+    That code names a layer by the residual *entering* it, so our layer L is written as L + 1. `pos` is the one token
+    that was read: -1 for `last`, the number for one such as "-2", null for any other word.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    one = "-1" if v.positions == "last" else v.positions
+    pos = int(one) if re.fullmatch(r"-?\d+", one) else None
     torch.save(v.vector, folder / "direction.pt")
-    write_file(folder / "direction_metadata.json", json.dumps({"pos": -1, "layer": v.layer + 1}))
+    write_file(folder / "direction_metadata.json", json.dumps({"pos": pos, "layer": v.layer + 1}))
     return folder
+
+
+# --- vectors of others ---------------------------------------------------------------------------------------------
+
+
+def _there(path: Path) -> Path:
+    if not os.path.isfile(path):
+        raise ValueError(f"{str(path)!r}: no such file")
+    return path
+
+
+def _tensor(path: Path) -> Tensor:
+    """The one floating-point tensor in a .pt file; nothing is unpickled."""
+    _there(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path.name} cannot be read as a tensor of weights and nothing else: {reason}") from None
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        what = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{path.name} holds {what}; one floating-point tensor is wanted")
+    return found
+
+
+def _row(path: Path, rows: Tensor, layer: int | None) -> tuple[Tensor, int]:
+    """A row of persona_vectors' (layers + 1, d_model), by hidden_states' numbers, and our layer."""
+    if rows.ndim != 2 or len(rows) < 2:
+        raise ValueError(
+            f"{path.name} has shape {tuple(rows.shape)}; persona_vectors' (layers + 1, d_model) is wanted, or "
+            "refusal_direction's (d_model,) as direction.pt beside its direction_metadata.json"
+        )
+    last = len(rows) - 1
+    choose = f"choose one of layer=1 to layer={last}"
+    if layer is None:
+        raise ValueError(f"{path.name} holds {len(rows)} layers: {choose}")
+    if layer == 0:
+        raise ValueError(f"row 0 of {path.name} is of the embeddings, before any block: {choose}")
+    if not 0 < layer <= last:
+        raise ValueError(f"{path.name} has no layer {layer}: {choose}")
+    if layer == last:
+        warnings.warn(
+            f"row {last} of {path.name} is the last: in persona_vectors' own files it is read after the final norm, "
+            "and is not what the last block puts out",
+            stacklevel=3,
+        )
+    return rows[layer], layer - 1
+
+
+def _refusal(folder: Path, layer: int | None) -> tuple[Tensor, int, str]:
+    """(vector, our layer, position) of refusal_direction's two files."""
+    vector = _tensor(folder / "direction.pt")
+    name = "direction_metadata.json"
+    note = parse(name, _there(folder / name).read_bytes().decode("utf-8-sig", errors="replace"))
+    if not isinstance(note, dict):
+        raise ValueError(f"{name}: {type(note).__name__} given, an object with layer and pos is wanted")
+    entered, pos = _whole(f"{name}: layer", note.get("layer")), note.get("pos")
+    if layer not in (None, entered):
+        raise ValueError(f"layer {layer} was asked for; {name} says layer {entered}, and the file holds one direction")
+    if entered == 0:
+        raise ValueError(f"{name}: layer 0 is what enters the first block, the embeddings, which no block puts out")
+    if entered < 0:
+        raise ValueError(
+            f"{name}: layer {entered} was given; the number of the block that the residual enters is wanted"
+        )
+    return vector, entered - 1, "" if pos is None else str(_whole(f"{name}: pos", pos))
+
+
+def _control(path: Path, layer: int | None) -> tuple[Tensor, int]:
+    """(vector, layer) of a GGUF control vector."""
+    import gguf
+
+    _there(path)
+    try:
+        named = [(re.fullmatch(r"direction\.(\d+)", t.name), t.data) for t in gguf.GGUFReader(path).tensors]
+        found = {int(name[1]): torch.from_numpy(data.copy()) for name, data in named if name}
+    except Exception as error:
+        raise ValueError(f"{path.name} cannot be read as GGUF: {error}") from None
+    if not found:
+        raise ValueError(f"{path.name} holds no direction.<layer>; a control vector of repeng or llama.cpp is wanted")
+    if layer is None and len(found) == 1:
+        layer = next(iter(found))
+    if layer not in found:
+        which = "" if layer is None else f"no direction.{layer}; "
+        raise ValueError(f"{path.name}: {which}choose one of its layers {', '.join(map(str, sorted(found)))}")
+    if not found[layer].is_floating_point():
+        raise ValueError(f"{path.name}: direction.{layer} is quantised; float32 or float16 is wanted")
+    return found[layer], layer
+
+
+def import_direction(
+    source: str | Path,
+    layer: int | None = None,
+    behavior: str = "",
+    model: str = "",
+    residual_norm: float | None = None,
+) -> SteeringVector:
+    """The SteeringVector in a file of somebody else's. `layer` is the *file's own* number, ours is in the result.
+
+    - refusal_direction: a folder with `direction.pt` and `direction_metadata.json`, or the former. It names the block
+      whose *input* the direction is: its layer L is our L - 1, and the file says which. `pos` becomes `positions`.
+    - persona_vectors: a `.pt` of shape (layers + 1, d_model), indexed as transformers' `hidden_states`: row k enters
+      block k, our layer k - 1. Row 0 is of the embeddings: refused. The last is read after the final norm: warned of.
+    - repeng and llama.cpp: a `.gguf` with `direction.<layer>`, the block whose output it is: the same number here.
+
+    None holds its pairs or the stream's norm: give `residual_norm` if it is known. ValueError says what is wrong.
+    """
+    path = Path(source)
+    layer = None if layer is None else _whole("layer", layer)
+    name, positions = path.name, ""
+    if os.path.isdir(path) or path.name == "direction.pt":
+        vector, ours, positions = _refusal(path if os.path.isdir(path) else path.parent, layer)
+        origin = "refusal_direction"
+    elif path.suffix == ".gguf":
+        (vector, ours), origin = _control(path, layer), "a GGUF control vector"
+    elif path.suffix == ".pt":
+        (vector, ours), origin = _row(path, _tensor(path), layer), "persona_vectors"
+        if named := re.fullmatch(r"(.+)_(prompt_avg|response_avg|prompt_last)_diff", path.stem):
+            behavior, positions = behavior or named[1], named[2]
+    else:
+        raise ValueError(
+            f"{_there(path).name}: a folder of refusal_direction, a .pt of persona_vectors or a .gguf is wanted"
+        )
+    if vector.ndim != 1:
+        raise ValueError(f"{name}: a direction of shape {tuple(vector.shape)}; (d_model,) is wanted")
+    try:
+        return SteeringVector(
+            vector, ours, behavior, f"imported from {origin}", positions, model, 0,
+            f"{name}@{digest(vector)[:16]}", residual_norm, f"not known: imported from {name}",
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{name}, direction at our layer {ours}: {error}") from None

@@ -38,10 +38,6 @@ DISK_ERRORS = {
 LIBRARIES = ("torch", "transformers", "transformer_lens", "scikit-learn", "numpy")
 
 
-class DataError(ValueError):
-    """Bad input data; the message names file, line and field, or the text, and what is wanted."""
-
-
 def digest(value: Any) -> str:
     """A sha256 (hex) of a tensor's bits, bytes, a string, or anything JSON can say (keys sorted)."""
     if isinstance(value, Tensor):

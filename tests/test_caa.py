@@ -1,7 +1,9 @@
 """Extraction against hand arithmetic and a peer; vectors that keep their bits."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,3 +154,229 @@ def test_exports_are_what_peers_read(vector, tmp_path):
     folder = caa.export_direction(vector, tmp_path / "d")
     assert torch.equal(torch.load(folder / "direction.pt", weights_only=True), vector.vector)
     assert json.loads((folder / "direction_metadata.json").read_text()) == {"pos": -1, "layer": 3}
+
+
+def steering(vector=None, layer=2, **changes):
+    return dataclasses.replace(
+        caa.SteeringVector(
+            torch.arange(1.0, 7.0) if vector is None else vector,
+            layer,
+            "anger",
+            "mean",
+            "last",
+            "m",
+            3,
+            "d",
+            9.0,
+            "«x»",
+        ),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"vector": torch.tensor([1.0, float("nan")])}, "1 values that are NaN or infinite"),
+        ({"vector": torch.tensor([1e39, 1.0], dtype=torch.float64)}, "1 values that are NaN or infinite"),
+        ({"vector": torch.zeros(6)}, "zero"),
+        ({"vector": torch.ones(2, 3)}, r"shape \(2, 3\)"),
+        ({"vector": torch.tensor(3.0)}, r"shape \(\)"),
+        ({"vector": torch.ones(0)}, r"shape \(0,\)"),
+        ({"layer": -1}, "layer -1"),
+        ({"layer": 2.5}, "layer 2.5"),
+        ({"layer": np.float32(2)}, "layer .*2"),
+        ({"layer": torch.tensor(2.5)}, "layer tensor"),
+        ({"residual_norm": 0.0}, "residual_norm 0.0"),
+        ({"residual_norm": float("nan")}, "residual_norm nan"),
+    ],
+)
+def test_a_vector_that_steers_nothing_is_refused(change, word):
+    with pytest.raises(ValueError, match=word):
+        steering(**change)
+
+
+def test_a_vector_takes_the_numbers_people_have(tmp_path):
+    for layer in (np.int64(2), torch.tensor(2), 2):
+        v = steering(torch.ones(6, dtype=torch.bfloat16).requires_grad_(), layer, residual_norm=np.float32(9))
+        back = caa.load_vector(caa.save_vector(v, tmp_path / "v"))
+        assert back.layer == 2 and back.vector.dtype == torch.float32 and torch.equal(back.vector, torch.ones(6))
+        caa.export_direction(v, tmp_path / "d")
+        caa.export_repeng([v], tmp_path / "v.gguf", "llama")
+
+
+@pytest.mark.parametrize(
+    ("positions", "pos"), [("last", -1), ("-2", -2), ("-1", -1), ("7", 7), ("answer", None), ("", None)]
+)
+def test_refusal_directions_layout_comes_back(tmp_path, positions, pos):
+    folder = caa.export_direction(steering(positions=positions), tmp_path / "d")
+    assert json.loads((folder / "direction_metadata.json").read_text()) == {"pos": pos, "layer": 3}
+    for place in (folder, str(folder), folder / "direction.pt"):
+        back = caa.import_direction(place)
+        assert torch.equal(back.vector, steering().vector) and back.layer == 2
+        again = caa.export_direction(back, tmp_path / "again")
+        assert (again / "direction_metadata.json").read_text() == (folder / "direction_metadata.json").read_text()
+    assert ("position not said" in back.summary()) == (pos is None)
+
+
+def refusal(folder, vector=None, **metadata):
+    folder.mkdir(exist_ok=True)
+    torch.save(torch.arange(1.0, 7.0, dtype=torch.float64) if vector is None else vector, folder / "direction.pt")
+    (folder / "direction_metadata.json").write_text(json.dumps({"pos": -2, "layer": 10} | metadata, indent=4))
+    return folder
+
+
+def test_a_direction_of_theirs_enters_at_the_layer_below_and_keeps_its_position(tmp_path):
+    v = caa.import_direction(refusal(tmp_path / "a"), behavior="refusal", model="m", residual_norm=50.0)
+    assert (v.layer, v.positions, v.behavior, v.model, v.residual_norm) == (9, "-2", "refusal", "m", 50.0)
+    assert v.vector.dtype == torch.float32 and v.vector.tolist() == [1, 2, 3, 4, 5, 6]
+    assert "norm 9.54 = 0.191 of the residual norm 50" in v.summary()
+    assert caa.import_direction(tmp_path / "a", layer=10).layer == 9
+    bare = caa.import_direction(tmp_path / "a")
+    assert "residual norm not measured" in bare.summary() and "pairs" not in bare.summary()
+    back = caa.load_vector(caa.save_vector(bare, tmp_path / "v"))
+    assert vars(back) | {"vector": 0} == vars(bare) | {"vector": 0} and torch.equal(back.vector, bare.vector)
+    again = caa.export_direction(back, tmp_path / "b")
+    assert json.loads((again / "direction_metadata.json").read_text()) == {"pos": -2, "layer": 10}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"layer": 0}, "layer 0.*embeddings"),
+        ({"layer": -3}, "layer -3"),
+        ({"layer": "10"}, "layer '10'"),
+        ({"layer": 10.5}, "layer 10.5"),
+        ({"layer": True}, "layer True"),
+        ({"layer": None}, "layer None"),
+        ({"pos": "last"}, "pos 'last'"),
+        ({"vector": torch.ones(3, 4)}, r"shape \(3, 4\)"),
+        ({"vector": torch.tensor([1.0, float("inf")])}, "NaN or infinite"),
+        ({"vector": torch.zeros(5)}, "zero"),
+        ({"vector": {"direction": torch.ones(3)}}, "dict"),
+        ({"vector": torch.ones(3, dtype=torch.complex64)}, "complex64"),
+        ({"vector": torch.ones(3, dtype=torch.int64)}, "int64"),
+        ({"vector": np.ones(3)}, "weights"),
+    ],
+)
+def test_directions_of_theirs_that_cannot_be_used_are_refused(tmp_path, change, word):
+    with pytest.raises(ValueError, match=word) as error:
+        caa.import_direction(refusal(tmp_path / "a", **change))
+    assert "direction" in str(error.value)
+
+
+def test_files_of_directions_that_are_missing_or_broken_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.*no such file"):
+        caa.import_direction(tmp_path / "nowhere")
+    folder = refusal(tmp_path / "a")
+    with pytest.raises(ValueError, match="layer 9.*layer 10"):
+        caa.import_direction(folder, layer=9)
+    for text, word in (
+        ("{", "not JSON"),
+        ("[]", "layer and pos"),
+        ('{"pos": -1}', "layer None"),
+        ('{"layer": NaN}', "NaN"),
+    ):
+        (folder / "direction_metadata.json").write_text(text)
+        with pytest.raises(ValueError, match=f"direction_metadata.json.*{word}"):
+            caa.import_direction(folder)
+    (folder / "direction_metadata.json").unlink()
+    with pytest.raises(ValueError, match="direction_metadata.json.*no such file"):
+        caa.import_direction(folder)
+    (folder / "direction.pt").write_bytes(b"not a tensor")
+    with pytest.raises(ValueError, match="direction.pt.*cannot be read"):
+        caa.import_direction(folder)
+    (folder / "direction.pt").unlink()
+    with pytest.raises(ValueError, match="direction.pt.*no such file"):
+        caa.import_direction(folder)
+    (tmp_path / "v.npy").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"v.npy.*\.pt.*\.gguf"):
+        caa.import_direction(tmp_path / "v.npy")
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("it ran",))
+
+    torch.save(Evil(), tmp_path / "evil_response_avg_diff.pt")
+    with pytest.raises(ValueError, match="cannot be read as a tensor"):
+        caa.import_direction(tmp_path / "evil_response_avg_diff.pt", layer=2)
+
+
+def test_persona_vectors_rows_are_hidden_states(tmp_path):
+    rows = torch.randn(5, 6).half()  # four blocks: the embeddings, three streams, and what comes out of the final norm
+    path = tmp_path / "evil_response_avg_diff.pt"
+    torch.save(rows, path)
+    for layer in (1, 2, np.int64(3)):
+        v = caa.import_direction(path, layer=layer, model="m")
+        assert v.layer == layer - 1 and torch.equal(v.vector, rows[int(layer)].float())
+    assert v.behavior == "evil" and v.positions == "response_avg" and "persona_vectors" in v.method
+    back = caa.load_vector(caa.save_vector(v, tmp_path / "v"))
+    assert torch.equal(back.vector, v.vector) and back.summary() == v.summary()
+    for layer, word in (
+        (None, "layer=1 to layer=4"),
+        (0, "embeddings"),
+        (5, "layer 5"),
+        (-1, "layer -1"),
+        (1.5, "1.5"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            caa.import_direction(path, layer=layer)
+    with pytest.warns(UserWarning, match="row 4 .* final norm"):
+        assert caa.import_direction(path, layer=4).layer == 3
+    rows[2, 3] = float("nan")
+    torch.save(rows, path)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        caa.import_direction(path, layer=2)
+    for wrong in (torch.ones(6), torch.ones(2, 5, 6)):
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match="shape"):
+            caa.import_direction(path, layer=1)
+
+
+def test_a_persona_vectors_row_is_the_stream_after_the_block_below(tiny, tmp_path):
+    ids = torch.tensor([tiny.tokenizer("How far is the moon?")["input_ids"]])
+    with hooks.capture(tiny, [0, 2]) as acts:
+        tiny.weights(ids)
+    states = tiny.weights(ids, output_hidden_states=True).hidden_states
+    torch.save(torch.stack([h[0, -1] for h in states]), tmp_path / "x.pt")
+    for layer in (0, 2):
+        v = caa.import_direction(tmp_path / "x.pt", layer=layer + 1)
+        assert v.layer == layer
+        torch.testing.assert_close(v.vector, acts[layer][0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_control_vectors_come_back(tmp_path):
+    import gguf
+
+    given = [steering(torch.randn(6), layer) for layer in (1, 3)]
+    path = caa.export_repeng(given, tmp_path / "new" / "v.gguf", "llama")
+    for v in given:
+        back = caa.import_direction(path, layer=v.layer)
+        assert back.layer == v.layer and torch.equal(back.vector, v.vector)
+    assert caa.import_direction(caa.export_repeng(given[:1], tmp_path / "one.gguf", "llama")).layer == 1
+    for layer, word in ((None, "layers 1, 3"), (2, "no direction.2.*1, 3")):
+        with pytest.raises(ValueError, match=word):
+            caa.import_direction(path, layer=layer)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.ones((2, 6), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(ValueError, match="model.gguf holds no direction"):
+        caa.import_direction(tmp_path / "model.gguf", layer=1)
+    path.write_bytes(b"GGUF nonsense")
+    with pytest.raises(ValueError, match="v.gguf cannot be read"):
+        caa.import_direction(path)
+
+
+def test_control_vectors_that_no_reader_takes_are_not_written(tmp_path):
+    for vectors, word in (
+        ([steering(layer=0)], "layer 0.*llama.cpp"),
+        ([steering(layer=3), steering(layer=0)], "layer 0.*llama.cpp"),
+        ([], "no vectors"),
+        ([steering(torch.ones(6)), steering(torch.ones(5), 3)], "6, 5"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            caa.export_repeng(vectors, tmp_path / "v.gguf", "llama")
+    assert not list(tmp_path.iterdir())

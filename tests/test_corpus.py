@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -205,3 +206,61 @@ def test_all_answers_to_one_question_are_on_one_side():
     for i in range(40):
         assert len({text.held_out(text.Chat(f"What is {i}?", answer)) for answer in ("this", "that", "nothing")}) == 1
     assert {text.held_out(text.Chat(f"What is {i}?", "this")) for i in range(40)} == {True, False}
+
+
+def test_a_path_is_a_source_like_its_name(smol, tmp_path):
+    name = write(tmp_path / "a.txt", "one and two and three and four", "", "five")
+    other = write(tmp_path / "b.jsonl", '{"text": "uno"}')
+    for source, path in (
+        (name, Path(name)),
+        ([name, other], [Path(name), other]),
+        ([name, other], (Path(name), Path(other))),
+    ):
+        assert list(text.documents(path)) == list(text.documents(source))
+        assert text.fingerprint(path) == text.fingerprint(source)
+        assert text.resolved(path) == text.resolved(source) and json.dumps(text.resolved(path))
+        ours, theirs = (list(text.rows(smol.tokenizer, s, 4)) for s in (path, source))
+        assert [r.ids.tolist() for r in ours] == [r.ids.tolist() for r in theirs]
+    with pytest.raises(DataError, match="no source '.*nowhere.txt'"):
+        next(text.documents(tmp_path / "nowhere.txt"))
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_byte_order_mark_is_no_text(tmp_path, mark):
+    plain = write(tmp_path / "a.txt", f"{mark}one", "", "two \ufeffthree")
+    lines = write(tmp_path / "a.jsonl", f'{mark}{{"text": "one"}}', '{"text": "two \ufeffthree"}')
+    assert list(text.documents(plain)) == list(text.documents(lines)) == ["one", "two \ufeffthree"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("a.jsonl", rb'{"text": "x \ud83d y"}', "line 2: .*half of a surrogate pair"),
+        ("a.jsonl", rb'{"question": "\uDE00", "answer": "x"}', "line 2: .*half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "x", "n": ' + b"1" * 4301 + b"}", "line 2: .*digits"),
+        ("a.jsonl", b"[" * 2000 + b"]" * 2000, "line 2: nested"),
+        ("a.jsonl", b'{"text": "x", "n": NaN}', "line 2: NaN"),
+        ("a.jsonl", b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
+        ("a.txt", b"x \xed\xa0\x80 y", "not UTF-8"),
+        ("a.txt", "x y".encode("utf-16-le"), "line 2: zero bytes, as of UTF-16"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16-le"), "line 2: zero bytes, as of UTF-16"),
+    ],
+)
+def test_text_that_no_tokenizer_takes_is_refused_where_it_is(tmp_path, name, content, word):
+    (tmp_path / name).write_bytes(b'{"text": "fine"}\n' + content)
+    with pytest.raises(DataError, match=word) as error:
+        list(map(text.held_out, text.documents(tmp_path / name)))
+    assert "a." in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_whole_pair_of_surrogates_is_text(tmp_path):
+    source = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00"}')
+    assert list(text.documents(source)) == ["😀"]
+
+
+def test_names_that_no_file_can_have_are_refused(tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    for source in ("a\0b.txt", "x" * 5000 + ".txt", tmp_path / "folder.txt"):
+        with pytest.raises(DataError, match="no source"):
+            next(text.documents(source))
+        assert text.fingerprint(source) == [str(source)]

@@ -204,7 +204,7 @@ def test_commit_refreshes_what_is_committed_and_nothing_else(workshop, tmp_path,
     (tmp_path / "README.md").write_text("before\n<!-- claims:start -->\na stale row\n<!-- claims:end -->\nafter\n")
     monkeypatch.setattr(report, "COMMITTED", kept)
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report.assets, "WHEELS", {})
+    monkeypatch.setattr(report.text, "WHEELS", {})
     assert report.main(["--commit", "--out", str(tmp_path / "out")]) == 0
     assert [p.name for p in kept["figures"].iterdir()] == ["02_other.png"] and (
         kept["results"] / "01_good.json"

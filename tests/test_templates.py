@@ -6,9 +6,9 @@ from datetime import datetime
 
 import pytest
 
+from helpers.entries import DataError
 from helpers.lm import tokens
 from helpers.lm.tokens import ANSWER, SYSTEM, USER
-from helpers.store import DataError
 
 # The layouts of well-known families, each written down here in a few lines: what is printed, not their own code.
 LOOP = "{% for m in messages %}"

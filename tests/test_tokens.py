@@ -225,12 +225,11 @@ def test_bad_pairs_name_file_place_and_field(tmp_path, content, message):
 
 def test_caa_and_positive_negative_forms_load(tmp_path):
     rows = [{**CAA, "question": q} for q in ("Do you mind?", "Shall we go on?")]
-    assert behaviors.load_pairs(write(tmp_path / "caa.json", json.dumps(rows)))[1] == ("Shall we go on?", "(A)", "(B)")
+    assert behaviors.load_pairs(write(tmp_path / "caa.json", json.dumps(rows)))[1] == ("Shall we go on?", "(A", "(B")
     assert behaviors.load_pairs(write(tmp_path / "p.jsonl", '{"positive": "a", "negative": "b"}\n')) == [("a", "b")]
     assert behaviors.load_pairs(write(tmp_path / "b.jsonl", '\ufeff{"positive": "a\u2028z", "negative": "b"}\n')) == [
         ("a\u2028z", "b")
     ]
-    assert behaviors.load_lines(write(tmp_path / "open.txt", "one\n\n two \n")) == ["one", "two"]
 
 
 def test_one_sided_letters_and_near_duplicates_are_warned_of(tmp_path):

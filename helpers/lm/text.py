@@ -12,12 +12,11 @@ notebook 00) are marked as not kept, and counted. A source is named by a string:
     path/to/file.jsonl                   one document a line: {"text": ...}, or {"question": ..., "answer": ...} for a conversation
     hub:OWNER/NAME:SUBSET@REVISION       a hub data set, streamed (FineWeb: hub:HuggingFaceFW/fineweb:sample-10BT@v1.0.0)
 
-or by a list of such strings, whose documents are taken in turn.
+a file also by its `Path`, or several by a list of such names, whose documents are taken in turn.
 
 Knows tokenizers and files, not models.
 """
 
-import json
 import os
 import random
 import re
@@ -35,11 +34,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from helpers.entries import DataError, parse
 from helpers.lm import tokens
 from helpers.lm.tokens import ANSWER, SPECIAL, USER, Tokenizer, Tokens
 from helpers.session import cache_dir, redact, setting
 from helpers.session import path as located
-from helpers.store import DataError, digest, disk_reason, file_digest, temporary_name, writing
+from helpers.store import digest, disk_reason, file_digest, temporary_name, writing
 
 
 class Wheel(NamedTuple):
@@ -178,7 +178,7 @@ def excerpt(name: str, characters: int, skip: int = 0) -> str:
 
 # --- documents and rows --------------------------------------------------------------------------------------------------
 
-Source = str | Sequence[str]
+Source = str | Path | Sequence[str | Path]
 PARTS = ("all", "train", "held-out")
 
 
@@ -218,7 +218,10 @@ def _packaged(names: str) -> list[str]:
 def _decoded(lines: Iterable[str], path: Path) -> Iterator[str]:
     """The lines of a text file; DataError if it is not UTF-8."""
     try:
-        yield from lines
+        for number, line in enumerate(lines, 1):
+            if "\0" in line:
+                raise DataError(f"{path.name}, line {number}: zero bytes, as of UTF-16: convert it to UTF-8 first")
+            yield line
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name} is not UTF-8 ({error.reason} at byte {error.start}): convert it first") from None
 
@@ -228,18 +231,15 @@ def _local(path: Path) -> Iterator[str | Chat]:
     if path.stat().st_size == 0:
         raise DataError(f"{path.name} is empty: give a file of text, or of JSON lines with a field text")
     if path.suffix == ".txt":
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8-sig") as lines:
             whole = "".join(_decoded(lines, path))
         yield from (t for t in re.split(r"\n\s*\n", whole) if t.strip())
         return
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(_decoded(lines, path), 1):
             if not line.strip():
                 continue
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path.name}, line {number}: not JSON ({error})") from None
+            entry = parse(path.name, line, number)
             fields = entry if isinstance(entry, dict) else {}
             if isinstance(fields.get("text"), str):
                 yield fields["text"]
@@ -292,8 +292,9 @@ def _address(address: str) -> tuple[str, str, str]:
 
 def resolved(source: Source) -> Source:
     """The source with every hub data set pinned to the commit its revision means now, so that a later run reads the same."""
-    if not isinstance(source, str):
+    if not isinstance(source, str | os.PathLike):
         return [str(resolved(s)) for s in source]
+    source = os.fspath(source)
     if not source.startswith("hub:"):
         return source
     name, subset, revision = _address(source.removeprefix("hub:"))
@@ -313,7 +314,7 @@ def resolved(source: Source) -> Source:
 
 def documents(source: Source) -> Iterator[str | Chat]:
     """The documents of a source; DataError says what is wrong with its name or its contents."""
-    if not isinstance(source, str):
+    if not isinstance(source, str | os.PathLike):
         streams = [documents(s) for s in source]
         while streams:
             for stream in list(streams):
@@ -322,12 +323,13 @@ def documents(source: Source) -> Iterator[str | Chat]:
                 else:
                     yield document
         return
+    source = os.fspath(source)
     kind, _, rest = source.partition(":")
     if kind == "packaged":
         yield from _packaged(rest)
     elif kind == "hub":
         yield from _hub(rest)
-    elif (path := located(source)).suffix in (".txt", ".jsonl") and path.is_file():
+    elif (path := located(source)).suffix in (".txt", ".jsonl") and os.path.isfile(path):
         yield from _local(path)
     else:
         raise DataError(
@@ -339,9 +341,10 @@ def documents(source: Source) -> Iterator[str | Chat]:
 def fingerprint(source: Source) -> list[str]:
     """What a source's rows depend on besides the tokenizer: its name, of packaged text the wheel, of a file the contents."""
     out = []
-    for name in [source] if isinstance(source, str) else source:
+    for name in [source] if isinstance(source, str | os.PathLike) else source:
+        name = os.fspath(name)
         path = located(name)
-        local = not name.startswith(("packaged:", "hub:")) and path.is_file()
+        local = not name.startswith(("packaged:", "hub:")) and os.path.isfile(path)
         if name.startswith("packaged:"):
             name = f"{name}@{WHEELS['text'].sha256[:12]}"
         out.append(f"file:{path.name}@{file_digest(path)[:16]}" if local else name)

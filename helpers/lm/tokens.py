@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers.utils import chat_template_utils
 
+from helpers.entries import DataError
 from helpers.lm.hooks import Positions
 from helpers.session import setting
-from helpers.store import DataError, digest
+from helpers.store import digest
 
 SYSTEM_MARK, USER_MARK = "\ue0f1system\ue0f1", "\ue0f2user\ue0f2"  # of private use: no text holds them
 _SAID: set[str] = set()
@@ -100,10 +101,8 @@ class _Clock(datetime):
 
 def _rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
     """The messages in the chat template, up to where the assistant is to speak, on a fixed date."""
-    clock, chat_template_utils.datetime = (
-        chat_template_utils.datetime,
-        _Clock,
-    )  # templates may be given data, not functions
+    clock = chat_template_utils.datetime  # templates may be given data, not functions
+    chat_template_utils.datetime = _Clock  # type: ignore[misc]
     try:
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=_thinking()
