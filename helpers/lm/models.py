@@ -295,7 +295,7 @@ def _weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, identit
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False,
-            local_files_only=True, output_loading_info=True,
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,  # refused below, by name
         )  # fmt: skip
     except Exception as error:
         raise ModelError(f"{identity} cannot be loaded as a language model: {why(error, 3)}") from None
