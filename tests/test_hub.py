@@ -257,7 +257,7 @@ def test_a_model_is_fetched_once_and_then_only_asked_about(hub, made, kind):
 def test_only_what_loading_reads_is_fetched(hub, made):
     junk = ("consolidated.safetensors", "original/consolidated.00.pth", "pytorch_model.bin", "little-q4.gguf",
             "onnx/model.onnx", "onnx/model.safetensors", "model-fp16.safetensors", "tf_model.h5", "README.md",
-            "model-00001-of-00009.safetensors", "adapter.safetensors", ".gitattributes", "checkpoint-1/config.json")  # fmt: skip
+            "model-00001-of-00009.safetensors", "adapter.safetensors", "checkpoint-1/config.json")  # fmt: skip
     for kind in ("one", "shards"):
         hub.holds(f"lab/{kind}", made[kind] | dict.fromkeys(junk, b"x" * 99))
         hub.asked.clear()

@@ -83,10 +83,10 @@ def _intact(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights: safetensors, else pytorch's, in one file, else in the shards that its index lists.
+    """The files that hold a folder's weights: safetensors, else pytorch's; one file, else the shards its index lists.
 
-    That is also the order in which transformers looks for them. ModelError says which is missing, cut short, a pointer to a
-    large file, or of a kind that is not read.
+    That is also the order in which transformers looks for them. ModelError says which is missing, cut short, a pointer
+    to a large file, or of a kind that is not read.
     """
     for single in SINGLE:
         names = [single] if (folder / single).is_file() else _shards(folder, single)
@@ -105,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path, single: str) -> list[str]:
-    """The weight files that a folder's index lists, instead of the `single` one; [] if there is no index that can be read."""
+    """The weight files that the index beside or instead of `single` lists; [] if there is none that can be read."""
     index = read_json(folder / INDEX.format(single))
     listed = index.get("weight_map") if isinstance(index, dict) else None
     names = list(listed.values()) if isinstance(listed, dict) else []
@@ -175,8 +175,8 @@ def _from_hub(
 ) -> tuple[Path, str]:
     """The local snapshot and commit of a hub model that exists, may be read and fits; ModelError before anything large moves.
 
-    Only the files that loading reads are fetched: no second copy in another layout, nothing in sub-folders. If the hub cannot
-    be asked, a snapshot that an earlier run fetched whole is used, and a line printed that says so.
+    Only the files that loading reads are fetched: no second copy in another layout, nothing in sub-folders. If the hub
+    cannot be asked, a snapshot that an earlier run fetched whole is used, and a line printed that says so.
     """
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
@@ -218,8 +218,8 @@ def _from_hub(
     held = {s.rfilename for s in info.siblings or [] if "/" not in s.rfilename}
     if weights and not held & {SINGLE[0], INDEX.format(SINGLE[0])}:
         raise ModelError(
-            f"{name} holds no safetensors weights ({SINGLE[0]}, or shards and {INDEX.format(SINGLE[0])}), and pickled ones "
-            "are not read: they can run code. Convert it first"
+            f"{name} holds no safetensors weights ({SINGLE[0]}, or shards and {INDEX.format(SINGLE[0])}), and pickled "
+            "ones are not read: they can run code. Convert it first"
         )
     if "config.json" not in held:
         raise ModelError(f"{name} holds no config.json: give a repository that save_pretrained wrote")
@@ -233,7 +233,7 @@ def _from_hub(
 
 
 def _weights_held(name: str, folder: Path, held: set[str]) -> list[str]:
-    """The weight files to fetch of a hub model that holds these files, its index being in `folder`; ModelError if it lacks some."""
+    """The weight files of a hub model that holds these files, its index in `folder`; ModelError if it lacks some."""
     names = [SINGLE[0]] if SINGLE[0] in held else _shards(folder, SINGLE[0])
     lacking = [n for n in names if n not in held]
     if lacking or not names:
@@ -270,7 +270,7 @@ def _hub_said(error: Exception) -> str:
 
 
 def _fetched(name: str, commit: str, token: str | None, files: list[str]) -> Path:
-    """The snapshot of a hub model with these of its files in it, of which only those not yet here move; ModelError if any lacks."""
+    """The snapshot of a hub model with these files in it, fetched if not yet here; ModelError if one is lacking."""
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -317,7 +317,7 @@ def _in_hub_cache(name: str, revision: str | None, weights: bool) -> Path | None
 
 
 def _whole(name: str, snapshot: Path, weights: bool) -> bool:
-    """Whether a snapshot holds what loading reads: of the small files each that the hub's list names, where that was kept."""
+    """Whether a snapshot holds what loading reads: small files, as the hub listed them if it is known, and weights."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
