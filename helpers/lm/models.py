@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,6 +29,15 @@ from helpers.store import digest, file_digest, read_json, write_file, writing
 transformers_logging.disable_progress_bar()  # its widgets stay behind, dead, in saved notebooks
 CONVENTION = "raw transformers weights, no folding; residual = blocks.L.hook_resid_post"
 SMALL = (".json", ".jinja", ".model", ".txt")  # what a tokenizer and a configuration consist of
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# What else changes a model's text or where its replies end; without one of these another model would load in silence.
+SETTING_FILES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 INDEX, SINGLE = "{}.index.json", ("model.safetensors", "pytorch_model.bin")
 
 
@@ -73,17 +83,14 @@ def _intact(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights: safetensors, else pytorch's, whole or in shards as their index lists them.
+    """The files that hold a folder's weights: safetensors, else pytorch's; one file, else the shards its index lists.
 
-    ModelError says which is missing, cut short, a pointer to a large file, or of a kind that is not read.
+    That is also the order in which transformers looks for them. ModelError says which is missing, cut short, a pointer
+    to a large file, or of a kind that is not read.
     """
     for single in SINGLE:
-        index = read_json(folder / INDEX.format(single))
-        if index and isinstance(index.get("weight_map"), dict):
-            names = sorted(set(index["weight_map"].values()))
-        elif (folder / single).exists():
-            names = [single]
-        else:
+        names = [single] if (folder / single).is_file() else _shards(folder, single)
+        if not names:
             continue
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise ModelError(
@@ -95,6 +102,14 @@ def weight_files(folder: Path) -> list[Path]:
     gguf = next((p.name for p in folder.glob("*.gguf")), None)
     kind = f"only {gguf}: load it with transformers' gguf_file= and save it with save_pretrained" if gguf else "none"
     raise ModelError(f"{folder.name}: weights in {' or '.join(SINGLE)} are wanted, and there is {kind}")
+
+
+def _shards(folder: Path, single: str) -> list[str]:
+    """The weight files that the index beside or instead of `single` lists; [] if there is none that can be read."""
+    index = read_json(folder / INDEX.format(single))
+    listed = index.get("weight_map") if isinstance(index, dict) else None
+    names = list(listed.values()) if isinstance(listed, dict) else []
+    return sorted(set(names)) if all(isinstance(name, str) for name in names) else []
 
 
 def _check_weights(file: Path) -> None:
@@ -160,9 +175,10 @@ def _from_hub(
 ) -> tuple[Path, str]:
     """The local snapshot and commit of a hub model that exists, may be read and fits; ModelError before anything large moves.
 
-    Only the files that loading reads are fetched: no second copy in another layout, nothing in sub-folders.
+    Only the files that loading reads are fetched: no second copy in another layout, nothing in sub-folders. If the hub
+    cannot be asked, a snapshot that an earlier run fetched whole is used, and a line printed that says so.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
 
     token = setting("HF_TOKEN") or None
@@ -170,66 +186,157 @@ def _from_hub(
         info = HfApi(token=token).model_info(name, revision=revision, timeout=20)
         if info.gated:
             HfApi(token=token).auth_check(name)
+        if not info.sha:
+            raise TypeError("an answer that names no commit")
     except hub.GatedRepoError:
-        have = "the HF_TOKEN given may not read it" if token else "HF_TOKEN is not set in .env"
+        raise _gated(name, token) from None
+    except hub.RevisionNotFoundError:
         raise ModelError(
-            f"{name} is gated and {have}: accept its licence on its hub page and put a token in .env"
+            f"{name} has no revision {revision!r}: give a branch, a tag or a whole commit that its hub page lists"
         ) from None
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
+    except (hub.RepositoryNotFoundError, hub.HFValidationError):
         raise ModelError(
             f"no model {name!r} (revision {revision or 'main'}): give a hub name such as google/gemma-2-2b-it, a folder that "
             f"holds config.json, or a packaged name ({', '.join(packaged_names())}); a private one needs HF_TOKEN in .env"
         ) from None
     except Exception as error:
         if kept := _in_hub_cache(name, revision, weights):
+            print(
+                f"the hub cannot be asked about {name} ({_hub_said(error)}): the copy fetched before is used, commit "
+                f"{kept.name[:12]}"
+            )
             return kept, kept.name
         raise ModelError(
-            f"the hub cannot be asked about {name} and it is not in the hub's local cache: {why(error)}. "
+            f"the hub cannot be asked about {name} ({_hub_said(error)}), and its local cache does not hold it whole. "
             f"Without a network use a folder or a packaged name ({', '.join(packaged_names())})"
         ) from None
+    commit = str(info.sha)
+    if (called := getattr(info, "id", name)) != name:
+        print(f"the hub calls {name} {called} now; it is read, and named in results, as {name}")
     if weights and info.safetensors:
         _check_memory(name, info.safetensors.total, device, dtype)
-    held = [s.rfilename for s in info.siblings or [] if "/" not in s.rfilename]
-    large = [f for f in held if f == SINGLE[0] or (f.startswith("model-") and f.endswith(".safetensors"))]
-    if weights and not large:
+    held = {s.rfilename for s in info.siblings or [] if "/" not in s.rfilename}
+    if weights and not held & {SINGLE[0], INDEX.format(SINGLE[0])}:
         raise ModelError(
-            f"{name} holds no safetensors weights, and pickled ones are not read: they can run code. Convert it first"
+            f"{name} holds no safetensors weights ({SINGLE[0]}, or shards and {INDEX.format(SINGLE[0])}), and pickled "
+            "ones are not read: they can run code. Convert it first"
         )
-    wanted = [f for f in held if f.endswith(SMALL)] + (large if weights else [])
-    exactly = [f.replace("[", "[[]") for f in wanted]  # patterns, of which only this sign can stand in a name
+    if "config.json" not in held:
+        raise ModelError(f"{name} holds no config.json: give a repository that save_pretrained wrote")
+    folder = _fetched(name, commit, token, [f for f in held if f.endswith(SMALL)])
+    if weights:
+        _fetched(name, commit, token, _weights_held(name, folder, held))
+    if revision != commit:  # so that it means the same without a network
+        with suppress(OSError):  # a cache that only others may write
+            write_file(_hub_folder(name) / "refs" / (revision or "main"), commit)
+    return folder, commit
+
+
+def _weights_held(name: str, folder: Path, held: set[str]) -> list[str]:
+    """The weight files of a hub model that holds these files, its index in `folder`; ModelError if it lacks some."""
+    names = [SINGLE[0]] if SINGLE[0] in held else _shards(folder, SINGLE[0])
+    lacking = [n for n in names if n not in held]
+    if lacking or not names:
+        wrong = (
+            f"{len(lacking)} of the {len(names)} files that it names are not there" if names else "it names no weights"
+        )
+        example = f", such as {lacking[0]}" if lacking else ""
+        raise ModelError(
+            f"{name} holds {INDEX.format(SINGLE[0])}, but {wrong}{example}: give another revision or repository"
+        )
+    return names
+
+
+def _gated(name: str, token: str | None) -> ModelError:
+    have = "the HF_TOKEN given may not read it" if token else "HF_TOKEN is not set in .env"
+    return ModelError(f"{name} is gated and {have}: accept its licence on its hub page and put a token in .env")
+
+
+def _hub_said(error: Exception) -> str:
+    """Why the hub did not give what was asked for, in words, without places on this machine."""
+    from huggingface_hub.errors import FileMetadataError
+
+    no_hub = (FileMetadataError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)
+    for cause in (error, error.__cause__):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status == 401:
+            return "it does not accept the HF_TOKEN given, or wants one: put a valid one in .env"
+        if status:
+            said = getattr(cause, "server_message", None)
+            return f"it answers with status {status}" + (f": {why(RuntimeError(said))}" if said else "")
+        if isinstance(cause, no_hub):
+            return "what answers in its place is no hub: a page to log in at, or a mirror that lacks this"
+    return error.strerror if isinstance(error, OSError) and error.strerror else why(error)
+
+
+def _fetched(name: str, commit: str, token: str | None, files: list[str]) -> Path:
+    """The snapshot of a hub model with these files in it, fetched if not yet here; ModelError if one is lacking."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    here = _hub_folder(name) / "snapshots" / commit
+    if all((here / f).is_file() for f in files):
+        return here
+    exactly = [f.replace("[", "[[]") for f in files]  # patterns, of which only this sign can stand in a name
     try:
         folder = Path(
-            snapshot_download(name, revision=info.sha, token=token, allow_patterns=exactly, tqdm_class=cast(Any, tqdm))
+            snapshot_download(name, revision=commit, token=token, allow_patterns=exactly, tqdm_class=cast(Any, tqdm))
         )
+        lacking = [f for f in files if not (folder / f).is_file()]
+        said = f"{lacking[0]} did not come" if lacking else ""
+    except hub.GatedRepoError:
+        raise _gated(name, token) from None
     except Exception as error:
-        raise ModelError(
-            f"{name} could not be fetched whole: {why(error)}. Run again: it goes on where it stopped"
-        ) from None
-    return folder, str(info.sha)
+        said = _hub_said(error)
+    if said:
+        raise ModelError(f"{name} could not be fetched whole ({said}). Run again: the files that came whole are kept")
+    return folder
+
+
+def _hub_folder(name: str) -> Path:
+    """Where the hub's client keeps a model: commits by branch and tag in refs, and their files in snapshots."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
 
 
 def _in_hub_cache(name: str, revision: str | None, weights: bool) -> Path | None:
     """The snapshot of a hub model that an earlier run has fetched whole, for use without a network: of `revision`, a commit or a
     branch or tag that the cache knows (main by default)."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folder = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    folder = _hub_folder(name)
     ref = folder / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision
     snapshots = [folder / "snapshots" / commit] if commit else sorted(folder.glob("snapshots/*"))
-    whole = []
-    for snapshot in snapshots:
-        try:
-            if (snapshot / "config.json").exists():
-                _ = weight_files(snapshot) if weights else None
-                whole.append(snapshot)
-        except ModelError:
-            continue
+    if not commit and any(p.is_file() for p in folder.glob("refs/**/*")):
+        snapshots = []  # other branches or tags are here, and main is not
+    whole = [snapshot for snapshot in snapshots if _whole(name, snapshot, weights)]
     if len(whole) > 1:
         raise ModelError(
-            f"the hub's local cache holds {len(whole)} versions of {name} and does not say which is main: name one"
+            f"the hub's local cache holds {len(whole)} versions of {name} and does not say which is main: give one as "
+            f"revision, {' or '.join(snapshot.name for snapshot in whole)}"
         )
     return whole[0] if whole else None
+
+
+def _whole(name: str, snapshot: Path, weights: bool) -> bool:
+    """Whether a snapshot holds what loading reads: small files, as the hub listed them if it is known, and weights."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    if not snapshot.is_dir():
+        return False
+    try:
+        listed = {file.path for file in get_cached_repo_tree(name, revision=snapshot.name)}
+    except CachedRepoTreeNotFoundError:  # fetched file by file, or copied here
+        listed = {file.name for file in snapshot.iterdir()}
+    vocabulary = ("tokenizer.json",) if "tokenizer.json" in listed else (*TOKENIZER_FILES, "merges.txt")
+    read = {"config.json", *(listed & {*SETTING_FILES, *vocabulary})}
+    if not all((snapshot / file).is_file() for file in read):
+        return False
+    try:
+        return not weights or all(file.suffix == ".safetensors" for file in weight_files(snapshot))
+    except ModelError:
+        return False
 
 
 class Found(NamedTuple):
@@ -261,13 +368,18 @@ def find(name: str, device: str, dtype: torch.dtype, revision: str | None, weigh
     return Found(folder, f"folder:{folder.name}@{_folder_digest(folder, weights)}")
 
 
+def _why(error: Exception, folder: Path, lines: int = 1) -> str:
+    """What an exception says of a model folder, without the place where it lies."""
+    return why(error, lines).replace(str(folder), folder.name)
+
+
 def _config(folder: Path, identity: str) -> PreTrainedConfig:
     """A folder's configuration; ModelError if transformers has no model of its own for it, or it is not a plain language model."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         needs = "auto_map" in (read_json(folder / "config.json") or {})
-        means = "it needs code out of its own repository, which is never run here" if needs else why(error)
+        means = "it needs code out of its own repository, which is never run here" if needs else _why(error, folder)
         raise ModelError(f"{identity}: its configuration cannot be used: {means}") from None
     if getattr(config, "quantization_config", None):
         raise ModelError(
@@ -279,11 +391,15 @@ def _config(folder: Path, identity: str) -> PreTrainedConfig:
 def _tokenizer(folder: Path, identity: str) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        special = set(tokenizer.all_special_ids)  # all that transformers makes of a tokenizer_config.json alone
+        said = "" if len(tokenizer) > len(special) else "its vocabulary is missing"
     except Exception as error:
+        said = _why(error, folder)
+    if said:
         raise ModelError(
-            f"{identity}: no tokenizer can be loaded from {folder.name} ({why(error)}): copy tokenizer.json and "
+            f"{identity}: no tokenizer can be loaded from {folder.name} ({said}): copy tokenizer.json and "
             "tokenizer_config.json there"
-        ) from None
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(Tokenizer, tokenizer)
@@ -298,7 +414,7 @@ def _weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, identit
             local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,  # refused below, by name
         )  # fmt: skip
     except Exception as error:
-        raise ModelError(f"{identity} cannot be loaded as a language model: {why(error, 3)}") from None
+        raise ModelError(f"{identity} cannot be loaded as a language model: {_why(error, folder, 3)}") from None
     weights, loading = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     wrong = [
         f"{len(loading[f'{kind}_keys'])} {kind}, such as {sorted(map(str, loading[f'{kind}_keys']))[0]}"
@@ -323,7 +439,6 @@ class Adapter(NamedTuple):
     tokenizer: bool
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
