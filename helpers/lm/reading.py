@@ -8,6 +8,7 @@ token sequences, not where a model comes from (`models`) or what is done with wh
 
 import copy
 import math
+import operator
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -399,7 +400,7 @@ def means(
     the seconds are those of the run that made it. ValueError for a sequence in which no position is chosen.
     """
     unhooked(lm)
-    layers = [int(layer) for layer in layers]
+    layers = [operator.index(layer) for layer in layers]
     key = lm.key | {
         "sequences": store.digest([[s.ids, s.roles] for s in sequences]),
         "layers": layers,

@@ -6,6 +6,7 @@ Knows prompts and hooks, not behaviours.
 """
 
 import json
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -112,7 +113,7 @@ def generate_ids(
             return {"ids": write(lm, batch, max_new_tokens, temperature)}
 
     nothing = added is None or not bool(added.any())
-    steering = [] if nothing else [int(layer), store.digest(added.double())]  # type: ignore[union-attr]
+    steering = [] if nothing else [operator.index(layer), store.digest(added.double())]  # type: ignore[union-attr]
     how = {"prompts": store.digest(batch.ids), "steering": steering, "write": [max_new_tokens, temperature, seed]}
     return store.cached("replies", lm.key | how, compute, CODE)["ids"]
 

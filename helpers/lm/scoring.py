@@ -7,6 +7,7 @@ why, is said by `steer`, `patching` and `saes`.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -148,7 +149,7 @@ class Continuations:
     """
 
     def __init__(self, lm: LM, sequences: Sequence[Sequence[Tokens]], layer: int, budget: int = 400_000_000):
-        self.lm, self.layer, self.group = lm, int(layer), len(sequences[0]) if sequences else 0
+        self.lm, self.layer, self.group = lm, operator.index(layer), len(sequences[0]) if sequences else 0
         self.sequences = [list(group) for group in sequences]
         if any(len(group) != self.group for group in self.sequences):
             raise ValueError("every prompt must have the same number of completions")

@@ -1,0 +1,166 @@
+"""One generator of replies: transformers' own greedy text, whatever a model's own generation settings say."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from helpers.lm import hooks, models, reading, replies, scoring, tokens
+
+ASK = ["What is tin?", "How do I peel a lot of garlic quickly without a knife?"]
+
+
+def batch_of(model, side="left"):
+    return tokens.pad([tokens.chat(model.tokenizer, q) for q in ASK], model.tokenizer.pad_token_id, side)
+
+
+def theirs(model, batch, n):
+    special = torch.tensor(sorted(tokens.special_ids(model.tokenizer)))
+    settings = GenerationConfig(
+        max_new_tokens=n, do_sample=False, pad_token_id=model.tokenizer.pad_token_id, eos_token_id=special.tolist()
+    )
+    ids = model.weights.generate(input_ids=batch.ids, attention_mask=batch.mask.long(), generation_config=settings)
+    out = torch.full((len(ids), n), -1)
+    new = ids[:, batch.ids.shape[1] :]
+    out[:, : new.shape[1]] = new
+    ended = torch.isin(out, special).long().cumsum(1) > 0
+    ended[:, 0] = False
+    return torch.where(ended, -1, out)
+
+
+@pytest.mark.parametrize("name", ["smol", "tiny", "gemma"])
+@pytest.mark.parametrize("steered", [False, True])
+def test_greedy_replies_are_transformers_own(name, steered, request):
+    model, n = request.getfixturevalue(name), 12
+    batch, v = batch_of(model), 30 * torch.randn(model.d_model)
+    with hooks.add(model, 1, v * steered, 1.0, tokens.positions(batch, "response")):
+        assert torch.equal(replies.write(model, batch, n), theirs(model, batch, n))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"use_cache": False}, {"num_beams": 2}, {"repetition_penalty": 1.7}, {"do_sample": True, "temperature": 9.0}],
+)
+def test_a_models_own_settings_change_nothing_and_it_is_said(tiny, odd, cache, capsys, monkeypatch):
+    monkeypatch.setattr(replies, "_SAID", set())
+    plain = replies.generate_ids(tiny, ASK, max_new_tokens=6)
+    kept, tiny.weights.generation_config = tiny.weights.generation_config, GenerationConfig(**odd)
+    use_cache, tiny.weights.config.use_cache = tiny.weights.config.use_cache, odd.get("use_cache", True)
+    try:
+        other = dataclasses.replace(tiny, identity=f"tiny {odd}")
+        assert torch.equal(replies.generate_ids(other, ASK, max_new_tokens=6), plain)
+        steered = replies.generate_ids(other, ASK, 1, torch.ones(48), 1.0, max_new_tokens=6)
+        assert steered.shape == plain.shape
+    finally:
+        tiny.weights.generation_config, tiny.weights.config.use_cache = kept, use_cache
+    said = capsys.readouterr().out
+    assert ("are not used here" in said) == bool({"num_beams", "repetition_penalty", "use_cache"} & set(odd))
+
+
+def test_sampling_is_seeded_and_leaves_the_random_state_alone(tiny, cache):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one = [replies.generate_ids(tiny, ASK, max_new_tokens=6, temperature=1.0, seed=s) for s in (1, 2)]
+    assert torch.equal(torch.rand(3), expected) and not torch.equal(*one)
+
+
+def test_sampled_tokens_follow_the_softmax(tiny):
+    batch = tokens.pad([tokens.chat(tiny.tokenizer, ASK[0])] * 400, tiny.tokenizer.pad_token_id)
+    p = (reading.forward(tiny, batch).logits[0, -1].double() / 9).softmax(-1)
+    with replies.seeded(tiny, 3):
+        drawn = replies.write(tiny, batch, 1, temperature=9.0)[:, 0]
+    rank = p.argsort(descending=True).argsort()[drawn]
+    top = float(p.sort(descending=True).values[:200].sum())
+    assert abs(float((rank < 200).double().mean()) - top) < 4 * (top * (1 - top) / 400) ** 0.5
+
+
+def test_what_cannot_be_written_is_refused(tiny, cache):
+    with pytest.raises(ValueError, match="ends in padding"):
+        replies.write(tiny, batch_of(tiny, "right"), 3)
+    for wrong in ({"max_new_tokens": 0}, {"max_new_tokens": 3, "temperature": -1.0}):
+        with pytest.raises(ValueError, match="are wanted"):
+            replies.write(tiny, batch_of(tiny), **wrong)
+    with pytest.raises(ValueError, match="tiny-llama takes 512"):
+        replies.write(tiny, batch_of(tiny), 600)
+    with pytest.raises(ValueError, match="no questions"):
+        replies.generate_ids(tiny, [])
+    with pytest.raises(ValueError, match=r"shape \(1,\)"):
+        replies.generate_ids(tiny, ASK, 1, torch.ones(1))
+
+
+def test_own_answers_are_kept_with_their_questions(tiny, cache):
+    path = replies.chats(tiny, ASK, max_new_tokens=5)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["question"] for r in rows] == ASK and all(r["answer"] for r in rows)
+    assert replies.chats(tiny, ASK, max_new_tokens=5) == path != replies.chats(tiny, ASK, max_new_tokens=4)
+
+
+# --- what a score is not given for -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def where(tiny):
+    both = [[tokens.chat(tiny.tokenizer, q, answer=a) for a in ("Yes.", "No, never.")] for q in ASK]
+    return scoring.Continuations(tiny, both, 1)
+
+
+@pytest.mark.parametrize(
+    ("vector", "word"),
+    [(torch.full((48,), torch.nan), "NaN"), (torch.full((48,), torch.inf), "NaN or infinity"), (torch.ones(1), r"shape \(1,\)"),
+     (torch.ones(47), r"shape \(47,\)"), (torch.ones(1, 48), r"shape \(1, 48\)"), (torch.tensor(1.0), r"shape \(\)")],
+)  # fmt: skip
+def test_vectors_that_are_none_are_refused_and_not_kept(where, cache, vector, word):
+    for score in (scoring.log_odds, scoring.kl, scoring.text_loss):
+        with pytest.raises(ValueError, match=word):
+            score(where, [vector], [1.0])
+    with pytest.raises(ValueError, match="must be finite"):
+        scoring.log_odds(where, [torch.ones(48)], [float("nan")])
+    assert not list(cache.glob("scores/*"))
+
+
+def test_a_stream_that_overflows_is_refused(tiny, cache):
+    import copy
+
+    half = reading.LM.of(copy.deepcopy(tiny.weights).half(), tiny.tokenizer, "half")
+    both = [[tokens.chat(half.tokenizer, q, answer=a) for a in ("Yes.", "No, never.")] for q in ASK]
+    where = scoring.Continuations(half, both, 1)
+    assert np.isfinite(scoring.log_odds(where, [torch.ones(48)], [1.0])).all()
+    for vector, multiplier in ((torch.ones(48), 1e6), (1e6 * torch.ones(48), 1.0), (torch.ones(48), -7e4)):
+        with pytest.raises(ValueError, match="bfloat16 or float32"):
+            scoring.log_odds(where, [vector], [multiplier])
+
+
+def test_zero_is_the_unsteered_run_and_numbers_of_any_kind_name_a_layer(tiny, where, cache):
+    zero = scoring.log_odds(where, [torch.zeros(48)], [1.0])
+    np.testing.assert_array_equal(zero, scoring.log_odds(where, [torch.ones(48)], [0.0]))
+    for layer in (np.int64(1), torch.tensor(1), True):
+        again = scoring.Continuations(tiny, where.sequences, layer)
+        np.testing.assert_array_equal(
+            scoring.log_odds(again, [torch.ones(48)], [1.0]), scoring.log_odds(where, [torch.ones(48)], [1.0])
+        )
+        assert reading.means(tiny, where.sequences[0], [layer])[0].shape == (2, 1, 1, 48)
+    with pytest.raises(TypeError):
+        scoring.Continuations(tiny, where.sequences, 1.5)
+
+
+def test_prompts_and_ids_beyond_the_model_are_refused(tiny):
+    long = tokens.plain(tiny.tokenizer, "tin " * 600)
+    with pytest.raises(ValueError, match="tiny-llama takes 512"):
+        reading.residuals(tiny, [long], 1)
+    beyond = tokens.Tokens([1, 49_152, 2], [tokens.USER] * 3)
+    with pytest.raises(ValueError, match="token id 49152.*0 to 49151"):
+        reading.residuals(tiny, [beyond], 1)
+
+
+def test_an_encoder_is_no_language_model(smol):
+    from transformers import AutoModelForCausalLM, BertConfig
+
+    config = BertConfig(
+        vocab_size=len(smol.tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    with pytest.raises(models.ModelError, match="a causal model is wanted"):
+        reading.LM.of(AutoModelForCausalLM.from_config(config), smol.tokenizer, "bert")
