@@ -1,12 +1,14 @@
 """One-to-one matching of two dictionaries' rows: optimal with a proof, and the cheaper ways beside it.
 
-Pure: tensors in, tensors out. `match` finds the assignment of least total cost (1 - cosine) without ever holding the dense cost:
-it solves on candidate edges, the nearest few of each row and column (scipy's sparse Jonker-Volgenant), takes prices from
-shortest paths on them, and asks *every* pair, block by block, whether it would beat them. Pairs that do join the candidates
-until there are none: by linear-programming duality the assignment is then optimal (Burkard, Dell'Amico & Martello 2009, ch. 4).
-Whatever the prices are, they bound the optimum, so `gap` holds for any costs; it counts the rounding of float64. Large
-dictionaries are compared in float32, and every pair that this rounding could hide is computed again in float64. Another score
-than the cosine, or a matrix of costs, may be given. Direction, by construction: row i of A goes with row `B_for_A[i]` of B.
+Pure: tensors in, tensors out. `match` finds the assignment of least total cost (1 - cosine) without ever
+holding the dense cost: it solves on candidate edges, the nearest few of each row and column (scipy's sparse
+Jonker-Volgenant), takes prices from shortest paths on them, and asks *every* pair, block by block, whether
+it would beat them. Pairs that do join the candidates until there are none: by linear-programming duality
+the assignment is then optimal (Burkard, Dell'Amico & Martello 2009, ch. 4). Whatever the prices are, they
+bound the optimum, so `gap` holds for any costs; it counts the rounding of float64. Large dictionaries are
+compared in float32, and every pair that this rounding could hide is computed again in float64. Another
+score than the cosine, or a matrix of costs, may be given. Direction, by construction: row i of A goes with
+row `B_for_A[i]` of B.
 """
 
 import math
@@ -27,9 +29,8 @@ from helpers.topk import product
 TOLERANCE = 2e-6  # of a cosine in float32: its rounding is about 1e-7 times the root of the rows' length
 CLOSE = 1e-5  # of the total: a larger gap is not left to float32
 SMALL = 2048 * 2048  # pairs that are compared in float64 from the start
-GRID = (
-    2.0**26
-)  # steps between a row's best and worst candidate in scipy's fast solver, which can loop forever on finer ones
+# Steps between a row's best and worst candidate in scipy's fast solver, which can loop forever on finer ones.
+GRID = 2.0**26
 LEAST = np.nextafter(0, 1)  # for a cost of zero, which scipy would drop
 EPS = np.finfo(float).eps
 PART = 8192  # rows that go through float64 at once
@@ -42,10 +43,11 @@ Likeness = Callable[[Tensor, Tensor], Tensor]
 class Match(NamedTuple):
     """An assignment of A (n, d) to B (m, d).
 
-    `B_for_A` (n,) and `A_for_B` (m,): the partner's row, -1 for a row left over. `score` (n,): each row's cosine with its partner
-    (or the score given; 1 - cost), NaN where there is none; float32, or float64 if the scores or costs were. `total`: summed cost
-    1 - score of the pairs, in float64. Certificate: `violation`, the most negative reduced cost over all n m pairs (0 if none), and
-    `gap`: `total` exceeds the optimum by no more, rounding included, so it is never quite 0 unless all costs are. `edges` looked
+    `B_for_A` (n,) and `A_for_B` (m,): the partner's row, -1 for a row left over. `score` (n,): each row's
+    cosine with its partner (or the score given; 1 - cost), NaN where there is none; float32, or float64 if
+    the scores or costs were. `total`: summed cost 1 - score of the pairs, in float64. Certificate:
+    `violation`, the most negative reduced cost over all n m pairs (0 if none), and `gap`: `total` exceeds
+    the optimum by no more, rounding included, so it is never quite 0 unless all costs are. `edges` looked
     at by the solver, `rounds` of it, `seconds`.
     """
 
@@ -66,11 +68,7 @@ def _lengths(rows: Tensor) -> Tensor:
         raise ValueError(
             f"a dictionary of shape {tuple(rows.shape)} was given; (rows, d_model) with one row or more is wanted"
         )
-    scale = 1.0
-    if rows.dtype == torch.float64:  # whose squares may leave float64; those of other types cannot
-        scale = rows.abs().amax(1)
-        rows = rows / torch.where(scale == 0, 1.0, scale)[:, None]
-    out = scale * torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    out = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     if not bool(torch.isfinite(out).all()):
         raise ValueError("a dictionary row holds NaN or infinity: which SAE is this?")
     return torch.where(out == 0, 1.0, out)
@@ -80,7 +78,7 @@ def _units(rows: Tensor, lengths: Tensor, dtype: torch.dtype = torch.float64) ->
     """Rows of length 1, divided in float64, few at a time."""
     out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     for part, row, length in zip(out.split(PART), rows.split(PART), lengths.split(PART), strict=True):
-        torch.div(row.double(), length[:, None], out=part)
+        part.copy_(row.double() / length[:, None])
     return out
 
 
@@ -90,9 +88,19 @@ def _on(rows: Tensor, device: str | torch.device) -> Tensor:
     return rows if rows.is_floating_point() else rows.double()
 
 
+def _moderate(rows: Tensor) -> Tensor:
+    """Rows whose squares fit float64: those in float64 divided by their largest number, others as they are."""
+    if rows.dtype != torch.float64 or rows.ndim != 2 or not rows.numel():
+        return rows
+    largest = rows.abs().amax(1, keepdim=True)
+    return rows / torch.where(largest == 0, 1.0, largest)
+
+
 def unit_rows(rows: Tensor, device: str | torch.device = "cpu") -> Tensor:
-    """Rows (n, d) of length 1, float32; a row of zeros stays one (its cosine with anything is 0). ValueError if not finite."""
-    rows = _on(rows, device)
+    """Rows (n, d) of length 1, float32; a row of zeros stays one (its cosine with anything is 0).
+    ValueError if not finite.
+    """
+    rows = _moderate(_on(rows, device))
     return _units(rows, _lengths(rows), torch.float32)
 
 
@@ -107,16 +115,24 @@ def _back(likeness: Likeness) -> Likeness:
     return lambda x, rows: likeness(rows, x).T
 
 
+def _finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass over memory."""
+    return all(bool(torch.isfinite(x)) for x in values.aminmax())
+
+
 def _given(likeness: Likeness) -> Likeness:
-    """A user's score, with what it returns looked at: the shape, every number finite, and a float on a device with float64."""
+    """A user's score, with what it returns looked at: the shape, every number finite, and a float on a
+    device with float64.
+    """
 
     def ask(x: Tensor, rows: Tensor) -> Tensor:
         scores = likeness(x, rows).detach()
         if scores.shape != (len(x), len(rows)):
             raise ValueError(
-                f"the score gave {tuple(scores.shape)} for {len(x)} rows of A and {len(rows)} of B: one for each pair is wanted"
+                f"the score gave {tuple(scores.shape)}"
+                f" for {len(x)} rows of A and {len(rows)} of B: one for each pair is wanted"
             )
-        if not bool(torch.isfinite(scores).all()):
+        if not _finite(scores):
             raise ValueError("a score is NaN or infinite: every row of A must have a finite one with every row of B")
         scores = _on(scores, scores.device)
         return scores if scores.dtype in (torch.float32, torch.float64) else scores.double()
@@ -152,7 +168,9 @@ def _once(i: np.ndarray, j: np.ndarray, s: np.ndarray, m: int) -> Edges:
 
 
 def _feasible(A: Tensor, B: Tensor, i: np.ndarray, j: np.ndarray, s: np.ndarray, likeness: Likeness = product) -> Edges:
-    """The candidates, with every column for the rows that no matching within them can serve: a full matching then exists."""
+    """The candidates, with every column for the rows that no matching within them can serve: a full
+    matching then exists.
+    """
     n, m = len(A), len(B)
     graph = csr_matrix((np.ones(len(i)), (i, j)), shape=(n, m))
     alone = np.flatnonzero(maximum_bipartite_matching(graph, perm_type="column") < 0)
@@ -169,8 +187,8 @@ def _feasible(A: Tensor, B: Tensor, i: np.ndarray, j: np.ndarray, s: np.ndarray,
 def _cheapest(i: np.ndarray, j: np.ndarray, c: np.ndarray, n: int, m: int) -> np.ndarray:
     """The column of each of n rows in the cheapest full matching, costs c >= 0.
 
-    scipy's solver bids for columns first if there are as many as rows. That is fast, but on costs that differ by rounding only it
-    need not end; with one column more it goes by shortest paths alone.
+    scipy's solver bids for columns first if there are as many as rows. That is fast, but on costs that
+    differ by rounding only it need not end; with one column more it goes by shortest paths alone.
     """
     row, column = min_weight_full_bipartite_matching(csr_matrix((np.maximum(c, LEAST), (i, j)), shape=(n, m)))
     out = np.empty(n, np.int64)
@@ -189,7 +207,8 @@ def _solve(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The column of each row (n,) in the best full matching of the candidates, and prices (m,) (n <= m).
 
-    Large square problems are solved on a grid of whole numbers first; if `exact`, what those prices leave is then solved as it is.
+    Large square problems are solved on a grid of whole numbers first; if `exact`, what those prices leave
+    is then solved as it is.
     """
     c, v = _above_best(i, -s), np.zeros(m)
     if n == m and n * m > SMALL and c.any():
@@ -205,10 +224,12 @@ def _solve(
 
 
 def _prices(i: np.ndarray, j: np.ndarray, c: np.ndarray, column_of: np.ndarray, m: int) -> np.ndarray:
-    """Dual prices v (m,) <= 0 of the columns: c_ij - v_j >= c_i,match(i) - v_match(i) on all candidate edges.
+    """Dual prices v (m,) <= 0 of the columns: c_ij - v_j >= c_i,match(i) - v_match(i) on all candidate
+    edges.
 
-    Shortest paths on the residual graph (Bellman-Ford, all edges at once): v_j <= v_match(i) + c_ij - c_i,match(i). No path is
-    shorter than minus the matched costs' sum, to whose rounding the prices are found.
+    Shortest paths on the residual graph (Bellman-Ford, all edges at once): v_j <= v_match(i) + c_ij -
+    c_i,match(i). No path is shorter than minus the matched costs' sum, to whose rounding the prices are
+    found.
     """
     order = np.lexsort((i, j))
     i, j, c = i[order], j[order], c[order]
@@ -235,8 +256,8 @@ Cosines = Callable[[Tensor, Tensor], Tensor]
 class _Seen(NamedTuple):
     """What a pass over all pairs shows of an assignment and its prices.
 
-    `edges`: the matched ones, then those that beat them. `scores` (n,): the matched pairs', as given. `slack` (n,): by how much each
-    row's best pair beats its own. `rounding` of all slacks together.
+    `edges`: the matched ones, then those that beat them. `scores` (n,): the matched pairs', as given.
+    `slack` (n,): by how much each row's best pair beats its own. `rounding` of all slacks together.
     """
 
     edges: Edges
@@ -256,7 +277,8 @@ def _check(
     shift: float = 0.0,
     again: Cosines | None = None,
 ) -> _Seen:
-    """Every pair against the prices v (m,); of those that beat the match at most `most` edges a row. Scores of edges are less `shift`.
+    """Every pair against the prices v (m,); of those that beat the match at most `most` edges a row. Scores
+    of edges are less `shift`.
 
     `again`: A and B are unit rows in float32, their cosines rounded, and this gives a pair's in float64.
     """
@@ -294,9 +316,11 @@ def _check(
 
 
 def _best(raised: Tensor, own: Tensor, column: Tensor, price: Tensor, at: Tensor, again: Cosines, off: float) -> Tensor:
-    """Each row's largest cosine + price in float64, found among the pairs that are in question where `raised` is off by `off` at most.
+    """Each row's largest cosine + price in float64, found among the pairs that are in question where
+    `raised` is off by `off` at most.
 
-    `own` is that of the matched `column`. Infinite if too many are in question: then all had better be computed in float64.
+    `own` is that of the matched `column`. Infinite if too many are in question: then all had better be
+    computed in float64.
     """
     found = _near(raised, 2 * off, raised.numel() // 64 + 64 * len(raised))
     if found is None:
@@ -378,10 +402,10 @@ def _optimal(
 
 
 def _by_cosine(A: Tensor, B: Tensor, k: int, block: int, rounds: int) -> _Found:
-    """The best assignment by cosine. Many pairs are compared in float32 first, and in float64 if that leaves too wide a gap."""
-    A, B = (
-        _units(x, _lengths(x)) if x.dtype == torch.float64 else x for x in (A, B)
-    )  # the squares of others are finite
+    """The best assignment by cosine. Many pairs are compared in float32 first, and in float64 if that
+    leaves too wide a gap.
+    """
+    A, B = _moderate(A), _moderate(B)
     lengths, off = (_lengths(A), _lengths(B)), (A.shape[1] + 4) * EPS
 
     def again(i: Tensor, j: Tensor) -> Tensor:
@@ -412,13 +436,16 @@ def match(
     rounds: int = 20,
     score: Likeness | None = None,
 ) -> Match:
-    """The one-to-one assignment of A's rows (n, d) to B's (m, d) with the greatest summed cosine, and its certificate.
+    """The one-to-one assignment of A's rows (n, d) to B's (m, d) with the greatest summed cosine, and its
+    certificate.
 
-    `score` in place of the cosine: a function of rows of A, as they are given, and all of B, to (rows, m); larger is more alike.
+    `score` in place of the cosine: a function of rows of A, as they are given, and all of B, to (rows, m);
+    larger is more alike.
 
-    `k`: nearest rows of either side that start as candidates; `block`: rows of cosines held at once. If n and m differ the larger
-    side has rows left over. Ties and duplicate rows are broken somehow; the total is the optimum, to `gap`. ValueError for rows or
-    scores that are not finite, RuntimeError if no proof is found within `rounds`.
+    `k`: nearest rows of either side that start as candidates; `block`: rows of cosines held at once. If n
+    and m differ the larger side has rows left over. Ties and duplicate rows are broken somehow; the total
+    is the optimum, to `gap`. ValueError for rows or scores that are not finite, RuntimeError if no proof is
+    found within `rounds`.
     """
     return _match(A, B, 1.0, k, block, device, rounds, score)
 
@@ -464,22 +491,30 @@ def _match(
 
 
 def match_costs(costs: Tensor, **how: Any) -> Match:
-    """The assignment of least total cost for a matrix of costs (n, m), with its certificate; `score` there is 1 - cost. `how` as for
-    `match`. Costs are taken as they are, in float64. ValueError if one is not finite. For costs that come from rows give `match`
-    the rows and a score: the matrix need then not exist."""
+    """The assignment of least total cost for a matrix of costs (n, m), with its certificate; `score` there
+    is 1 - cost. `how` as for `match`. Costs are taken as they are, in float64. ValueError if one is not
+    finite. For costs that come from rows give `match` the rows and a score: the matrix need then not
+    exist.
+    """
     costs = torch.as_tensor(costs).detach()
     if costs.ndim != 2 or not costs.numel() or costs.is_complex():
         raise ValueError(
-            f"costs of shape {tuple(costs.shape)} and {costs.dtype} were given; real ones (n, m) with one row or more are wanted"
+            f"costs of shape {tuple(costs.shape)} and {costs.dtype} were given; "
+            "real ones (n, m) with one row or more are wanted"
         )
-    if not bool(torch.isfinite(costs).all()):
+    if not _finite(costs):
         count = int((~torch.isfinite(costs)).sum())
         raise ValueError(
-            f"{count} of {costs.numel()} costs are NaN or infinite: give every pair a finite one, a large one if it must not be"
+            f"{count} of {costs.numel()} costs are NaN or infinite: "
+            "give every pair a finite one, a large one if it must not be"
         )
 
     def score(x: Tensor, y: Tensor) -> Tensor:
-        part = costs[x[:, 0].to(costs.device)][:, y[:, 0].to(costs.device)].to(x.device)
+        part = costs
+        for dim, rows in enumerate((x, y)):
+            if len(rows) < costs.shape[dim]:  # else all of them, in order
+                part = part.index_select(dim, rows[:, 0].to(costs.device))
+        part = part.to(x.device)
         return -(part if part.dtype in (torch.float32, torch.float64) else part.double())
 
     return _match(*(torch.arange(n)[:, None] for n in costs.shape), 0.0, score=score, **how)
@@ -489,8 +524,10 @@ def match_costs(costs: Tensor, **how: Any) -> Match:
 
 
 class Nearest(NamedTuple):
-    """Each row of A with its nearest in B, which several may share: `B_for_A` (n,), `cosine` (n,); `collisions`, the share of A's rows
-    whose choice another row shares; `mutual` (n,) bool: rows that are also the nearest of their nearest."""
+    """Each row of A with its nearest in B, which several may share: `B_for_A` (n,), `cosine` (n,);
+    `collisions`, the share of A's rows whose choice another row shares; `mutual` (n,) bool: rows that
+    are also the nearest of their nearest.
+    """
 
     B_for_A: Tensor
     cosine: Tensor
@@ -520,8 +557,8 @@ def nearest(A: Tensor, B: Tensor, block: int = 2048, device: str | torch.device 
 def greedy(A: Tensor, B: Tensor, block: int = 2048, device: str | torch.device = "cpu") -> Tensor:
     """B_for_A (n,), -1 for a row left over: pairs taken by falling cosine, each row once.
 
-    Found as the mutual nearest among the rows still free, again and again: the same pairs, since the best pair of all is
-    mutual, and so is every pair that no better one touches.
+    Found as the mutual nearest among the rows still free, again and again: the same pairs, since the best
+    pair of all is mutual, and so is every pair that no better one touches.
     """
     out = torch.full((len(A),), -1, dtype=torch.long)
     rows, columns = torch.arange(len(A)), torch.arange(len(B))
@@ -537,7 +574,9 @@ def greedy(A: Tensor, B: Tensor, block: int = 2048, device: str | torch.device =
 
 
 def agreement(one: Match, other: Match) -> float:
-    """Share of A's rows to which two matches of the same dictionaries (by decoder and by encoder, say) give the same partner."""
+    """Share of A's rows to which two matches of the same dictionaries (by decoder and by encoder, say) give
+    the same partner.
+    """
     if len(one.B_for_A) != len(other.B_for_A) or len(one.A_for_B) != len(other.A_for_B):
         raise ValueError(
             f"matches of {len(one.B_for_A)} x {len(one.A_for_B)} and {len(other.B_for_A)} x {len(other.A_for_B)} rows were given: they "
@@ -555,8 +594,9 @@ def cycle_consistency(A_to_B: Match, B_to_C: Match, C_to_A: Match) -> float:
 
 
 def references(A: Tensor, B: Tensor, seed: int = 0, **how: Any) -> dict[str, Match]:
-    """What a match of A to B is read against: A to its own rows in another order (must be 1), to B's rows turned by a random
-    rotation (as coherent as B, without its meaning), and to as many random rows. `how` as for `match`.
+    """What a match of A to B is read against: A to its own rows in another order (must be 1), to B's rows
+    turned by a random rotation (as coherent as B, without its meaning), and to as many random rows.
+    `how` as for `match`.
 
     The ceiling, a second seed's dictionary of the same model, is a match like any other.
     """
@@ -570,19 +610,23 @@ def references(A: Tensor, B: Tensor, seed: int = 0, **how: Any) -> dict[str, Mat
 
 
 class Scaling(NamedTuple):
-    """How much of each latent is in the activations it was encoded from, `own`, and in the `other` model's for the same tokens; each
-    (latents,) float64, NaN for a latent that never fires. other / own is near 1 for a shared latent, near 0 for one the other lacks."""
+    """How much of each latent is in the activations it was encoded from, `own`, and in the `other` model's
+    for the same tokens; each (latents,) float64, NaN for a latent that never fires. other / own is near
+    1 for a shared latent, near 0 for one the other lacks.
+    """
 
     own: Tensor
     other: Tensor
 
 
 def latent_scaling(sae: Any, own: Tensor, other: Tensor, batch: int = 4096) -> Scaling:
-    """Latent scaling (Minder et al. 2025, arXiv:2504.02922): for a latent with codes f (tokens,) on `own` activations (tokens, d_model) and
-    decoder row d, the beta that makes |beta f d - Y|^2 least, once for each model.
+    """Latent scaling (Minder et al. 2025, arXiv:2504.02922): for a latent with codes f (tokens,) on `own`
+    activations (tokens, d_model) and decoder row d, the beta that makes |beta f d - Y|^2 least, once for
+    each model.
 
-    Y is a model's activations less what all *other* latents reconstruct of `own`. Closed form beta = d.(Y^T f) / (|f|^2 |d|^2); with Y =
-    rest + f d that is 1 + d.(rest^T f) / (|f|^2 |d|^2), rest the activations less the whole reconstruction.
+    Y is a model's activations less what all *other* latents reconstruct of `own`. Closed form beta = d.(Y^T
+    f) / (|f|^2 |d|^2); with Y = rest + f d that is 1 + d.(rest^T f) / (|f|^2 |d|^2), rest the activations
+    less the whole reconstruction.
     """
     if own.shape != other.shape:
         raise ValueError(
@@ -608,7 +652,9 @@ def latent_scaling(sae: Any, own: Tensor, other: Tensor, batch: int = 4096) -> S
 
 
 class Side(NamedTuple):
-    """What is compared of one dictionary's latents: encoder norms and the share of tokens each fired on; each (latents,)."""
+    """What is compared of one dictionary's latents: encoder norms and the share of tokens each fired on;
+    each (latents,).
+    """
 
     encoder_norms: Tensor
     frequency: Tensor
@@ -621,11 +667,13 @@ def side(sae: Any, frequency: Tensor) -> Side:
 
 
 def only_in_B(found: Match, A: Side, B: Side, scaling: Scaling, least: float = 1e-4) -> dict[str, Tensor]:
-    """How much each latent of B looks as if A had none like it, by five measures; {name: (m,)}, larger is more, NaN where unmatched.
+    """How much each latent of B looks as if A had none like it, by five measures; {name: (m,)}, larger is
+    more, NaN where unmatched.
 
-    encoder norm: B's less its partner's in A. encoder norm, wrong way: the same with the permutation applied backwards, as source 002
-    does (it pairs the latents at random). matched cosine: how unlike it is to its partner, -cosine. frequency: log of the ratio of firing
-    shares, each raised by `least`. latent scaling: -(other / own), with B's codes.
+    encoder norm: B's less its partner's in A. encoder norm, wrong way: the same with the permutation
+    applied backwards, as source 002 does (it pairs the latents at random). matched cosine: how unlike it is
+    to its partner, -cosine. frequency: log of the ratio of firing shares, each raised by `least`. latent
+    scaling: -(other / own), with B's codes.
     """
 
     def of_partner(values: Tensor, partner: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""Optimal matches against scipy's dense solver, planted permutations both ways, and certificates that notice a worse match.
+"""Optimal matches against scipy's dense solver, planted permutations both ways, and certificates that
+notice a worse match.
 
-`large=True` sends small problems the way of large ones: float32 first, and a grid of whole numbers in the solver.
+`large=True` sends small problems the way of large ones: float32 first, and a grid of whole numbers in the
+solver.
 """
 
 from types import SimpleNamespace
@@ -38,7 +40,9 @@ def large(request, monkeypatch):
 
 
 def hold(found, costs, rounding, loose):
-    """The match is one, its total that of its pairs, and its certificate true; `gap` is at most `loose`, or says nothing."""
+    """The match is one, its total that of its pairs, and its certificate true; `gap` is at most `loose`, or
+    says nothing.
+    """
     pairs = np.flatnonzero(found.B_for_A.numpy() >= 0)
     partner = found.B_for_A.numpy()[pairs]
     assert len(pairs) == len(set(partner.tolist())) == min(costs.shape)
@@ -87,6 +91,7 @@ ROWS = {
     "scaled by 10^18.5": lambda n: 10**18.5 * torch.randn(n, 6),
     "each of its own scale": lambda n: torch.randn(n, 6) * 10 ** (60 * torch.rand(n, 1) - 30),
     "float64 out of float32's range": lambda n: 1e250 * torch.randn(n, 6).double(),
+    "float64 at its ends": lambda n: torch.randn(n, 6).double() * 10 ** (620 * torch.rand(n, 1).double().round() - 313),
     "near-duplicates": lambda n: torch.arange(1.0, 7) + 1e-3 * torch.randn(n, 6),
     "nearer duplicates": lambda n: torch.arange(1.0, 7).double() + 1e-6 * torch.randn(n, 6).double(),
     "clusters": lambda n: torch.eye(6)[torch.randint(3, (n,))] + 1e-3 * torch.randn(n, 6),
@@ -109,7 +114,9 @@ def test_the_certificate_of_any_rows_is_true_in_float64(kind, large):
 
 
 def test_near_duplicates_are_told_apart_where_float32_cannot(large):
-    """One vector and noise of 1e-3: costs near 1e-6, which cosines in float32 round to an assignment a tenth too dear."""
+    """One vector and noise of 1e-3: costs near 1e-6, which cosines in float32 round to an assignment a
+    tenth too dear.
+    """
     v = torch.randn(1, 32)
     A, B = (v + 1e-3 * torch.randn(300, 32) for _ in range(2))
     found, costs = matching.match(A, B), dense_costs(A, B)
@@ -240,8 +247,9 @@ def test_candidates_that_no_full_matching_fits_are_widened():
 
 
 def test_nearly_equal_dictionaries_are_proven_in_a_few_rounds():
-    """Partners that nearly coincide, and a few rows that have none, as SAEs of one seed: adding a few violated pairs at a time took
-    more than twenty rounds."""
+    """Partners that nearly coincide, and a few rows that have none, as SAEs of one seed: adding a few
+    violated pairs at a time took more than twenty rounds.
+    """
     A = torch.randn(1000, 64)
     B = A[torch.randperm(1000)] + 0.3 * torch.randn(1000, 64)
     B[:20] = torch.randn(20, 64)
@@ -275,6 +283,16 @@ def test_a_given_cost_takes_the_place_of_the_cosine(shape):
     uneven = matching.match(A, B, k=4, score=lambda x, y: x[:, :1] * y[:, 1])  # not symmetric
     i, j = linear_sum_assignment(-(A[:, :1] * B[:, 1]).numpy())
     assert uneven.total == pytest.approx(len(i) - float((A[i, 0] * B[j, 1]).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("m", [1, 5, 63, 64, 65, 200])
+def test_what_is_near_the_largest_is_all_found(m):
+    values = torch.randn(9, m)
+    for within in (0.0, 0.1, 1.0, 50.0):
+        expected = (values >= (values.amax(1) - within)[:, None]).nonzero().tolist()
+        row, column = matching._near(values, within, len(expected) + 9 * m)
+        assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == [tuple(x) for x in expected]
+        assert matching._near(values, within, len(expected) - 1) is None
 
 
 def test_the_certificate_notices_a_worse_assignment():
@@ -376,7 +394,9 @@ def test_latent_scaling_is_least_squares_and_tells_a_latent_that_one_model_lacks
 
 
 def test_rankings_find_a_planted_latent_the_right_way_round_and_not_the_wrong_way():
-    """B holds A's latents in another order; three of B's are given longer encoders, other rows, a higher frequency, no share in A."""
+    """B holds A's latents in another order; three of B's are given longer encoders, other rows, a higher
+    frequency, no share in A.
+    """
     n, g = 200, torch.Generator().manual_seed(4)
     A, order = torch.randn(n, 24, generator=g), torch.randperm(n, generator=g)
     norms, often = torch.rand(n, generator=g).double() * 0.5, torch.rand(n, generator=g).double() * 0.1
