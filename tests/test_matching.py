@@ -1,4 +1,9 @@
-"""Optimal matches against scipy's dense solver, planted permutations both ways, and certificates that notice a worse match."""
+"""Optimal matches against scipy's dense solver, planted permutations both ways, and certificates that
+notice a worse match.
+
+`large=True` sends small problems the way of large ones: float32 first, and a grid of whole numbers in the
+solver.
+"""
 
 from types import SimpleNamespace
 
@@ -10,10 +15,200 @@ from scipy.optimize import linear_sum_assignment
 from helpers import matching
 
 
+def unit64(rows):
+    """Unit rows in float64, with numpy alone; rows of zeros stay."""
+    rows = rows.double().numpy()
+    for length in (lambda x: np.abs(x).max(1, keepdims=True), lambda x: np.linalg.norm(x, axis=1, keepdims=True)):
+        rows = rows / np.where(length(rows) == 0, 1, length(rows))
+    return rows
+
+
+def dense_costs(A, B):
+    return 1 - unit64(A) @ unit64(B).T
+
+
 def dense_optimum(A, B):
-    costs = 1 - (matching.unit_rows(A) @ matching.unit_rows(B).T).double().numpy()
+    costs = dense_costs(A, B)
+    return costs[linear_sum_assignment(costs)].sum()
+
+
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def large(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(matching, "SMALL", 0)
+    return request.param
+
+
+def hold(found, costs, rounding, loose):
+    """The match is one, its total that of its pairs, and its certificate true; `gap` is at most `loose`, or
+    says nothing.
+    """
+    pairs = np.flatnonzero(found.B_for_A.numpy() >= 0)
+    partner = found.B_for_A.numpy()[pairs]
+    assert len(pairs) == len(set(partner.tolist())) == min(costs.shape)
+    assert found.total == pytest.approx(costs[pairs, partner].sum(), rel=0, abs=rounding)
+    assert found.violation >= 0 and found.total - costs[linear_sum_assignment(costs)].sum() <= found.gap <= loose
+
+
+COSTS = {
+    "whole numbers": lambda g, shape: g.integers(-3, 2, shape),
+    "bytes": lambda g, shape: g.integers(0, 200, shape, dtype=np.uint8),
+    "normal": lambda g, shape: g.normal(size=shape),
+    "float32": lambda g, shape: g.normal(size=shape).astype(np.float32),
+    "tiny": lambda g, shape: 1e-6 * g.random(shape),
+    "tinier": lambda g, shape: 1e-30 * g.random(shape),
+    "huge": lambda g, shape: 1e290 * g.normal(size=shape),
+    "offset": lambda g, shape: 1e9 + g.random(shape),
+    "large offset": lambda g, shape: 1e-3 * g.random(shape) - 1e9,
+    "tied": lambda g, shape: np.round(g.random(shape), 1),
+    "tied to rounding": lambda g, shape: np.round(g.random(shape), 1) + 1e-16 * g.integers(0, 3, shape),
+    "equal": lambda g, shape: np.full(shape, g.normal()),
+    "Monge": lambda g, shape: -(np.add.outer(*map(np.arange, shape)) ** 2.0),
+    "products": lambda g, shape: np.multiply.outer(*map(np.arange, shape)).astype(float),
+    "clustered": lambda g, shape: g.integers(0, 2, shape) + 1e-6 * g.random(shape),
+    "on a line": lambda g, shape: np.abs(np.subtract.outer(*(g.random(n) for n in shape))),
+    "some forbidden": lambda g, shape: g.random(shape) + 1e12 * (g.random(shape) < 0.5),
+    "of all sizes": lambda g, shape: 10 ** g.uniform(-12, 12, shape),
+}
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_the_certificate_of_any_costs_is_true(kind, large):
+    """Two hundred small problems of each kind, both ways: never better than the proof says, and the proof is tight."""
+    g = np.random.default_rng(len(kind))
+    for _ in range(200):
+        costs = COSTS[kind](g, tuple(g.integers(1, 13, 2)))
+        found = matching.match_costs(torch.from_numpy(costs), k=int(g.integers(1, 5)), block=int(g.integers(1, 9)))
+        costs = costs.astype(float)
+        used = np.sort(np.abs(costs[linear_sum_assignment(costs)])).sum()
+        hold(found, costs, 1e-15 * used, 1e-14 * used + 3e-13 * np.ptp(costs))
+
+
+ROWS = {
+    "random": lambda n: torch.randn(n, 6),
+    "scaled by 1e-15": lambda n: 1e-15 * torch.randn(n, 6),
+    "scaled by 1e-38": lambda n: 1e-38 * torch.randn(n, 6),
+    "scaled by 10^18.5": lambda n: 10**18.5 * torch.randn(n, 6),
+    "each of its own scale": lambda n: torch.randn(n, 6) * 10 ** (60 * torch.rand(n, 1) - 30),
+    "float64 out of float32's range": lambda n: 1e250 * torch.randn(n, 6).double(),
+    "float64 at its ends": lambda n: torch.randn(n, 6).double() * 10 ** (620 * torch.rand(n, 1).double().round() - 313),
+    "near-duplicates": lambda n: torch.arange(1.0, 7) + 1e-3 * torch.randn(n, 6),
+    "nearer duplicates": lambda n: torch.arange(1.0, 7).double() + 1e-6 * torch.randn(n, 6).double(),
+    "clusters": lambda n: torch.eye(6)[torch.randint(3, (n,))] + 1e-3 * torch.randn(n, 6),
+    "duplicates": lambda n: torch.eye(6)[torch.randint(3, (n,))] + 1,
+    "some zeros": lambda n: torch.randn(n, 6) * (torch.rand(n, 1) < 0.6),
+    "all zeros": lambda n: torch.zeros(n, 6),
+    "bfloat16": lambda n: torch.randn(n, 6).bfloat16(),
+    "whole numbers": lambda n: torch.randint(-2, 3, (n, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_certificate_of_any_rows_is_true_in_float64(kind, large):
+    for _ in range(60):
+        n, m = torch.randint(1, 20, (2,)).tolist()
+        A, B = ROWS[kind](n), ROWS[kind](m)
+        k, block = int(torch.randint(1, 6, ())), int(torch.randint(1, 9, ()))
+        loose = matching.CLOSE * min(n, m) if large else 1e-12
+        hold(matching.match(A, B, k=k, block=block), dense_costs(A, B), 1e-13, loose)
+
+
+def test_near_duplicates_are_told_apart_where_float32_cannot(large):
+    """One vector and noise of 1e-3: costs near 1e-6, which cosines in float32 round to an assignment a
+    tenth too dear.
+    """
+    v = torch.randn(1, 32)
+    A, B = (v + 1e-3 * torch.randn(300, 32) for _ in range(2))
+    found, costs = matching.match(A, B), dense_costs(A, B)
+    hold(found, costs, 1e-12, 1e-6 * costs.mean() * 300)
+    assert found.gap >= 300 * 32 * np.finfo(float).eps  # what the cosines themselves are rounded by
+
+
+def test_products_that_are_less_than_float32_are_not_trusted(monkeypatch):
+    monkeypatch.setattr(matching, "SMALL", 0)
+    A, B = torch.randn(60, 64), torch.randn(60, 64)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not matching._full_float32(torch.device("cpu"))
+        hold(matching.match(A, B), dense_costs(A, B), 1e-12, 1e-11)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert matching._full_float32(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "costs,total,partner",
+    [
+        ([[-1, 0]], -1, [0]),
+        ([[-1]], -1, [0]),
+        ([[0.0]], 0, [0]),
+        ([[3.0, 2.0, -1.0]], -1, [2]),
+        ([[3], [2], [5]], 2, [-1, 0, -1]),
+        ([[0, -1], [-1, 5]], -2, [1, 0]),
+        ([[1 << 40, 1], [1, 0]], 2, [1, 0]),
+        ([[True, False], [False, True]], 0, [1, 0]),
+    ],
+)
+def test_small_matrices_by_hand(costs, total, partner, large):
+    found = matching.match_costs(torch.tensor(costs))
+    assert found.total == total and found.B_for_A.tolist() == partner and 0 <= found.gap < 1e-12
+    assert found.violation == 0
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-6, 1e-12, 1e6])
+def test_the_scale_of_the_costs_does_not_matter(scale, large):
+    costs = np.random.default_rng(0).random((300, 300))
     i, j = linear_sum_assignment(costs)
-    return costs[i, j].sum()
+    found = matching.match_costs(torch.from_numpy(scale * costs), k=8)
+    assert found.B_for_A.tolist() == j.tolist()
+    assert found.total == pytest.approx(scale * costs[i, j].sum(), rel=1e-12) and found.gap < 1e-10 * found.total
+
+
+def test_a_small_spread_on_a_large_offset_is_kept_in_float64():
+    costs = np.random.default_rng(0).random((80, 80)) / 1024
+    found = matching.match_costs(torch.from_numpy(costs + 1e9), k=8)
+    assert (
+        found.score.dtype == torch.float64 and found.B_for_A.tolist() == linear_sum_assignment(costs + 1e9)[1].tolist()
+    )
+    assert (1 - found.score - 1e9).max() < 1e-3
+
+
+def test_many_rows_that_want_few_columns_end(large):
+    """Near-ties among half of the columns and a hundred thousand for the others: scipy's bidding alone did not end."""
+    g = np.random.default_rng(0)
+    for _ in range(20):
+        costs = 1e5 + g.integers(0, 10, (30, 30)).astype(float)
+        costs[:, :15] = g.random((30, 15))
+        hold(matching.match_costs(torch.from_numpy(costs)), costs, 1e-8, 1e-7)
+
+
+def test_any_prices_bound_the_optimum(large):
+    """The pass over all pairs against a naive one: random prices and assignments, in float64 and in float32."""
+    g = np.random.default_rng(0)
+    for _ in range(300):
+        n = int(g.integers(1, 9))
+        m = n + int(g.integers(0, 4))
+        A, B = torch.randn(n, 5), torch.randn(m, 5)
+        one, other = (torch.from_numpy(unit64(x)) for x in (A, B))
+        cosines = (one @ other.T).numpy()
+        column_of, v = g.permutation(m)[:n], -g.random(m) * g.integers(0, 2, m)
+        slack = (cosines + v).max(1) - (cosines[np.arange(n), column_of] + v[column_of])
+        again = lambda i, j: torch.linalg.vecdot(one[i], other[j])  # noqa: B023, E731
+        rows = (matching.unit_rows(A), matching.unit_rows(B)) if large else (one, other)
+        seen = matching._check(*rows, column_of, v, 3, again=again if large else None)
+        assert np.allclose(seen.slack, slack, rtol=0, atol=1e-14)
+        assert np.allclose(seen.scores, cosines[np.arange(n), column_of], rtol=0, atol=1e-14)
+        left = np.setdiff1d(np.arange(m), column_of)
+        gap = seen.slack.sum() - v[left].sum() + seen.rounding
+        assert gap >= cosines[linear_sum_assignment(-cosines)].sum() - seen.scores.sum()
+        i, j, s = seen.edges
+        beaten = cosines + v - (cosines[np.arange(n), column_of] + v[column_of])[:, None] > matching.TOLERANCE
+        assert set(zip(i.tolist(), j.tolist(), strict=True)) == {
+            *enumerate(column_of),
+            *zip(*beaten.nonzero(), strict=True),
+        }
+        assert np.allclose(s, cosines[i, j], atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(60, 60, 8), (300, 300, 24), (90, 140, 8), (140, 90, 8), (40, 40, 2), (1, 5, 3)])
@@ -52,8 +247,9 @@ def test_candidates_that_no_full_matching_fits_are_widened():
 
 
 def test_nearly_equal_dictionaries_are_proven_in_a_few_rounds():
-    """Partners that nearly coincide, and a few rows that have none, as SAEs of one seed: adding a few violated pairs at a time took
-    more than twenty rounds."""
+    """Partners that nearly coincide, and a few rows that have none, as SAEs of one seed: adding a few
+    violated pairs at a time took more than twenty rounds.
+    """
     A = torch.randn(1000, 64)
     B = A[torch.randperm(1000)] + 0.3 * torch.randn(1000, 64)
     B[:20] = torch.randn(20, 64)
@@ -89,15 +285,25 @@ def test_a_given_cost_takes_the_place_of_the_cosine(shape):
     assert uneven.total == pytest.approx(len(i) - float((A[i, 0] * B[j, 1]).sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("m", [1, 5, 63, 64, 65, 200])
+def test_what_is_near_the_largest_is_all_found(m):
+    values = torch.randn(9, m)
+    for within in (0.0, 0.1, 1.0, 50.0):
+        expected = (values >= (values.amax(1) - within)[:, None]).nonzero().tolist()
+        row, column = matching._near(values, within, len(expected) + 9 * m)
+        assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == [tuple(x) for x in expected]
+        assert matching._near(values, within, len(expected) - 1) is None
+
+
 def test_the_certificate_notices_a_worse_assignment():
-    A, B = (matching.unit_rows(torch.randn(40, 6)) for _ in range(2))
-    i, j, c = matching._candidates(A, B, 40, 16)
-    best = matching._solve(i, j, c, 40, 40)
+    A, B = (matching.unit_rows(torch.randn(40, 6)).double() for _ in range(2))
+    edges = matching._candidates(A, B, 40, 16)
+    best, _ = matching._solve(*edges, 40, 40)
     worse = best.copy()
     worse[[0, 1]] = best[[1, 0]]
     for columns, fine in ((best, True), (worse, False)):
-        u, v = matching._prices(i, j, c, columns, 40)
-        assert (matching._check(A, B, u, v, 16)[3] <= matching.TOLERANCE) == fine
+        v = matching._prices(edges[0], edges[1], 1 - edges[2], columns, 40)
+        assert (matching._check(A, B, columns, v, 16).slack.max() <= matching.TOLERANCE) == fine
 
 
 def test_nearest_counts_collisions_and_greedy_takes_the_best_pair_first():
@@ -146,7 +352,16 @@ def test_the_floor_is_low_and_a_permuted_copy_is_one():
         (lambda: matching.match(torch.randn(4, 3), torch.randn(4, 5)), "width 3 and 5"),
         (lambda: matching.match(torch.randn(4, 3), torch.full((4, 3), torch.nan)), "NaN"),
         (lambda: matching.match(torch.randn(4, 3), torch.randn(4, 3), k=0), "k = 0"),
-        (lambda: matching.match_costs(torch.full((4, 3), torch.nan)), "NaN or infinite"),
+        (lambda: matching.match(torch.randn(4, 3), torch.randn(4, 3), rounds=0), "rounds = 0"),
+        (lambda: matching.match_costs(torch.full((4, 3), torch.nan)), "12 of 12 costs are NaN or infinite"),
+        (lambda: matching.match_costs(torch.tensor([[0, torch.inf], [1, 2]])), "1 of 4 costs are NaN or infinite"),
+        (lambda: matching.match_costs(torch.tensor([[0, 1], [-torch.inf, 2]])), "1 of 4 costs are NaN or infinite"),
+        (lambda: matching.match_costs(torch.tensor([[-1e308, 1e308], [1, 2]], dtype=torch.float64)), "overflows"),
+        (lambda: matching.match_costs(torch.zeros(2, 2, dtype=torch.complex64)), "complex64"),
+        (lambda: matching.match_costs(torch.zeros(0, 3)), r"\(0, 3\)"),
+        (lambda: matching.match(*torch.zeros(2, 2, 3), score=lambda x, y: -torch.inf * x @ y.T), "NaN or infinite"),
+        (lambda: matching.match(*torch.zeros(2, 2, 3), score=lambda x, y: x), "one for each pair"),
+        (lambda: matching.match(torch.zeros(0, 3), torch.zeros(2, 3), score=lambda x, y: x @ y.T), r"\(0, 3\)"),
         (lambda: matching.match_costs(torch.zeros(4)), r"\(n, m\)"),
         (lambda: matching.match(torch.randn(3), torch.randn(4, 3)), r"shape \(3,\)"),
     ],
@@ -179,7 +394,9 @@ def test_latent_scaling_is_least_squares_and_tells_a_latent_that_one_model_lacks
 
 
 def test_rankings_find_a_planted_latent_the_right_way_round_and_not_the_wrong_way():
-    """B holds A's latents in another order; three of B's are given longer encoders, other rows, a higher frequency, no share in A."""
+    """B holds A's latents in another order; three of B's are given longer encoders, other rows, a higher
+    frequency, no share in A.
+    """
     n, g = 200, torch.Generator().manual_seed(4)
     A, order = torch.randn(n, 24, generator=g), torch.randperm(n, generator=g)
     norms, often = torch.rand(n, generator=g).double() * 0.5, torch.rand(n, generator=g).double() * 0.1
