@@ -13,21 +13,25 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-Output = Tensor | tuple[Tensor, ...]
+Output = Tensor | tuple[Tensor | None, ...]
 Hook = Callable[..., Output | None]
 
 
 class Blocks(Protocol):
-    """What hooks need of a model: its blocks in order, whether each returns a tuple, and the width of the residual stream."""
+    """What hooks need of a model: its blocks in order, of how many parts the tuple is that each returns (0: a tensor), the
+    width of the residual stream, and whether blocks can be skipped."""
 
     @property
     def blocks(self) -> Sequence[nn.Module]: ...
 
     @property
-    def tuples(self) -> Sequence[bool]: ...
+    def tuples(self) -> Sequence[int]: ...
 
     @property
     def d_model(self) -> int: ...
+
+    @property
+    def skips(self) -> bool: ...
 
 
 def resid_post(layer: int) -> str:
@@ -45,7 +49,9 @@ def block(model: Blocks, layer: int) -> nn.Module:
 
 def stream(out: Output) -> Tensor:
     """The residual stream (batch, tokens, d_model) in what a block returned."""
-    return out[0] if isinstance(out, tuple) else out
+    first = out[0] if isinstance(out, tuple) else out
+    assert first is not None  # the stream is never left out
+    return first
 
 
 class Positions(NamedTuple):
@@ -178,22 +184,28 @@ def resume_at(model: Blocks, layer: int, acts: Tensor) -> Iterator[None]:
     """Context: blocks 0..layer are skipped and `acts` (batch, tokens, d_model) stands for the output of block `layer`.
 
     What a steered run needs again and again: everything below the steered layer is the same for every vector. Key-value
-    caches of the skipped blocks are not touched; hooks on skipped blocks fire on values that mean nothing.
+    caches of the skipped blocks are not touched; hooks on skipped blocks fire on values that mean nothing. Where upper
+    blocks take keys and values from lower ones (`skips` false; Gemma 4), these run, and what leaves block `layer` is
+    exchanged.
     """
     block(model, layer)
     layer = operator.index(layer)
+    if not model.skips:
+        with edit(model, layer, lambda x: acts):
+            yield
+        return
     skipped = list(zip(model.blocks[: layer + 1], model.tuples, strict=False))
 
-    def passing(is_tuple: bool, instead: Tensor | None = None) -> Callable[..., Output]:
+    def passing(parts: int, instead: Tensor | None = None) -> Callable[..., Output]:
         def forward(*args: Tensor, **kwargs: Tensor) -> Output:
             x = instead if instead is not None else args[0] if args else kwargs["hidden_states"]
-            return (x,) if is_tuple else x
+            return (x, *[None] * (parts - 1)) if parts else x
 
         return forward
 
     try:
-        for at, (module, is_tuple) in enumerate(skipped):
-            module.__dict__["forward"] = passing(is_tuple, acts if at == layer else None)
+        for at, (module, parts) in enumerate(skipped):
+            module.__dict__["forward"] = passing(parts, acts if at == layer else None)
         yield
     finally:
         for module, _ in skipped:

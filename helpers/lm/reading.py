@@ -11,16 +11,18 @@ import math
 import operator
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from helpers import store
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 CODE = ("lm.reading", "lm.hooks", "lm.tokens")
+CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # whose keys and values can be cut back
 
 
 class ModelError(RuntimeError):
@@ -62,29 +65,36 @@ class Unembedding(NamedTuple):
 class LM:
     """A language model: transformers' own `weights`, its `tokenizer`, an `identity` by content; frozen, in eval mode.
 
-    `blocks` in the order they run, whether each returns a tuple (`tuples`), and the `unembedding`, found and checked by `LM.of`.
+    `blocks` in the order they run, of how many parts the tuple is that each returns (`tuples`, 0: a tensor), and the
+    `unembedding`, found and checked by `LM.of`. `skips`: what is above a block needs nothing of what is below it but the
+    stream. `unscored`: why the model is only read, neither scored nor asked for replies; empty where it is both.
     """
 
     weights: PreTrainedModel
     tokenizer: Tokenizer
     identity: str
     blocks: tuple[nn.Module, ...]
-    tuples: tuple[bool, ...]
+    tuples: tuple[int, ...]
     unembedding: Unembedding
+    skips: bool = True
+    unscored: str = ""
 
     @classmethod
     def of(cls, weights: PreTrainedModel, tokenizer: Tokenizer, identity: str) -> "LM":
         """The LM of a loaded transformers model; ModelError if it is no causal model whose blocks can be found and read.
 
-        Six tokens are run: which list of modules runs as blocks, in order and once each; whether later tokens move what earlier
-        ones give (then it is an encoder, such as BERT); how logits come from what reaches the unembedding.
+        A few tokens are run: which list of modules runs as blocks, in order and once each; whether later tokens move what
+        earlier ones give (then it is an encoder, such as BERT); how logits come from what reaches the unembedding; whether
+        padding, positions from 0, a start above the lower blocks and cached keys and values leave the logits as they are.
         """
         weights.eval()
         for parameter in weights.parameters():
             parameter.requires_grad_(False)
         _check_vocabulary(weights, tokenizer, identity)
-        blocks, tuples, unembedding = _probed(weights, identity)
-        return cls(weights, tokenizer, identity, blocks, tuples, unembedding)
+        lm = cls(weights, tokenizer, identity, *_probed(weights, identity))
+        with torch.no_grad():
+            _check_padding(lm)
+            return replace(lm, skips=_skips(lm), unscored=_unscored(lm))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,8 +122,17 @@ class LM:
 
     @property
     def longest(self) -> int | None:
-        """The most tokens a sequence may have; None where the model sets no limit."""
-        return getattr(self.weights.config.get_text_config(), "max_position_embeddings", None)
+        """The most tokens a sequence may have; None where the model sets no limit.
+
+        Where every rotary angle changes once a token lies beyond some length (longrope), it is that length: past it the
+        longest text of a batch, or what was cached before, would change what the others give.
+        """
+        config = self.weights.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+        return min((limit for limit in limits if limit), default=None)
 
     @property
     def key(self) -> dict[str, str]:
@@ -139,7 +158,7 @@ class LM:
         return _bridged(self)
 
 
-# --- what a model is made of, checked on six tokens --------------------------------------------------------------------
+# --- what a model is made of, checked on a few tokens ------------------------------------------------------------------
 
 
 def _embedding(weights: PreTrainedModel) -> Tensor:
@@ -156,8 +175,8 @@ def _check_vocabulary(weights: PreTrainedModel, tokenizer: Tokenizer, identity: 
         )
 
 
-def _probed(weights: PreTrainedModel, identity: str) -> tuple[tuple[nn.Module, ...], tuple[bool, ...], Unembedding]:
-    """Blocks, whether they return tuples, and the unembedding of a model, found by running six tokens."""
+def _probed(weights: PreTrainedModel, identity: str) -> tuple[tuple[nn.Module, ...], tuple[int, ...], Unembedding]:
+    """Blocks, of how many parts a tuple they return, and the unembedding of a model, found by running six tokens."""
     config, name = weights.config.get_text_config(), type(weights).__name__
     head = cast(nn.Linear | None, weights.get_output_embeddings())
     if head is None or weights.config.is_encoder_decoder:
@@ -165,6 +184,10 @@ def _probed(weights: PreTrainedModel, identity: str) -> tuple[tuple[nn.Module, .
     lists = [m for m in weights.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers]
     order: list[nn.Module] = []
     seen: dict[nn.Module, Output] = {}
+    taken: dict[nn.Module, object] = {}
+
+    def take(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        taken[module] = args[0] if args else kwargs.get("hidden_states")
 
     def note(module: nn.Module, args: tuple[object, ...], out: Output) -> None:
         order.append(module)
@@ -173,21 +196,25 @@ def _probed(weights: PreTrainedModel, identity: str) -> tuple[tuple[nn.Module, .
     hidden: list[Tensor] = []
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]]) % len(_embedding(weights))
     every = [module for group in lists for module in group]
-    handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+    handles = [head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))]
+    handles += [module.register_forward_pre_hook(take, with_kwargs=True) for module in every]
     try:
         with hooked(every, [note] * len(every)), torch.no_grad():
             logits = weights(input_ids=ids.to(weights.device), use_cache=False).logits.float()
+    except Exception as error:
+        raise ModelError(f"{identity} ({name}) cannot be run on token ids alone: {why(error)}") from None
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     shape = (2, 3, config.hidden_size)
     for group in lists:
         found = [m for m in order if m in set(group)]
-        if found == list(group) and all(_is_stream(seen[m], shape) for m in group):
+        if found == list(group) and all(_is_stream(seen[m], shape) for m in group) and _chained(group, taken, seen):
             break
     else:
         raise ModelError(
-            f"{identity} ({name}): no list of {config.num_hidden_layers} modules runs in order and gives a residual stream of width "
-            f"{config.hidden_size}; its blocks are not known"
+            f"{identity} ({name}): no list of {config.num_hidden_layers} modules runs in order, each on the residual stream "
+            f"of width {config.hidden_size} that the one before gave; its blocks are not known"
         )
     if len(hidden) != 1 or hidden[0].shape != shape:
         raise ModelError(
@@ -202,7 +229,8 @@ def _probed(weights: PreTrainedModel, identity: str) -> tuple[tuple[nn.Module, .
         raise ModelError(
             f"{identity} ({name}): a later token changes what is predicted before it; a causal model is wanted"
         )
-    return tuple(group), tuple(isinstance(seen[m], tuple) for m in group), _head(config, head, hidden[0], logits)
+    parts = tuple(len(seen[m]) if isinstance(seen[m], tuple) else 0 for m in group)
+    return tuple(group), parts, _head(config, head, hidden[0], logits)
 
 
 def _said(dtype: torch.dtype) -> str:
@@ -216,6 +244,91 @@ def _rounding(dtype: torch.dtype) -> float:
 
 def _is_stream(out: Output, shape: tuple[int, ...]) -> bool:
     return isinstance(stream(out), Tensor) and stream(out).shape == shape
+
+
+def _chained(group: Iterable[nn.Module], taken: Mapping[nn.Module, object], seen: Mapping[nn.Module, Output]) -> bool:
+    """Whether each block takes what the one before gave: they hold the stream, and are no other list of that length."""
+    pairs = [(stream(seen[before]), taken[after]) for before, after in pairwise(group)]
+    return all(isinstance(got, Tensor) and torch.equal(gave, got) for gave, got in pairs)
+
+
+def _agree(ours: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to compute the same logits agree; batches of other shapes round otherwise, experts may change."""
+    return bool((ours - other).norm() <= 32 * _rounding(dtype) * other.norm())
+
+
+LONG, SHORT = Tokens([1, 2, 3, 4, 5, 6, 7], [USER] * 7), Tokens([8, 9, 5], [USER] * 3)  # what follows runs on these
+
+
+def _few(lm: LM, sequence: Tokens) -> Tokens:
+    return sequence._replace(ids=[i % len(lm.embedding) for i in sequence.ids])
+
+
+def _alone(lm: LM, sequence: Tokens) -> Tensor:
+    """Logits (tokens, vocabulary) of one sequence as transformers runs it, nothing said of padding or positions."""
+    ids = torch.tensor([_few(lm, sequence).ids], device=lm.device)
+    return lm.weights(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def _check_padding(lm: LM) -> None:
+    """ModelError where padding on the right, or positions counted from 0, change the logits."""
+    batch = tokens.pad([_few(lm, LONG), _few(lm, SHORT)], 0, "right")
+    try:
+        logits = cast(Tensor, forward(lm, batch).logits).float()
+    except Exception as error:
+        raise ModelError(f"{lm.identity} ({type(lm.weights).__name__}) takes no padded batch: {why(error)}") from None
+    for row, sequence in enumerate((LONG, SHORT)):
+        if not _agree(logits[row, : len(sequence.ids)], _alone(lm, sequence), lm.dtype):
+            raise ModelError(
+                f"{lm.identity} ({type(lm.weights).__name__}): padding on the right, or positions counted from 0, change "
+                "what it gives; a model that is indifferent to both is wanted"
+            )
+
+
+def _skips(lm: LM) -> bool:
+    """Whether the upper blocks give the same where the lower ones are skipped; not if they take keys or values of those."""
+    layer = max(lm.layers - 2, 0)
+    ids = torch.tensor([_few(lm, LONG).ids], device=lm.device)
+    with hooks.capture(lm, [layer], stop=True) as acts:
+        lm.weights(input_ids=ids, use_cache=False)
+    with suppress(Exception), hooks.resume_at(lm, layer, acts[layer]):
+        return _agree(lm.weights(input_ids=ids, use_cache=False).logits[0].float(), _alone(lm, LONG), lm.dtype)
+    return False
+
+
+def forget(cache: Cache, length: int) -> None:
+    """Cut each layer of a key-value cache back to `length` tokens; layers that were skipped are left as they are."""
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer) and (extra := layer.get_seq_length() - length):
+            layer.crop(-extra)
+
+
+def _unscored(lm: LM) -> str:
+    """Why a model cannot be run on from a cached prompt, padded on the left, again and again; empty where it can."""
+    kinds = set(getattr(lm.weights.config.get_text_config(), "layer_types", None) or ())
+    if other := sorted(kinds - CACHED_LAYERS):
+        means = f"has layers of kind {other[0]}, whose state cannot be cut back to the prompt"
+    elif not _runs_on(lm):
+        means = "gives other predictions where padding lies on the left and keys and values come out of a cache"
+    else:
+        return ""
+    return f"{lm.identity} {means}: it can be read, but is not scored and writes no replies"
+
+
+def _runs_on(lm: LM) -> bool:
+    """Whether two rows' last two tokens get their logits, twice, if those before are padded on the left and cached."""
+    rows = [_few(lm, LONG), _few(lm, SHORT)]
+    whole = tokens.pad(rows, 0, "left")
+    head, tail = (Batch(*(part[:, where] for part in whole)) for where in (slice(-2), slice(-2, None)))
+    given = inputs(lm, tail) | {"attention_mask": whole.mask.long().to(lm.device)}
+    expected, cache = torch.stack([_alone(lm, sequence)[-2:] for sequence in (LONG, SHORT)]), DynamicCache()
+    with suppress(Exception):
+        lm.weights(**inputs(lm, head), past_key_values=cache, use_cache=True)
+        once = lm.weights(**given, past_key_values=cache, use_cache=True).logits.float()
+        forget(cache, head.ids.shape[1])
+        again = lm.weights(**given, past_key_values=cache, use_cache=True).logits.float()
+        return _agree(once, expected, lm.dtype) and _agree(again, expected, lm.dtype)
+    return False
 
 
 def _head(config: object, head: nn.Linear, hidden: Tensor, logits: Tensor) -> Unembedding:
@@ -260,12 +373,16 @@ def _bridged(lm: LM) -> "TransformerBridge":
         raise ModelError(
             f"{lm.identity} is a model of more than text: TransformerLens wants all its parts; read `weights` instead"
         )
+    tokenizer = cast(PreTrainedTokenizerBase, copy.deepcopy(lm.tokenizer))  # a BOS is written into what it is given
+    # Said to add its BOS, it is not loaded anew by name.
+    tokenizer.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": "", "add_bos_token": True}
     shared = {id(t): t for t in (*lm.weights.parameters(), *lm.weights.buffers())}
     twin = copy.deepcopy(lm.weights, shared)  # other modules, the same tensors
+    twin.config.architectures = twin.config.architectures or [type(twin).__name__]  # missing where nothing was loaded
     name = lm.weights.config._name_or_path or lm.identity
     try:
         with _nothing_installs():
-            bridge = TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=lm.tokenizer, dtype=lm.dtype)
+            bridge = TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=tokenizer, dtype=lm.dtype)
     except ModelError:
         raise
     except Exception as error:
@@ -301,9 +418,11 @@ def _check_bridge(lm: LM, bridge: "TransformerBridge") -> None:
 def inputs(lm: LM, batch: Batch, attend_filler: bool = True) -> dict[str, Tensor]:
     """What `weights` takes for a padded batch: padding unattended, positions counted over real tokens.
 
-    With `attend_filler` false, filler tokens keep their positions but nobody attends to them. ValueError for more tokens than
-    the model has positions, and for token ids that have no embedding.
+    With `attend_filler` false, filler tokens keep their positions but nobody attends to them. ValueError for more tokens
+    than the model takes, for token ids that have no embedding, and for padding on the left where that changes what it gives.
     """
+    if lm.unscored and not bool(batch.mask[:, 0].all()):
+        raise ValueError(f"a batch padded on the left was given; {lm.unscored}. Pad it on the right to read it")
     if lm.longest and int(batch.position_ids.max()) >= lm.longest:
         raise ValueError(
             f"a sequence of {int(batch.position_ids.max()) + 1} tokens was given; {lm.identity} takes {lm.longest}"

@@ -57,7 +57,7 @@ def write(lm: LM, batch: Batch, max_new_tokens: int, temperature: float = 0.0) -
             f"a prompt of {int(batch.position_ids.max()) + 1} tokens and {max_new_tokens} new ones: {lm.identity} takes {lm.longest}"
         )
     special = torch.tensor(sorted(tokens.special_ids(lm.tokenizer)), device=lm.device)
-    given, cache = reading.inputs(lm, batch), whole_cache(lm)
+    cache, given = whole_cache(lm), reading.inputs(lm, batch)
     ended = torch.zeros(len(batch.ids), dtype=torch.bool, device=lm.device)
     out = torch.full((len(batch.ids), max_new_tokens), -1)
     with torch.no_grad():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from helpers import store
 from helpers.lm import hooks, reading, tokens
@@ -26,27 +26,16 @@ from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, Tokens
 
 CODE = ("lm.scoring", *reading.CODE)
-CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # whose keys and values can be cut back
 
 
 def whole_cache(lm: LM) -> DynamicCache:
     """An empty key-value cache that keeps every token, also where attention slides over a window (its mask sees to that).
 
-    ValueError for a model with layers that keep a state instead (Mamba, linear attention): it cannot be cut back.
+    ValueError for a model that cannot be run on from one: see `LM.unscored`.
     """
-    kinds = set(getattr(lm.weights.config.get_text_config(), "layer_types", None) or ())
-    if other := sorted(kinds - CACHED_LAYERS):
-        raise ValueError(
-            f"{lm.identity} has layers of kind {other[0]}, whose state cannot be cut back to the prompt: not scored"
-        )
+    if lm.unscored:
+        raise ValueError(lm.unscored)
     return DynamicCache()
-
-
-def _forget(cache: Cache, length: int) -> None:
-    """Cut each layer of a key-value cache back to `length` tokens; layers that were skipped are left as they are."""
-    for layer in cache.layers:
-        if isinstance(layer, DynamicLayer) and (extra := layer.get_seq_length() - length):
-            layer.crop(-extra)
 
 
 def token_log_probs(logits: Tensor, targets: Tensor, exact: Tensor, block: int = 128) -> Tensor:
@@ -207,7 +196,7 @@ class Continuations:
         given["attention_mask"] = attended.long().to(lm.device)
         with capture(lm, [self.layer], stop=True) as acts, torch.no_grad():
             lm.weights(**given, past_key_values=cache, use_cache=True)
-        _forget(cache, head.ids.shape[1])
+        reading.forget(cache, head.ids.shape[1])
         predicts = tail.mask & tail.mask.roll(-1, 1)  # each position predicts the next
         predicts[:, -1] = False
         targets = tail.ids.roll(-1, 1)[predicts].to(lm.device)
@@ -219,7 +208,7 @@ class Continuations:
         try:
             return above(self.lm, self.layer, acts, chunk.scored, chunk.given, chunk.cache)
         finally:
-            _forget(chunk.cache, chunk.length)
+            reading.forget(chunk.cache, chunk.length)
 
     def _per_completion(self, chunk: _Chunk, values: Tensor, mean: bool) -> Tensor:
         """Per-token values (tokens,) summed, or averaged, over each completion of the chunk."""
