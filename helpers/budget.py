@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import activations, harvest, session, store, topk, train
-from helpers.lm import models
+from helpers.lm import files, models
 from helpers.lm.reading import LM
 
 
@@ -145,12 +145,10 @@ def check(need: Budget, device: str, held: tuple[str, ...] = ()) -> None:
     )
     smaller = "or lower expansion or batch in the profile's section pair: diff: train:"
     if device.startswith("cuda"):
-        places = [
-            (device, parts, models.free_memory(device), f"take a card with more memory, free this one, {smaller}")
-        ]
-        places += [("the host", host, models.free_memory("cpu"), "close what else is running")]
+        places = [(device, parts, files.free_memory(device), f"take a card with more memory, free this one, {smaller}")]
+        places += [("the host", host, files.free_memory("cpu"), "close what else is running")]
     else:
-        places = [(device, parts + host, models.free_memory(device), f"take a machine with more memory, {smaller}")]
+        places = [(device, parts + host, files.free_memory(device), f"take a machine with more memory, {smaller}")]
     session.cache_dir().mkdir(parents=True, exist_ok=True)
     free = store.free_bytes(session.cache_dir())
     places += [("disk", disk, free, "make room, or set CACHE_DIR in .env to another disk")]

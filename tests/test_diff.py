@@ -9,7 +9,7 @@ import torch
 from test_harvest import small
 
 from helpers import activations, budget, diff, harvest, saes, session, topk, train
-from helpers.lm import models, reading
+from helpers.lm import files, models, reading
 
 SECTION = {
     "expansion": 2,
@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(profile, pair, c
     )
     budget.check(need, "cpu")
     free = {"cpu": 10**12, "cuda": 10**12}
-    monkeypatch.setattr(models, "free_memory", lambda device: free[device])
+    monkeypatch.setattr(files, "free_memory", lambda device: free[device])
     for device, of, least in (
         ("cuda", "cuda", need.total),
         ("cuda", "cpu", sum(need.host.values())),

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from safetensors.torch import load as tensors_of
 
-from helpers.lm import models
+from helpers.lm import files, models
 from helpers.session import ROOT
 
 NAME, TOKEN = "lab/little", "hf_" + "S3cretOfTheReader" * 2
@@ -274,7 +274,7 @@ def test_where_both_layouts_lie_side_by_side_one_is_fetched_and_it_is_the_one_th
     folder.mkdir()
     for name, content in both.items():
         (folder / name).write_bytes(content)
-    assert [p.name for p in models.weight_files(folder)] == [SINGLE]  # what the identity of a folder is made of
+    assert [p.name for p in files.weight_files(folder)] == [SINGLE]  # what the identity of a folder is made of
     assert same_weights(models.load(str(folder)), {SINGLE: both[SINGLE]})
 
 

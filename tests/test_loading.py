@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from helpers.lm import models
+from helpers.lm import files, models
 from helpers.lm.models import ModelError
 
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34]])
@@ -93,7 +93,7 @@ def test_a_copied_folder_is_the_same_model_and_is_hashed_once(made, tmp_path, mo
     one = models.load(str(made)).identity
     shutil.copytree(made, tmp_path / "other" / "mine")
     assert models.load(str(tmp_path / "other" / "mine")).identity == one
-    monkeypatch.setattr(models, "file_digest", lambda path: pytest.fail(f"{path} hashed again"))
+    monkeypatch.setattr(files, "file_digest", lambda path: pytest.fail(f"{path} hashed again"))
     assert models.load(str(made)).identity == one
 
 

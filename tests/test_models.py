@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import behaviors, caa
-from helpers.lm import models, reading, tokens
+from helpers.lm import files, models, reading, tokens
 
 
 def test_the_packaged_model_answers_and_loads_fast_the_second_time(smol):
@@ -113,7 +113,7 @@ def hub_error(name):
 
 
 def test_gated_unknown_and_unreachable_hub_models_say_what_to_do(monkeypatch):
-    monkeypatch.setattr(models, "setting", lambda name, default="": default)
+    monkeypatch.setattr(files, "setting", lambda name, default="": default)
     hub(
         monkeypatch,
         info=SimpleNamespace(gated="manual", sha="0" * 40, safetensors=None, siblings=[]),
@@ -140,7 +140,7 @@ def test_pickled_weights_are_not_read(tmp_path, monkeypatch):
 
 def test_too_little_memory_is_said_before_the_download(monkeypatch):
     hub(monkeypatch, info=SimpleNamespace(gated=False, sha="0" * 40, safetensors=SimpleNamespace(total=70_000_000_000)))
-    monkeypatch.setattr(models, "free_memory", lambda device: 24_000_000_000)
+    monkeypatch.setattr(files, "free_memory", lambda device: 24_000_000_000)
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("went on to load"))
     with pytest.raises(
         models.ModelError, match="70.0 billion parameters, 140.0 GB in bfloat16, but 24.0 GB are free on cpu"
