@@ -11,7 +11,7 @@ along its path (Efron et al. 2004), and least squares as the dense limit.
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,23 @@ from tqdm import tqdm
 
 from helpers import stats
 from helpers.stats import Interval
+
+
+class Dictionary(Protocol):
+    """What is used of an SAE, as sae_lens holds one: rows (n, d_model) to codes (n, latents) and back.
+
+    `cfg` has d_in and d_sae, and says how inputs and codes are scaled.
+    """
+
+    cfg: Any
+    W_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    device: torch.device
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, codes: Tensor) -> Tensor: ...
 
 
 class Decomposition(NamedTuple):
@@ -53,7 +70,7 @@ def joined(parts: Sequence[Decomposition]) -> Decomposition:
     return Decomposition(*tensors, *arrays, sum(p.seconds for p in parts))
 
 
-def rows_of(sae: Any) -> Tensor:
+def rows_of(sae: Dictionary) -> Tensor:
     """The rows (latents, d_model) with which an SAE's codes make up its reconstruction: decode(z) = z rows + b_dec.
 
     ValueError for an SAE that rescales its output by what it was last given: its decoder is not linear.
@@ -92,20 +109,20 @@ def keep_largest(codes: Tensor, rows: Tensor, k: int) -> Tensor:
 # --- what the encoder says ---------------------------------------------------------------------------------------------
 
 
-def codes_of(sae: Any, rows: Tensor, batch: int = 1024) -> Tensor:
+def codes_of(sae: Dictionary, rows: Tensor, batch: int = 1024) -> Tensor:
     """The SAE's codes (n, latents) float32 of rows (n, d_model), on its own device, `batch` rows at a time."""
     with torch.no_grad():
         return torch.cat([sae.encode(part.float().to(sae.device)).float() for part in rows.split(batch)])
 
 
-def encode(sae: Any, vectors: Tensor, k: int = 0) -> Decomposition:
+def encode(sae: Dictionary, vectors: Tensor, k: int = 0) -> Decomposition:
     """decode(encode(v)): the vector taken for an activation. The k largest codes; 0: all the SAE gives."""
     v, began = check_vectors(vectors, sae.cfg.d_in), time.perf_counter()
     codes = keep_largest(codes_of(sae, v), rows_of(sae), k)
     return _finish(v, codes, sae.decode(codes), began)
 
 
-def encode_less_zero(sae: Any, vectors: Tensor, k: int = 0) -> Decomposition:
+def encode_less_zero(sae: Dictionary, vectors: Tensor, k: int = 0) -> Decomposition:
     """(encode(v) - encode(0)) W_dec: what the vector adds to the code of nothing. The k largest; 0: all."""
     v, began = check_vectors(vectors, sae.cfg.d_in), time.perf_counter()
     rows = rows_of(sae)
@@ -113,7 +130,7 @@ def encode_less_zero(sae: Any, vectors: Tensor, k: int = 0) -> Decomposition:
     return _finish(v, codes, codes @ rows, began)
 
 
-def encode_shift(sae: Any, vectors: Tensor, acts: Tensor, k: int = 0) -> Decomposition:
+def encode_shift(sae: Dictionary, vectors: Tensor, acts: Tensor, k: int = 0) -> Decomposition:
     """mean over `acts` (m, d_model) of (encode(a + v) - encode(a)) W_dec: what the vector changes in real activations.
 
     Codes may be negative: a latent that was active and goes out. The k largest of the mean; 0: all.
@@ -125,7 +142,7 @@ def encode_shift(sae: Any, vectors: Tensor, acts: Tensor, k: int = 0) -> Decompo
     return _finish(v, codes, codes @ rows, began)
 
 
-def encode_pairs(sae: Any, pos: Tensor, neg: Tensor, k: int = 0) -> Decomposition:
+def encode_pairs(sae: Dictionary, pos: Tensor, neg: Tensor, k: int = 0) -> Decomposition:
     """mean over pairs of (encode(pos) - encode(neg)) W_dec, for the one vector mean(pos - neg); pos and neg (pairs, d_model).
 
     Needs the pairs the vector was made from, and no strength. The k largest of the mean; 0: all.
@@ -136,7 +153,7 @@ def encode_pairs(sae: Any, pos: Tensor, neg: Tensor, k: int = 0) -> Decompositio
     return _finish(v, codes, codes @ rows, began)
 
 
-def raised(sae: Any, acts: Tensor, latent: int, amount: float) -> Tensor:
+def raised(sae: Dictionary, acts: Tensor, latent: int, amount: float) -> Tensor:
     """mean over `acts` (m, d_model) of decode(encode(a) + amount on one latent) + the SAE's error - a: (d_model,) float64.
 
     How source 001 makes "a feature's own vector". It is amount * rows[latent], whatever the activations (algebra).
@@ -315,7 +332,7 @@ def dense(rows: Tensor, vectors: Tensor, k: int = 0) -> Decomposition:
 
 
 # name -> (sae, vectors, k, acts) -> Decomposition; the first three are what the SAE's encoder says
-METHODS: dict[str, Callable[[Any, Tensor, int, Tensor], Decomposition]] = {
+METHODS: dict[str, Callable[[Dictionary, Tensor, int, Tensor], Decomposition]] = {
     "encode": lambda sae, v, k, acts: encode(sae, v, k),
     "encode less zero": lambda sae, v, k, acts: encode_less_zero(sae, v, k),
     "with and without v": lambda sae, v, k, acts: encode_shift(sae, v, acts, k),

@@ -8,7 +8,7 @@ import html
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from helpers import store
 from helpers.activations import Samples
+from helpers.decompose import Dictionary
 from helpers.lm.reading import LM
 
 
@@ -63,7 +64,7 @@ class Top(NamedTuple):
 
 
 def top_tokens(
-    sae: Any, samples: Samples, n: int = 6, limit: int = 0, batch: int = 32, only: Tensor | None = None
+    sae: Dictionary, samples: Samples, n: int = 6, limit: int = 0, batch: int = 32, only: Tensor | None = None
 ) -> Top:
     """Where each latent (or each of `only`) is largest, among the first `limit` token rows (all by default), `batch` at a time."""
     ids, row_of = samples.token_rows()
@@ -127,7 +128,7 @@ def logit_lens(lm: LM, W_dec: Tensor, n: int = 8, batch: int = 512) -> tuple[lis
 
 
 def table(
-    lm: LM, sae: Any, samples: Samples, n: int = 6, window: int = 12, limit: int = 0, only: Tensor | None = None
+    lm: LM, sae: Dictionary, samples: Samples, n: int = 6, window: int = 12, limit: int = 0, only: Tensor | None = None
 ) -> list[Latent]:
     """One Latent for each of the SAE's (or of `only`), contexts out of `samples` (the first `limit` token rows), `window` tokens
     either side."""
@@ -158,7 +159,7 @@ def save(folder: Path, rows: list[Latent], title: str) -> None:
     store.write_file(folder / "latents.jsonl", "\n".join(lines) + "\n")
 
 
-def of(folder: Path, lm: LM, sae: Any, samples: Samples, limit: int = 0) -> list[Latent]:
+def of(folder: Path, lm: LM, sae: Dictionary, samples: Samples, limit: int = 0) -> list[Latent]:
     """The table of the SAE in `folder`, made and kept there on first use, or when how it is made has changed."""
     made_with = json.dumps({"code": store.code_digest("latents"), "samples": samples.about(), "limit": limit})
     mark = folder / "latents.json"

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import decompose
+from helpers.decompose import Dictionary
 from helpers.topk import product
 
 TOLERANCE = 2e-6  # of a cosine in float32: its rounding is about 1e-7 times the root of the rows' length
@@ -619,7 +620,7 @@ class Scaling(NamedTuple):
     other: Tensor
 
 
-def latent_scaling(sae: Any, own: Tensor, other: Tensor, batch: int = 4096) -> Scaling:
+def latent_scaling(sae: Dictionary, own: Tensor, other: Tensor, batch: int = 4096) -> Scaling:
     """Latent scaling (Minder et al. 2025, arXiv:2504.02922): for a latent with codes f (tokens,) on `own`
     activations (tokens, d_model) and decoder row d, the beta that makes |beta f d - Y|^2 least, once for
     each model.
@@ -660,7 +661,7 @@ class Side(NamedTuple):
     frequency: Tensor
 
 
-def side(sae: Any, frequency: Tensor) -> Side:
+def side(sae: Dictionary, frequency: Tensor) -> Side:
     """The side of an SAE, encoder norms in units of the largest, as source 002 takes them."""
     norms = sae.W_enc.detach().double().cpu().norm(dim=0)
     return Side(norms / norms.max(), frequency.double())

@@ -9,13 +9,14 @@ certainly lies inside. Principal angles: Bjorck & Golub 1973. Description length
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from helpers import decompose
+from helpers.decompose import Dictionary
 
 
 class Samples(Protocol):
@@ -105,7 +106,7 @@ class Use(NamedTuple):
         return self.energy.argsort(descending=True, stable=True)[: int((self.frequency > 0).sum())]
 
 
-def use(sae: Any, samples: Samples, batch: int = 4096) -> Use:
+def use(sae: Dictionary, samples: Samples, batch: int = 4096) -> Use:
     """How much each latent of an SAE is used on `samples`."""
     norms = decompose.rows_of(sae).double().cpu().norm(dim=1)
     fired, squares = torch.zeros(2, len(norms), dtype=torch.float64)

@@ -6,7 +6,7 @@ Pure: codes, vectors and an SAE in, numbers out, each with what chance gives. Fo
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from scipy.stats import false_discovery_control, ttest_1samp
 from torch import Tensor
 
 from helpers import stats
-from helpers.decompose import check_vectors, codes_of, rows_of, unit_rows
+from helpers.decompose import Dictionary, check_vectors, codes_of, rows_of, unit_rows
 from helpers.stats import Interval
 
 
@@ -90,7 +90,7 @@ class Spurious(NamedTuple):
     share: float
 
 
-def spurious(sae: Any, vector: Tensor, difference: Tensor) -> list[Spurious]:
+def spurious(sae: Dictionary, vector: Tensor, difference: Tensor) -> list[Spurious]:
     """The spurious positives of encode(v), largest code first; `difference` (latents,): mean code, positive less negative side.
 
     A latent i with difference D_i < 0 adds D_i (W_dec_i . W_enc_j) to the pre-code of j: positive where the two are negatively

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from helpers import session, store, topk
 from helpers.activations import Rows
+from helpers.decompose import Dictionary
 from helpers.lm import scoring
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
@@ -101,7 +102,7 @@ def whole(folder: Path) -> bool:
 class Loaded(NamedTuple):
     """An SAE as sae_lens holds it, and what is to be known of it before it is used."""
 
-    sae: Any
+    sae: Dictionary
     name: str
     architecture: str
     d_model: int
@@ -266,7 +267,7 @@ def _check_files(folder: Path, name: str) -> None:
         )
 
 
-def _check_sound(sae: Any, name: str) -> None:
+def _check_sound(sae: Dictionary, name: str) -> None:
     """SaeError if what sae_lens holds cannot encode rows of the residual stream: its settings, then its weights."""
     cfg = sae.cfg
     _check_shape(cfg.reshape_activations, name)
@@ -284,7 +285,7 @@ def _check_sound(sae: Any, name: str) -> None:
         )
 
 
-def _folded(release: str, sae_id: str, sae: Any, cfg: dict[str, Any]) -> str | None:
+def _folded(release: str, sae_id: str, sae: Dictionary, cfg: dict[str, Any]) -> str | None:
     """What sae_lens folded into a registry SAE on the way, in words; None if nothing."""
     from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
 
@@ -334,7 +335,7 @@ class Evaluation(NamedTuple):
         return 1 - float(self.error.sum() / self.total.sum())
 
 
-def evaluate(sae: Any, samples: Rows, limit: int = 0, batch: int = 4096) -> Evaluation:
+def evaluate(sae: Dictionary, samples: Rows, limit: int = 0, batch: int = 4096) -> Evaluation:
     """How well an SAE fits `samples` (the first `limit` if given); sums in float64. Of a very wide SAE batches are smaller."""
     batch = max(min(batch, (1 << 28) // sae.cfg.d_sae), 1)  # a gigabyte of codes
     n = min(limit or len(samples), len(samples))
@@ -390,7 +391,14 @@ class LossRecovered(NamedTuple):
 
 
 def loss_recovered(
-    lm: LM, sae: Any, layer: int, ids: Tensor, kept: Tensor, mean: Tensor, limit: float = math.inf, batch: int = 8
+    lm: LM,
+    sae: Dictionary,
+    layer: int,
+    ids: Tensor,
+    kept: Tensor,
+    mean: Tensor,
+    limit: float = math.inf,
+    batch: int = 8,
 ) -> LossRecovered:
     """What the language model loses when the SAE, or the `mean` activation (d_model,), stands in for the residual stream.
 

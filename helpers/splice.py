@@ -7,20 +7,21 @@ that first and special tokens, on which no SAE was trained, would be replaced as
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from helpers import decompose, stats
+from helpers.decompose import Dictionary
 from helpers.lm import hooks
 from helpers.lm.hooks import Positions
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, USER, Tokens
 
 
-def errors(sae: Any, rows: Tensor) -> Tensor:
+def errors(sae: Dictionary, rows: Tensor) -> Tensor:
     """x - decode(encode(x)) (tokens, d_model) float32 of rows (tokens, d_model)."""
     codes = decompose.codes_of(sae, rows)
     with torch.no_grad():
@@ -50,7 +51,7 @@ class Errors(NamedTuple):
     cosine: np.ndarray
 
 
-def compare_errors(sae: Any, one: Tensor, other: Tensor) -> Errors:
+def compare_errors(sae: Dictionary, one: Tensor, other: Tensor) -> Errors:
     """Errors of the rows `one` and `other` (tokens, d_model) of the same tokens in two runs."""
     a, b = (errors(sae, rows).double() for rows in (one, other))
     return Errors((b.norm(dim=1) / a.norm(dim=1)).numpy(), stats.cosine(a.numpy(), b.numpy()))
@@ -59,7 +60,7 @@ def compare_errors(sae: Any, one: Tensor, other: Tensor) -> Errors:
 def edited(
     lm: LM,
     layer: int,
-    sae: Any,
+    sae: Dictionary,
     edit: Callable[[Tensor], Tensor] | None = None,
     error_term: bool = True,
     positions: Positions | None = None,
