@@ -227,7 +227,7 @@ def make_vector(
     The example is made from `positions` where `tokens.positions` knows the word; give `read_from` for anything else.
     """
     if not read_from:
-        batch = tokens.pad([tokens_of(lm.tokenizer, pairs[0])[0]], lm.tokenizer.pad_token_id)
+        batch = tokens.pad([tokens_of(lm.tokenizer, pairs[0])[0]], lm.pad_id)
         read_from = tokens.provenance(lm.tokenizer, batch, tokens.positions(batch, positions))
     return SteeringVector(
         direction, layer, behavior, method, positions, lm.identity, len(pairs),

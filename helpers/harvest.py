@@ -10,6 +10,7 @@ one, and the bits are the same. Differences of a base and a chat model are read 
 
 import argparse
 import json
+import operator
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -219,6 +220,7 @@ def run(
     DataError, ValueError or OSError say what stood in the way; whole shards stay.
     """
     tokenizer = tokenizer or model.tokenizer
+    layers = [operator.index(layer) for layer in layers]
     _check(model, layers, tokens=tokens, context=context, shard_rows=shard_rows, batch=batch)
     reading.unhooked(model)
     source, wanted = text.resolved(source), layers[0]

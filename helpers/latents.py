@@ -7,6 +7,7 @@ latent a line, so that labels need no network; the page is one static file.
 import html
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from helpers import store
 from helpers.activations import Samples
 from helpers.decompose import Dictionary
+from helpers.lm import reading
 from helpers.lm.reading import LM
 
 
@@ -92,29 +94,43 @@ def top_tokens(
     return Top(values, where[0], where[1], fired.double() / max(seen, 1))
 
 
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
-
-
 def _final_norm(lm: LM) -> tuple[Tensor, float]:
-    """The gain (d_model,) of the norm before the unembedding, and 1.0 if it centres (LayerNorm), else 0.0."""
-    for name, module in reversed(list(lm.weights.named_modules())):
-        if name.split(".")[-1] in FINAL_NORMS and not any(part.isdigit() for part in name.split(".")):
-            if isinstance(module, torch.nn.LayerNorm):
-                return module.weight.float(), 1.0
-            ones = torch.ones(1, 1, lm.d_model, dtype=lm.dtype, device=lm.device)
-            return module(ones)[
-                0, 0
-            ].float(), 0.0  # ones, of length sqrt(d), come out as the gain (Gemma's: 1 + weight)
+    """The gain (d_model,) of the norm between the last block and the unembedding, and 1.0 if it centres, else 0.0.
+
+    It is the module that turns the one's output into the other's input, whatever its name or kind; gain and centring are read
+    off what it does to rows of length sqrt(d_model). ValueError if there is none: the model does more than that to the stream.
+    """
+    stream, hidden = reading.ends(lm)
+    inside = {module for block in lm.blocks for module in block.modules()}
+    for module in reversed(list(lm.weights.modules())):
+        if module in inside or not any(kind in type(module).__name__.lower() for kind in ("norm", "identity")):
+            continue
+        with suppress(Exception):
+            if torch.allclose(module(stream), hidden, rtol=1e-3, atol=1e-4):
+                return _gain(module, lm)
     raise ValueError(
-        f"{type(lm.weights).__name__} has no final norm named {', '.join(FINAL_NORMS)}: its logit lens is not known"
+        f"{type(lm.weights).__name__} does more than norm what its last block gives before it unembeds it: its logit lens is not known"
     )
+
+
+def _gain(module: torch.nn.Module, lm: LM) -> tuple[Tensor, float]:
+    """The gain (d_model,) float32 of a norm, and 1.0 if it centres, else 0.0."""
+    x = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)).to(lm.device)
+    x = (x - x.mean()) / (x - x.mean()).square().mean().sqrt()
+
+    def normed(row: Tensor) -> Tensor:
+        return module(row.to(lm.dtype)[None, None])[0, 0].float()
+
+    gain = (normed(x) - normed(-x)) / (2 * x)
+    centred = float((normed(x + 1) - normed(x)).norm()) < 0.05 * float(normed(x).norm())  # it does not see the 1
+    return gain, float(centred)
 
 
 @torch.no_grad()
 def logit_lens(lm: LM, W_dec: Tensor, n: int = 8, batch: int = 512) -> tuple[list[list[str]], list[list[str]]]:
     """The n words each decoder row (latents, d_model) raises most and lowers most, read through the final norm's weight and
     the unembedding (centred first where that norm is a LayerNorm); the norm's scaling of each token is left out.
-    ValueError if the model's final norm is not found."""
+    ValueError if the model does more than norm what it unembeds."""
     gain, centre = _final_norm(lm)
     unembed = lm.unembedding.module.weight.float()
     out: tuple[list[list[str]], list[list[str]]] = ([], [])

@@ -5,6 +5,7 @@ added at each token is a row: the difference that training made there, a part of
 Recovered KL of spliced-in differences: Minder et al. 2025 (arXiv:2504.02922), section 4, there for crosscoder latents.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -37,7 +38,9 @@ class Runs:
                 raise ValueError(f"{text!r} has no answer after a first token: there is nothing to predict")
             if ANSWER in tokens.roles[: -tokens.roles.count(ANSWER)]:
                 raise ValueError(f"{lm.tokenizer.decode(tokens.ids)[:60]!r} does not end with its one answer")
-        self.lm, self.sequences, self.layer, self.batch_size = lm, list(sequences), layer, batch_size
+        self.lm, self.sequences, self.layer = lm, list(sequences), operator.index(layer)
+        self.batch_size = batch_size
+        reading.unhooked(lm)
         self.residuals = reading.residuals(lm, self.sequences, layer, batch_size=batch_size)
 
     def _check(self, added: Sequence[Tensor] | None) -> None:
@@ -109,7 +112,9 @@ class Runs:
                     out[i] = float((p.exp() * (p - q)).sum(-1).double().mean())
             return out
 
-        return self._cached("KL", added, compute, reference=reference.lm.identity)
+        return self._cached(
+            "KL", added, compute, reference=[reference.lm.key, store.digest(torch.cat(reference.residuals))]
+        )
 
     @cached_property
     def own(self) -> list[Tensor]:

@@ -273,3 +273,41 @@ def test_an_adapter_of_another_base_is_warned_of(tiny, tmp_path, cache):
         models.load(f"{mine} + {tmp_path}/tuned")
     with pytest.warns(UserWarning, match="trained on mine, and is put on other"):
         models.load(f"{other} + {tmp_path}/tuned")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "how",
+    [{"trainable_token_indices": {"embed_tokens": [40, 5, 13]}}, {"trainable_token_indices": {"embed_tokens": [40, 5, 13]}, "targets": ["q_proj"]},
+     {"modules_to_save": ["embed_tokens"]}, {"ensure_weight_tying": True, "targets": ["embed_tokens"]}],
+)  # fmt: skip
+def test_what_an_adapter_does_to_shared_rows_is_what_it_does_unmerged(tiny, tmp_path, cache, tied, how):
+    base = folder(tiny.tokenizer, tmp_path / "mine", tie_word_embeddings=tied)
+    options = {k: v for k, v in how.items() if k != "targets"}
+    tuned = adapter(base, tmp_path / "tuned", how.get("targets", "all-linear"), **options)
+    expected = tuned(input_ids=IDS).logits
+    try:
+        found = logits(f"{base} + {tmp_path}/tuned")
+    except ModelError as error:  # refused in words is right too; another number is not
+        assert "tuned" in str(error)
+        return
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_an_adapter_of_one_rare_token_is_not_taken_for_none(made, tmp_path):
+    tuned = adapter(made, tmp_path / "tuned", ["embed_tokens"])
+    file = tmp_path / "tuned" / "adapter_model.safetensors"
+    state = load_file(file)
+    for key in state:
+        if "embedding_A" in key:
+            state[key][:, :40_000] = 0
+    save_file(state, file)
+    rare = torch.tensor([[41_000, 42_000]])
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(made, attn_implementation="eager")
+    expected = PeftModel.from_pretrained(base, tmp_path / "tuned")(input_ids=rare).logits
+    torch.testing.assert_close(
+        models.load(f"{made} + {tmp_path}/tuned").weights(rare).logits, expected, atol=1e-3, rtol=1e-3
+    )
+    assert tuned

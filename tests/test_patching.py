@@ -247,3 +247,16 @@ def test_vectors_of_the_planted_pair_need_no_answer_pairs_to_be_read(planted, ca
     pairs = [AnswerPair("who is it", "Anna", "nobody"), AnswerPair("where is it", "Rome", "somewhere")]
     gap = caa.extract(chat, pairs, [LAYER]).pos - caa.extract(base, pairs, [LAYER]).pos
     assert overlap.energy(gap[:, 0], direction[None]).max() > 0.9
+
+
+def test_a_reference_is_known_by_what_it_read_and_not_by_its_name(tiny, talks, cache):
+    import copy
+
+    from helpers.lm.reading import LM
+
+    runs = patching.Runs(tiny, talks, np.int64(LAYER))
+    half = LM.of(copy.deepcopy(tiny.weights).bfloat16(), tiny.tokenizer, tiny.identity)
+    one, other = runs.kl(runs), runs.kl(patching.Runs(half, talks, LAYER))
+    assert not one.any() and (other > 0).all()
+    with hooks.add(tiny, LAYER, torch.ones(48)), pytest.raises(ValueError, match="has hooks set"):
+        patching.Runs(tiny, talks, LAYER)

@@ -164,3 +164,84 @@ def test_an_encoder_is_no_language_model(smol):
     )
     with pytest.raises(models.ModelError, match="a causal model is wanted"):
         reading.LM.of(AutoModelForCausalLM.from_config(config), smol.tokenizer, "bert")
+
+
+def test_completions_prepared_under_a_hook_are_refused(tiny, where, cache):
+    with hooks.add(tiny, 2, 9 * torch.ones(48)):
+        for call in (
+            lambda: where.log_probs(torch.ones(48), 1.0),
+            lambda: where.kl(torch.ones(48), 1.0),
+            where.gradients,
+        ):
+            with pytest.raises(ValueError, match="has hooks set"):
+                call()
+    fresh = scoring.Continuations(tiny, where.sequences, 1)
+    np.testing.assert_array_equal(where.log_probs(torch.ones(48), 1.0), fresh.log_probs(torch.ones(48), 1.0))
+
+
+def test_a_completion_needs_something_before_it_and_one_token_is_enough(tiny, cache):
+    answer = tokens.Tokens([9, 8, 7], [tokens.ANSWER] * 3)
+    with pytest.raises(ValueError, match="nothing stands before"):
+        scoring.Continuations(tiny, [[answer]], 1)
+    one = tokens.Tokens([1, 9, 8, 7], [tokens.SPECIAL] + [tokens.ANSWER] * 3)
+    v = torch.randn(48)
+    found = scoring.Continuations(tiny, [[one]], 1).log_probs(v, 2.0)[0, 0]
+    with hooks.add(tiny, 1, v, 2.0):
+        logits = tiny.weights(torch.tensor([one.ids])).logits[0].log_softmax(-1)
+    assert found == pytest.approx(sum(float(logits[i, one.ids[i + 1]]) for i in range(3)), abs=1e-3)
+
+
+def test_log_odds_are_of_two(tiny, cache):
+    three = [[tokens.chat(tiny.tokenizer, ASK[0], answer=a) for a in ("Yes.", "No.", "Perhaps.")]]
+    for n in (1, 3):
+        where = scoring.Continuations(tiny, [three[0][:n]], 1)
+        for call in (
+            lambda w=where: scoring.log_odds(w, [torch.ones(48)], [1.0]),
+            lambda w=where: scoring.linear_response(w),
+        ):
+            with pytest.raises(ValueError, match=f"two completions a prompt, and {n} were"):
+                call()
+
+
+def test_gradients_want_no_inference_mode(where):
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        where.gradients()
+
+
+def test_a_layer_named_twice_is_read_once_and_a_multiplier_that_overflows_is_refused(tiny, cache):
+    with hooks.capture(tiny, [0, 0, 2]) as acts:
+        reading.forward(tiny, batch_of(tiny))
+    assert acts[0].shape == acts[2].shape
+    both = reading.means(tiny, [tokens.chat(tiny.tokenizer, ASK[0])], [0, 0, 2])[0]
+    assert torch.equal(both[:, :, 0], both[:, :, 1]) and not torch.equal(both[:, :, 0], both[:, :, 2])
+    for vector, multiplier in ((torch.full((48,), 100.0, dtype=torch.float16), 1e5), (torch.ones(48), float("nan"))):
+        with pytest.raises(ValueError, match="with its multiplier, holds NaN or infinity"):
+            hooks.add(tiny, 1, vector, multiplier)
+
+
+def test_replies_know_which_tokens_end_them(tiny, cache):
+    import copy
+
+    ids = replies.generate_ids(tiny, ASK, max_new_tokens=6)
+    other = copy.deepcopy(tiny.tokenizer)
+    other.add_special_tokens({"additional_special_tokens": [tiny.tokenizer.decode([int(ids[0, 2])])]})
+    if len(other) == len(tiny.tokenizer):  # the token was there and is special now
+        again = replies.generate_ids(tiny.read_as(other), ASK, max_new_tokens=6)
+        assert int(again[0, 2]) == -1 and int(ids[0, 2]) >= 0
+
+
+@pytest.mark.parametrize("change", ["no end, no padding", "padding beyond the embedding"])
+def test_any_id_will_do_for_padding(tiny, cache, change):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    if change == "no end, no padding":
+        tokenizer.pad_token = tokenizer.eos_token = None
+    else:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    other = dataclasses.replace(tiny, tokenizer=tokenizer, identity=change)
+    laid = [tokens.chat(tiny.tokenizer, q) for q in ASK]
+    torch.testing.assert_close(reading.means(other, laid, [2])[0], reading.means(tiny, laid, [2])[0])
+    assert torch.equal(
+        replies.write(other, tokens.pad(laid, other.pad_id), 4), replies.write(tiny, tokens.pad(laid, tiny.pad_id), 4)
+    )

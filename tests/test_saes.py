@@ -7,10 +7,12 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_harvest import HOW, small, source  # noqa: F401
+from test_harvest import HOW, packaged_tokenizer, small, source  # noqa: F401
 
 from helpers import harvest, latents, saes, topk
 from helpers.activations import Array
+from helpers.lm import hooks, scoring
+from helpers.lm.reading import LM
 from helpers.saes import SaeError
 from helpers.topk import Weights
 
@@ -491,33 +493,49 @@ def test_the_table_finds_a_latent_that_stands_for_one_word(source, cache):  # no
     assert model.tokenizer.decode(ids[top.rows[0, 0]]).find(river.contexts[0].before) >= 0
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "neox"])
+def normed(kind):
+    """A tiny model of a kind of final norm: with a gain, a gain of one more, centring, centring alone."""
+    import transformers as hf
+
+    size = dict(
+        vocab_size=len(packaged_tokenizer()), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    weights = hf.AutoModelForCausalLM.from_config(
+        getattr(hf, f"{kind}Config")(**size, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    )
+    for parameter in weights.parameters():
+        parameter.copy_(0.2 * torch.randn_like(parameter) if parameter.ndim > 1 else torch.rand_like(parameter) + 0.2)
+    return LM.of(weights, packaged_tokenizer(), kind)
+
+
+@pytest.mark.parametrize(
+    "kind", ["Llama", "Gemma2", "GPTNeoX", "StableLm", "Cohere", "Olmo", "Nemotron", "Granite", "Phi"]
+)
 def test_the_logit_lens_is_the_linear_part_of_norm_and_unembedding(kind):
-    """Against the model's own head: the change of its logits when a long residual moves a little along a direction."""
-    model = small(kind=kind)
-    name, norm = next(
-        (n, m) for n, m in reversed(list(model.weights.named_modules())) if n.split(".")[-1] in latents.FINAL_NORMS
-    )
-    assert not any(part.isdigit() for part in name.split("."))
-    norm.weight.copy_(torch.rand(48) + 0.2)
-    directions = torch.randn(3, 48) + 0.7
+    """Against the model's own head: what its logits gain when the last block's output is a very long row, and lose when it is minus that."""
+    model, directions = normed(kind), torch.randn(3, 64) + 0.7
     promotes, suppresses = latents.logit_lens(model, directions, n=5)
-    unembed = model.weights.get_output_embeddings().weight
-    x = torch.zeros(48)  # at a point orthogonal to what the norm's own scaling would move
-    linear = torch.stack(
-        [(norm((x + 1e3 * v)[None, None]) - norm((x - 1e3 * v)[None, None]))[0, 0] @ unembed.T for v in directions]
-    )
+    head, linear, ids = model.unembedding, [], torch.tensor([[5]])
+    for v in directions:
+        sides = []
+        for stream in (1e3 * v, -1e3 * v):
+            with (
+                hooks.resume_at(model, 1, stream[None, None]),
+                scoring.unembedding(model, torch.tensor([[True]])) as kept,
+            ):
+                model.weights(ids, use_cache=False)
+            sides.append(kept["hidden"][0] @ head.module.weight.T)
+        linear.append(sides[0] - sides[1])
+    linear = torch.stack(linear)
     assert promotes == [[model.tokenizer.decode([i]) for i in r] for r in linear.topk(5).indices.tolist()]
     assert suppresses == [[model.tokenizer.decode([i]) for i in r] for r in (-linear).topk(5).indices.tolist()]
 
 
-def test_a_model_without_a_known_final_norm_is_refused():
-    model = small()
-    model.weights.model.norm = torch.nn.Identity()
-    model.weights.model.add_module("closing", torch.nn.LayerNorm(48))
-    del model.weights.model.norm
-    with pytest.raises(ValueError, match="no final norm"):
-        latents.logit_lens(model, torch.randn(2, 48))
+def test_a_model_that_does_more_than_norm_is_refused():
+    with pytest.raises(ValueError, match="its logit lens is not known"):
+        latents.logit_lens(normed("ModernBertDecoder"), torch.randn(2, 64))
 
 
 def test_a_table_is_kept_beside_the_sae_and_shown_on_a_page(tmp_path):

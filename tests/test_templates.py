@@ -138,14 +138,14 @@ def test_a_system_prompt_without_a_place_joins_the_first_turn_and_it_is_said_onc
      LOOP + "{{ m.content | replace('tin', 'lead') }}{% endfor %}", LOOP + "{{ 'short' if m.content | length < 9 else m.content }}{% endfor %}"],
 )  # fmt: skip
 def test_a_template_that_changes_the_texts_is_refused(smol, template):
-    with pytest.raises(DataError, match="changed or dropped"):
+    with pytest.raises(DataError, match="changed or dropped|has no place"):
         for question in ("Where is tin found, and why?", "Why?"):
             tokens.chat(shaped(smol.tokenizer, template), question)
 
 
 def test_a_template_that_refuses_a_user_says_why(smol):
     tokenizer = shaped(smol.tokenizer, "{{ raise_exception('no users here') }}")
-    with pytest.raises(DataError, match="refuses 'Why\\?'.*no users here"):
+    with pytest.raises(DataError, match="'Why\\?'.*no users here"):
         tokens.chat(tokenizer, "Why?")
 
 
@@ -164,3 +164,29 @@ def test_half_a_character_an_empty_answer_and_a_tokenizer_without_places_are_ref
 
     with pytest.raises(DataError, match="Slow cannot say which characters"):
         tokens.plain(Slow(), "a b")
+
+
+TURN = "{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>"
+ANSWERED = {  # a template, what stands right before an answer, and before a reply that the model is to write
+    "channels": (LOOP + TURN + "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+                 "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+                 "<|start|>assistant<|channel|>final<|message|>", "<|start|>assistant"),
+    "no generation prompt": (LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_start|>assistant\n", "<|im_end|>\n"),
+    "a space": (LOOP + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}", "[/INST] ", "[/INST]"),
+    "a thought of another name": (LOOP + "{% if m.role == 'user' %}Q {{ m.content }}\n{% else %}A {{ m.content }}{% endif %}{% endfor %}"
+                                  "{% if add_generation_prompt %}A [THINK]{% endif %}", "A ", "A [THINK]"),
+    "no assistant's turn": (LOOP + "{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}U {{ m.content }}\n{% endfor %}"
+                            "{% if add_generation_prompt %}A {% endif %}", "A ", "A "),
+    "contents as parts": (LOOP + "<|{{ m.role }}|>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}"
+                          "{% if add_generation_prompt %}<|assistant|>{% endif %}", "<|assistant|>", "<|assistant|>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_an_answer_stands_where_the_template_itself_would_put_it(smol, name):
+    template, before, prompt = ANSWERED[name]
+    tokenizer = shaped(smol.tokenizer, template)
+    laid = tokens.chat(tokenizer, "Is it so?", system="Be brief.", answer="Yes, it is.")
+    assert tokenizer.decode(laid.ids).endswith(before + "Yes, it is.")
+    assert said(tokenizer, laid, ANSWER) == "Yes, it is." and said(tokenizer, laid, USER) == "Is it so?"
+    assert tokenizer.decode(tokens.chat(tokenizer, "Is it so?").ids).endswith(prompt)

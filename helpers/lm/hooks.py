@@ -118,7 +118,7 @@ def capture(
     not. One sequence per context. With `stop` the forward pass ends
     after the deepest layer asked for (the model call then returns nothing: put it last in the `with`).
     """
-    layers = [operator.index(layer) for layer in layers]
+    layers = list(dict.fromkeys(operator.index(layer) for layer in layers))
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     acts: dict[int, Tensor] = {}
     cursors = {layer: _Cursor(positions) for layer in layers}
@@ -159,7 +159,9 @@ def checked(vector: Tensor, d_model: int) -> Tensor:
     if vector.shape != (d_model,):
         raise ValueError(f"a vector of shape {tuple(vector.shape)} was given; the model wants ({d_model},)")
     if not torch.isfinite(vector).all():
-        raise ValueError("the vector holds NaN or infinity; look at the differences it was made from")
+        raise ValueError(
+            "the vector, with its multiplier, holds NaN or infinity; look at the differences it was made from"
+        )
     return vector.detach()
 
 
@@ -175,7 +177,7 @@ def add(
     model: Blocks, layer: int, vector: Tensor, multiplier: float = 1.0, positions: Positions | None = None
 ) -> AbstractContextManager[None]:
     """Context: x + multiplier * vector after block `layer`; multiplier in units of the vector as given (d_model,)."""
-    v = multiplier * checked(vector, model.d_model)
+    v = checked(multiplier * vector, model.d_model)
     return edit(model, layer, lambda x: shifted(x, v), positions)
 
 

@@ -126,7 +126,7 @@ def _tokenizer(folder: Path, identity: str) -> Tokenizer:
             f"{identity}: no tokenizer can be loaded from {folder.name} ({said}): copy tokenizer.json and "
             "tokenizer_config.json there"
         )
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(Tokenizer, tokenizer)
 
@@ -229,8 +229,9 @@ def _merged(weights: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
 
     with safe_open(adapter.path / "adapter_model.safetensors", "pt") as file:
         given = set(file.keys())  # noqa: SIM118
-    _untie(weights, given)
     before = logits_of_few(weights)
+    if not adapter.config.get("ensure_weight_tying"):
+        _untie(weights, given)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's: missing keys, which are counted here, and a renamed argument
@@ -251,11 +252,17 @@ def _merged(weights: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
             f"a place, {len(astray)} have none, {example}; name the model it was trained on before the +"
         )
     apart = logits_of_few(peft)
-    if torch.equal(apart, before) and not adapter.config.get("trainable_token_indices"):
+    if torch.equal(apart, before) and _idle(adapter.path / "adapter_model.safetensors"):
         raise ModelError(
             f"the adapter {adapter.path.name} changes nothing: the two models of a pair would be one and the same"
         )
-    merged = peft.merge_and_unload().eval()
+    try:
+        merged = peft.merge_and_unload().eval()
+    except Exception as error:
+        raise ModelError(
+            f"the adapter {adapter.path.name} cannot be merged into {type(weights).__name__}: {why(error, 3)}; merge it where it was "
+            "trained and give the merged folder"
+        ) from None
     gap, effect = float((logits_of_few(merged) - apart).norm()), float((apart - before).norm())
     if not gap <= 1e-3 * effect + 1e-5 * float(apart.norm()):
         raise ModelError(
@@ -265,13 +272,21 @@ def _merged(weights: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     return merged
 
 
+def _idle(file: Path) -> bool:
+    """Whether an adapter adds nothing anywhere: only the two halves of low-rank changes, one of them all zeros."""
+    with safe_open(file, "pt") as adapter:
+        moved = {half: [k for k in adapter.keys() if f"_{half}" in k] for half in "AB"}  # noqa: SIM118
+        other = len(list(adapter.keys())) - sum(map(len, moved.values()))  # noqa: SIM118
+        return not other and any(not any(bool(adapter.get_tensor(k).any()) for k in keys) for keys in moved.values())
+
+
 def _untie(weights: PreTrainedModel, keys: set[str]) -> None:
     """Give the unembedding rows of its own where an adapter changes one of the two that share them: merging would change both."""
     embedding, head = weights.get_input_embeddings(), cast(torch.nn.Linear | None, weights.get_output_embeddings())
     if head is None or head.weight is not embedding.weight:
         return
     names = {name.split(".")[-1] for name, module in weights.named_modules() if module in (embedding, head)}
-    if any(f".{name}." in key for name in names for key in keys):
+    if any(f".{name}.lora_" in key for name in names for key in keys):
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         weights.config.tie_word_embeddings = False
         weights.config.get_text_config().tie_word_embeddings = False
@@ -315,6 +330,9 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, rev
         weights = torch.nn.Module.to(_merged(weights, adapter), dtype)
         stem, _, version = identity.rpartition("@")
         identity = f"{stem}+{adapter.path.name}@{version}.{adapter.digest}"
+    rows = len(cast(torch.nn.Embedding, weights.get_input_embeddings()).weight)
+    if (tokenizer.pad_token_id or 0) >= rows:  # a token that was added for padding alone: any will do
+        cast(Any, tokenizer).pad_token = cast(Any, tokenizer).eos_token
     lm = LM.of(torch.nn.Module.to(weights, device), tokenizer, identity)
     seconds = time.perf_counter() - began
     print(f"{identity.split('@')[0]}: {lm.layers} layers, d_model {lm.d_model}, loaded in {seconds:.1f} s")

@@ -135,6 +135,11 @@ class LM:
         return min((limit for limit in limits if limit), default=None)
 
     @property
+    def pad_id(self) -> int:
+        """The id that batches are padded with; nobody attends to it."""
+        return tokens.padding(self.tokenizer, len(self.embedding))
+
+    @property
     def key(self) -> dict[str, str]:
         """What anything computed with the model depends on, for the cache's fingerprint."""
         return {"model": self.identity, "dtype": str(self.dtype), "device": self.device.type}
@@ -443,6 +448,18 @@ def forward(
     return lm.weights(**inputs(lm, batch, attend_filler), use_cache=False, output_hidden_states=output_hidden_states)
 
 
+def ends(lm: LM) -> tuple[Tensor, Tensor]:
+    """What the last block gives and what reaches the unembedding (1, 8, d_model) on eight tokens: between them stands the final norm."""
+    kept: list[Tensor] = []
+    handle = lm.unembedding.module.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    try:
+        with hooks.capture(lm, [lm.layers - 1]) as acts:
+            logits_of_few(lm.weights)
+    finally:
+        handle.remove()
+    return acts[lm.layers - 1], kept[0]
+
+
 def logits_of_few(weights: PreTrainedModel) -> Tensor:
     """Logits (8, vocabulary) float32 of a bare model on eight tokens: what two states of one model are compared by."""
     embedding = _embedding(weights)
@@ -495,7 +512,7 @@ def batches(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids) if by_length else 0)
     for start in tqdm(range(0, len(order), batch_size), desc="read", leave=False):
         chosen = order[start : start + batch_size]
-        batch = tokens.pad([sequences[i] for i in chosen], lm.tokenizer.pad_token_id, side="right")
+        batch = tokens.pad([sequences[i] for i in chosen], lm.pad_id, side="right")
         with hooks.capture(lm, layers, stop=True) as acts, torch.no_grad():
             forward(lm, batch, attend_filler)
         yield chosen, batch, acts

@@ -103,7 +103,7 @@ def generate_ids(
         raise ValueError("no questions were given to answer")
     reading.unhooked(lm)
     asked = [tokens.chat(lm.tokenizer, q) for q in questions]
-    batch = tokens.pad(asked, lm.tokenizer.pad_token_id, "left")
+    batch = tokens.pad(asked, lm.pad_id, "left")
     added = None if vector is None else multiplier * hooks.checked(vector, lm.d_model)
 
     def compute() -> dict[str, Tensor]:
@@ -114,7 +114,13 @@ def generate_ids(
 
     nothing = added is None or not bool(added.any())
     steering = [] if nothing else [operator.index(layer), store.digest(added.double())]  # type: ignore[union-attr]
-    how = {"prompts": store.digest(batch.ids), "steering": steering, "write": [max_new_tokens, temperature, seed]}
+    ends = sorted(tokens.special_ids(lm.tokenizer))
+    how = {
+        "prompts": store.digest(batch.ids),
+        "ends": store.digest(ends),
+        "steering": steering,
+        "write": [max_new_tokens, temperature, seed],
+    }
     return store.cached("replies", lm.key | how, compute, CODE)["ids"]
 
 
@@ -151,7 +157,7 @@ def chats(lm: LM, questions: Sequence[str], max_new_tokens: int = 64, seed: int 
         for first in tqdm(range(0, len(questions), batch), desc="chats"):
             asked = questions[first : first + batch]
             prompts = [tokens.chat(lm.tokenizer, q) for q in asked]
-            ids = write(lm, tokens.pad(prompts, lm.tokenizer.pad_token_id, "left"), max_new_tokens, temperature=0.7)
+            ids = write(lm, tokens.pad(prompts, lm.pad_id, "left"), max_new_tokens, temperature=0.7)
             for question, row in zip(asked, ids, strict=True):
                 if answer := lm.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip():
                     lines.append(json.dumps({"question": question, "answer": answer}, ensure_ascii=False))

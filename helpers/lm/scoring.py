@@ -151,6 +151,9 @@ class Continuations:
                 shown = lm.tokenizer.decode(group[0].ids)[:60]
                 raise ValueError(f"the completions of {shown!r} do not follow one and the same prompt token for token")
             self.starts.append(starts.pop())
+            if not self.starts[-1]:
+                shown = lm.tokenizer.decode(group[0].ids)[:60]
+                raise ValueError(f"nothing stands before the completion {shown!r}: its first token cannot be predicted")
         longest = [max(len(s.ids) for s in g) - p + 1 for g, p in zip(self.sequences, self.starts, strict=True)]
         self.order = sorted(range(len(longest)), key=longest.__getitem__)  # like lengths together: less padding
         self.chunk = max(1, min(20, budget // (2 * self.group * max(longest) * len(lm.embedding))))
@@ -166,6 +169,7 @@ class Continuations:
         }
 
     def _build(self) -> list[_Chunk]:
+        reading.unhooked(self.lm)  # chunks are kept, and hooks on skipped blocks would do nothing
         if not self._chunks:
             for start in range(0, len(self.order), self.chunk):
                 rows = self.order[start : start + self.chunk]
@@ -182,13 +186,14 @@ class Continuations:
 
     def _build_chunk(self, groups: list[list[Tokens]], starts: list[int]) -> _Chunk:
         lm = self.lm
-        pad_id = lm.tokenizer.pad_token_id
+        pad_id = lm.pad_id
         heads = [Tokens(g[0].ids[: p - 1], g[0].roles[: p - 1]) for g, p in zip(groups, starts, strict=True)]
         tails = [Tokens(s.ids[p - 1 :], s.roles[p - 1 :]) for g, p in zip(groups, starts, strict=True) for s in g]
         head, tail = tokens.pad(heads, pad_id, "left"), tokens.pad(tails, pad_id, "right")
         cache = whole_cache(lm)
         with torch.no_grad():
-            lm.weights(**reading.inputs(lm, head), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            if head.ids.shape[1]:  # a prompt of one token is the tail's first
+                lm.weights(**reading.inputs(lm, head), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(self.group)
         lengths = head.mask.sum(1).repeat_interleave(self.group)
         attended = torch.cat([head.mask.repeat_interleave(self.group, 0), tail.mask], 1)
@@ -245,6 +250,8 @@ class Continuations:
         The linear response: for a small vector v, the change of log p is gradients @ v, for any v, at the price of one
         backward pass. Compare with finite steps before relying on it.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("gradients were asked for inside torch.inference_mode(): leave it, or use torch.no_grad()")
         parts = []
         for chunk in self._build():
             shift = torch.zeros(len(chunk.acts), 1, self.lm.d_model, device=chunk.acts.device)
@@ -285,6 +292,11 @@ def _sweep(kind: str, where: Continuations, vectors: Vectors, multipliers: Seque
     return store.cached("scores", key, compute, CODE)["scores"].numpy()
 
 
+def _two(where: Continuations) -> None:
+    if where.group != 2:
+        raise ValueError(f"log-odds are of two completions a prompt, and {where.group} were given: use log_probs")
+
+
 def log_odds(
     where: Continuations, vectors: Vectors, multipliers: Sequence[float], per_token: bool = False
 ) -> np.ndarray:
@@ -292,6 +304,7 @@ def log_odds(
 
     With `per_token` each log p is divided by its completion's token count first, which takes length out.
     """
+    _two(where)
     logp = _sweep("log p", where, vectors, multipliers, where.log_probs)
     logp = logp / where.lengths() if per_token else logp
     return logp[..., 0] - logp[..., 1]
@@ -299,6 +312,7 @@ def log_odds(
 
 def linear_response(where: Continuations) -> np.ndarray:
     """Gradient of each prompt's log-odds with respect to the added vector, (prompts, d_model) float64; cached on disk."""
+    _two(where)
     reading.unhooked(where.lm)
     key = where.key() | {"kind": "gradients"}
     gradients = store.cached("scores", key, lambda: {"gradients": finite(where.gradients(), where.lm)}, CODE)[
@@ -329,7 +343,7 @@ def resumed(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together: less padding
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        batch = tokens.pad([sequences[i] for i in rows], lm.tokenizer.pad_token_id, side="right")
+        batch = tokens.pad([sequences[i] for i in rows], lm.pad_id, side="right")
         acts = torch.zeros(*batch.ids.shape, lm.d_model)
         for at, i in enumerate(rows):
             acts[at, : len(streams[i])] = streams[i]

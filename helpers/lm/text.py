@@ -394,7 +394,7 @@ def rows(
     if context < 2:
         raise ValueError(f"context = {context} given; a row needs 2 tokens at least, and 128 or more to be of use")
     count = Counter() if count is None else count
-    special = tokens.special_ids(tokenizer)
+    special, pad = tokens.special_ids(tokenizer), tokens.padding(tokenizer)
     bos = tokens.first_token(tokenizer)
     ids, of, seen = list(bos), [-1] * len(bos), 0
     for number, document in enumerate(documents(source)):
@@ -408,7 +408,7 @@ def rows(
             if ANSWER not in turn.roles[:context]:
                 continue  # nothing of the answer is left
             seen += 1
-            yield _row(turn, [number] * len(turn.ids), context, tokenizer.pad_token_id, (USER, ANSWER), count)
+            yield _row(turn, [number] * len(turn.ids), context, pad, (USER, ANSWER), count)
             continue
         coded = tokenizer(document, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         ids, of = ids + coded, of + [number] * len(coded)
@@ -419,7 +419,7 @@ def rows(
             row, numbers = head + ids[start:end], [-1] * len(head) + of[start:end]
             roles, start = [SPECIAL if i in special else USER for i in row], end
             seen += 1
-            yield _row(Tokens(row, roles), numbers, context, tokenizer.pad_token_id, (USER,), count)
+            yield _row(Tokens(row, roles), numbers, context, pad, (USER,), count)
         if start:
             ids, of = bos + ids[start:], [-1] * len(bos) + of[start:]
     count["left over"] += len(ids) - len(bos)

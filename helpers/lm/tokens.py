@@ -5,7 +5,7 @@ follow from how a prompt was put together; nothing is looked for in the text.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, tzinfo
 from pathlib import Path
@@ -20,7 +20,7 @@ from helpers.lm.hooks import Positions
 from helpers.session import setting
 from helpers.store import digest
 
-SYSTEM_MARK, USER_MARK = "\ue0f1system\ue0f1", "\ue0f2user\ue0f2"  # of private use: no text holds them
+SYSTEM_MARK, USER_MARK, ANSWER_MARK = "\ue0f1system\ue0f1", "\ue0f2user\ue0f2", "\ue0f3answer\ue0f3"  # of private use
 _SAID: set[str] = set()
 
 SPECIAL, TEMPLATE, SYSTEM, USER, ANSWER, FILLER, PAD = range(7)  # the role of a token
@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
     def eos_token_id(self) -> int | None: ...
 
     @property
-    def pad_token_id(self) -> int: ...
+    def pad_token_id(self) -> int | None: ...
 
     def __call__(self, text: str, *, add_special_tokens: bool = ..., return_offsets_mapping: bool = ...) -> Mapping: ...
 
@@ -78,6 +78,12 @@ def special_ids(tokenizer: Tokenizer) -> set[int]:
     return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
 
+def padding(tokenizer: Tokenizer, below: int | None = None) -> int:
+    """An id to pad with: the tokenizer's own, or its end of text, or 0; `below` the embedding's rows where that is known."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None and (below is None or i < below))
+
+
 def first_token(tokenizer: Tokenizer) -> list[int]:
     """The BOS that the tokenizer puts before a text, as a list of one id, or an empty list where it adds none."""
     return [i for i in tokenizer("", add_special_tokens=True)["input_ids"][:1] if i == tokenizer.bos_token_id]
@@ -99,13 +105,13 @@ class _Clock(datetime):
         return cls(2024, 7, 26)
 
 
-def _rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
-    """The messages in the chat template, up to where the assistant is to speak, on a fixed date."""
+def _rendered(tokenizer: Tokenizer, turns: Sequence[Mapping[str, object]], speak: bool) -> str:
+    """The turns in the chat template, on a fixed date; with `speak`, up to where the assistant is to speak."""
     clock = chat_template_utils.datetime  # templates may be given data, not functions
     chat_template_utils.datetime = _Clock  # type: ignore[misc]
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=_thinking()
+            list(turns), tokenize=False, add_generation_prompt=speak, enable_thinking=_thinking()
         )
     finally:
         chat_template_utils.datetime = clock  # type: ignore[misc]
@@ -119,8 +125,42 @@ def _system_in_front(tokenizer: Tokenizer) -> None:
         print(f"the chat template of {name} takes no system prompt: it is put in front of the user's first turn")
 
 
-def _pieces(tokenizer: Tokenizer, question: str, system: str | None) -> list[tuple[str, int]]:
-    """The prompt as (text, role) pieces, in order, up to where the assistant is to speak.
+def _as_parts(text: str) -> list[dict[str, str]]:
+    """A text as templates of models of text and images want it."""
+    return [{"type": "text", "text": text}]
+
+
+class _Layout(NamedTuple):
+    """How a template is asked: whether the system prompt joins the user's turn, and the form of a turn's content."""
+
+    joined: bool
+    form: Callable[[str], object]
+
+    def turns(self, system: str | None, question: str, answer: str | None = None) -> list[dict[str, object]]:
+        texts = [("user", f"{system}\n\n{question}" if system and self.joined else question)]
+        texts = [("system", system), *texts] if system and not self.joined else texts
+        texts = [*texts, ("assistant", answer)] if answer else texts
+        return [{"role": role, "content": self.form(content)} for role, content in texts]
+
+
+def _layout(tokenizer: Tokenizer, system: str | None, question: str) -> tuple[_Layout, str]:
+    """The first way of asking the template in which every text has its place, and the prompt rendered around marks."""
+    marks, problem = (SYSTEM_MARK if system else None, USER_MARK), "it drops the text"
+    for joined in (False, True) if system else (False,):
+        for form in (str, _as_parts):
+            layout = _Layout(joined, form)
+            try:
+                marked = _rendered(tokenizer, layout.turns(*marks), True)
+            except Exception as error:  # jinja2 raises its own classes from inside the template
+                problem = problem if form is _as_parts else f"it says: {error}"
+                continue
+            if all(mark in marked for mark in marks if mark):
+                return layout, marked
+    raise DataError(f"the chat template has no place for {question[:40]!r} as the user's turn ({problem})")
+
+
+def _pieces(tokenizer: Tokenizer, question: str, system: str | None, answered: bool) -> list[tuple[str, int]]:
+    """The prompt as (text, role) pieces, in order, up to where the assistant is to speak, or its answer to stand.
 
     The template is rendered around marks, which show where each text goes whatever the texts are; they are then exchanged
     for the texts. DataError if the template does anything else to them.
@@ -128,30 +168,51 @@ def _pieces(tokenizer: Tokenizer, question: str, system: str | None) -> list[tup
     if tokenizer.chat_template is None:  # a base model: a plain transcript
         first = [("System: ", TEMPLATE), (system, SYSTEM), ("\n", TEMPLATE)] if system else []
         return [*first, ("User: ", TEMPLATE), (question, USER), ("\nAssistant: ", TEMPLATE)]
-    own = {SYSTEM_MARK: (system or "", SYSTEM), USER_MARK: (question, USER)}
-
-    def rendered(system: str | None, question: str, joined: bool) -> str:
-        turns = [{"role": "user", "content": f"{system}\n\n{question}" if system and joined else question}]
-        return _rendered(tokenizer, [{"role": "system", "content": system}, *turns] if system and not joined else turns)
-
-    marks, joined, marked = (SYSTEM_MARK if system else None, USER_MARK), False, ""
-    with suppress(Exception):  # jinja2 raises its own classes from inside the template
-        marked = rendered(*marks, joined)
-    if system and SYSTEM_MARK not in marked:
+    layout, marked = _layout(tokenizer, system, question)
+    if layout.joined:
         _system_in_front(tokenizer)
-        joined = True
+    own = {SYSTEM_MARK: (system or "", SYSTEM), USER_MARK: (question, USER)}
+    pieces = [own.get(part, (part, TEMPLATE)) for part in re.split(f"({SYSTEM_MARK}|{USER_MARK})", marked)]
     try:
-        marked, real = rendered(*marks, joined), rendered(system, question, joined)
+        real = _rendered(tokenizer, layout.turns(system, question), True)
     except Exception as error:
         raise DataError(f"the chat template refuses {question[:40]!r} as the user's turn: {error}") from None
-    parts = re.split(f"({SYSTEM_MARK}|{USER_MARK})", marked)
-    pieces = [own.get(part, (part, TEMPLATE)) for part in parts if part]
-    if USER_MARK not in parts or "".join(text for text, _ in pieces) != real:
+    if "".join(text for text, _ in pieces) != real:
         raise DataError(f"the chat template changed or dropped the text {question[:40]!r}; positions cannot be marked")
-    last = parts[-1]
-    if not _thinking() and last.rfind("<think>") > last.rfind("</think>"):  # a thought has begun: it stays empty
-        pieces[-1] = (last.rstrip() + "\n\n</think>\n\n", TEMPLATE)
-    return pieces
+    opening = pieces[-1][0]
+    if answered:
+        marks = layout.turns(SYSTEM_MARK if system else None, USER_MARK, ANSWER_MARK)
+        opening = _before_answer(opening, _answer_opening(tokenizer, marks))
+    elif not _thinking():
+        opening = _closed(opening)
+    pieces[-1] = (opening, TEMPLATE)
+    return [piece for piece in pieces if piece[0]]
+
+
+def _answer_opening(tokenizer: Tokenizer, turns: Sequence[Mapping[str, object]]) -> str | None:
+    """What the template itself puts between the user's text and an assistant's; None if it has no assistant's turn."""
+    with suppress(Exception):
+        before, mark, _ = _rendered(tokenizer, turns, False).rpartition(USER_MARK)[2].partition(ANSWER_MARK)
+        return before if mark else None
+    return None
+
+
+def _before_answer(prompt: str, turn: str | None) -> str:
+    """What stands before an answer: the end of the prompt, or what the template's own assistant's turn has in its place.
+
+    They differ where a template gives the assistant's turn more than it gives the prompt (a space, a channel), or opens a
+    thought in the prompt that a finished answer does not have.
+    """
+    closed = prompt if _thinking() else _closed(prompt)
+    if turn is None or turn == prompt or _thinking() or closed.rstrip().endswith("</think>"):
+        return closed
+    return turn
+
+
+def _closed(prompt: str) -> str:
+    """A prompt in which a thought that has begun is left empty."""
+    begun = prompt.rfind("<think>") > prompt.rfind("</think>")
+    return prompt.rstrip() + "\n\n</think>\n\n" if begun else prompt
 
 
 def _tokenize(tokenizer: Tokenizer, pieces: Sequence[tuple[str, int]]) -> Tokens:
@@ -201,7 +262,7 @@ def chat(tokenizer: Tokenizer, question: str, system: str | None = None, answer:
     question, one that prints a date always the same, one that lets the model think an empty thought (setting THINKING).
     DataError for an empty answer and for a template that changes the texts.
     """
-    pieces = _pieces(tokenizer, question.strip(), system.strip() or None if system else None)
+    pieces = _pieces(tokenizer, question.strip(), system.strip() or None if system else None, answer is not None)
     if answer is not None:
         if not answer.strip():
             raise DataError(f"the answer to {question.strip()[:40]!r} is empty: there is nothing to read or to score")
