@@ -214,6 +214,7 @@ class Samples(Rows):
             "model_dtype": p["dtype"],
             "harvest": self.folder.name,
             "samples": len(self),
+            "used": store.digest(self.used)[:16],
         }
         return about_rows(p["model"], p["source"], self.layer, p["context"], self.outlier, **known)
 

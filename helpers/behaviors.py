@@ -6,6 +6,7 @@ Knows files, not tokenizers or models.
 import os
 import random
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -128,8 +129,13 @@ def field(place: str, row: dict[str, Any], field: str) -> str:
     return value
 
 
+def _plain(text: str) -> str:
+    """A text as a reader sees it: one form of accented letters, nothing without width."""
+    return "".join(c for c in unicodedata.normalize("NFC", text) if unicodedata.category(c) != "Cf").strip()
+
+
 def _distinct(place: str, one: str, other: str) -> None:
-    if one.strip() == other.strip():
+    if _plain(one) == _plain(other):
         raise DataError(f"{place}: both halves are the same text ({one[:40]!r}); a contrast needs two")
 
 
@@ -195,7 +201,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.85) -> list[tuple
     return sorted(zip(i[near].tolist(), j[near].tolist(), strict=True))
 
 
-_MARK = re.compile(r"([(\[{（*\s]*([^\W\d_]|\d{1,2}))[)\]}）.:*\s]*")  # an option: (A), A), A., [b], **(1)**
+_MARK = re.compile(r"([^\w]*([^\W\d_]|\d{1,2}))[\W]*")  # an option: (A), A), A., [b], **(1)**, <C>
 _CLOSED = re.compile(r"(.*\W)([^\W_])[)\]}）.:*]+\s*", re.S)  # a text that ends in one
 
 

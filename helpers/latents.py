@@ -177,7 +177,9 @@ def save(folder: Path, rows: list[Latent], title: str) -> None:
 
 def of(folder: Path, lm: LM, sae: Dictionary, samples: Samples, limit: int = 0) -> list[Latent]:
     """The table of the SAE in `folder`, made and kept there on first use, or when how it is made has changed."""
-    made_with = json.dumps({"code": store.code_digest("latents"), "samples": samples.about(), "limit": limit})
+    made_with = json.dumps(
+        {"code": store.code_digest("latents"), "samples": samples.about(), "limit": limit, "model": lm.key}
+    )
     mark = folder / "latents.json"
     if not (mark.exists() and mark.read_text() == made_with):
         about = samples.about()

@@ -103,6 +103,10 @@ class Runs:
         """
         self._check(added)
         _same(reference, self)
+        reading.unhooked(reference.lm)
+        words = [len(x.lm.unembedding.module.weight) for x in (self, reference)]
+        if words[0] != words[1]:
+            raise ValueError(f"models of {words[0]} and {words[1]} words were given: a KL wants one vocabulary")
 
         def compute() -> np.ndarray:
             out = np.empty(len(self.sequences))

@@ -51,8 +51,8 @@ def save(
     if folder.exists() and not (folder / "cfg.json").exists() and any(folder.iterdir()):
         raise SaeError(f"the folder {folder.name} holds something that is not an SAE: choose another")
     w = topk.unit_decoder(Weights(*(t.detach().float().cpu() for t in w)))
-    if not all(bool(torch.isfinite(t).all()) for t in w) or not math.isfinite(threshold or 0.0):
-        raise SaeError("the SAE holds NaN or infinity and is not saved")
+    if not all(bool(torch.isfinite(t).all()) for t in w) or not 0.0 <= (threshold or 0.0) < math.inf:
+        raise SaeError("the SAE holds NaN or infinity, or a threshold below zero, and is not saved")
     state = {"W_enc": w.W_enc.T.contiguous(), "b_enc": w.b_enc, "W_dec": w.W_dec.contiguous(), "b_dec": w.b_dec}
     cfg: dict[str, Any] = {
         "architecture": "topk",
@@ -255,10 +255,16 @@ def _check_files(folder: Path, name: str) -> None:
         )
     try:
         with safe_open(folder / "sae_weights.safetensors", "pt") as weights:
-            shapes = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+            slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            whole_numbers = [key for key, part in slices.items() if "F" not in part.get_dtype()]
     except (OSError, SafetensorError) as error:
         reason = str(error).replace(str(folder), folder.name)
         raise SaeError(f"{name} cannot be loaded: sae_weights.safetensors is damaged or not there ({reason})") from None
+    if whole_numbers:
+        raise SaeError(
+            f"{name} holds whole numbers in {whole_numbers[0]}: it is quantised, and its scale is not known here"
+        )
     wanted = (cfg["d_sae"], cfg.get("d_out") or cfg["d_in"])
     if shapes.get("W_dec", wanted) != wanted:
         raise SaeError(

@@ -12,7 +12,7 @@ from helpers.behaviors import Behavior, Item
 from helpers.lm import replies, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
-from helpers.lm.tokens import ANSWER, SPECIAL, USER, Tokens
+from helpers.lm.tokens import ANSWER, USER, Tokens
 
 
 def of_items(lm: LM, items: Sequence[Item], layer: int) -> Continuations:
@@ -47,7 +47,7 @@ def of_replies(lm: LM, questions: Sequence[str], layer: int, max_new_tokens: int
 def of_text(lm: LM, text: str, layer: int, length: int = 64, chunks: int = 16) -> Continuations:
     """Plain text in `chunks` pieces of `length` tokens, all but the first eight scored and steered: perplexity's ground."""
     whole = tokens.plain(lm.tokenizer, text)
-    first = [i for i, role in zip(whole.ids, whole.roles, strict=True) if role == SPECIAL][:1]  # a BOS, if there is one
+    first = tokens.first_token(lm.tokenizer)  # a BOS, if there is one
     ids = whole.ids[len(first) : len(first) + length * chunks]
     pieces = [first + ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     return Continuations(lm, [[Tokens(p, [USER] * 8 + [ANSWER] * (len(p) - 8))] for p in pieces], layer)

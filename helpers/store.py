@@ -231,7 +231,7 @@ def cached(
     sidecar = path / "sidecar.json"
     if sidecar.exists():
         tensors = path / "tensors.safetensors"
-        if tensors.exists() and file_digest(tensors) == json.loads(sidecar.read_text())["sha256"]:
+        if tensors.exists() and file_digest(tensors) == (read_json(sidecar) or {}).get("sha256"):
             return load_file(tensors)
         print(f"cache entry {kind}/{path.name} is damaged; it is made again")
     if path.exists():

@@ -279,3 +279,17 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     )
     with pytest.raises(DataError, match="mine.json.*Permission denied"):
         behaviors.load_pairs(path)
+
+
+@pytest.mark.parametrize(("one", "other"), [("café", "cafe\u0301"), ("yes", "yes\u200b"), ("no", " no\ufeff ")])
+def test_texts_that_look_the_same_are_no_contrast(tmp_path, one, other):
+    with pytest.raises(DataError, match="both halves are the same text"):
+        behaviors.load_pairs(saved(tmp_path / "p.json", json.dumps([{"positive": one, "negative": other}])))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("<A>", "<B>"), ("`A`", "`B`"), ('"A"', '"B"'), ("A/", "B/"), ("(A),", "(B),")]
+)
+def test_option_marks_of_any_dress_end_at_their_letter(tmp_path, one, other):
+    pair = behaviors.load_pairs(saved(tmp_path / "p.json", json.dumps([caa("Do you mind?", one, other)])))[0]
+    assert pair.positive.endswith("A") and pair.negative.endswith("B")

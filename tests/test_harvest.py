@@ -651,3 +651,13 @@ def test_chats_are_the_models_own_and_a_source(model, cache):
         and path.stat().st_mtime_ns == before
     )
     assert len(harvest.run(model, str(path), [1], 5, context=64, part="all")) >= 5
+
+
+def test_an_sae_of_half_the_samples_is_another(model, source, cache):
+    samples = harvest.run(model, source, [1], 800, **HOW)
+    whole, half = samples.about(), torch.zeros(int(samples.starts[-1]), dtype=torch.bool)
+    half[: len(half) // 2] = True
+    samples.keep_only(half)
+    first = samples.about()
+    samples.keep_only(~half)
+    assert len({json.dumps(a, sort_keys=True) for a in (whole, first, samples.about())}) == 3

@@ -184,3 +184,25 @@ def test_what_is_kept_on_disk_is_never_that_of_a_hooked_model(tiny, context, cac
             with pytest.raises(ValueError, match="has hooks set"):
                 call()
     assert not list(cache.glob("*/*"))
+
+
+def test_a_context_inside_another_leaves_the_outer_as_it_was(tiny):
+    batch = batch_of(tiny)
+    with hooks.capture(tiny, [1, 2]) as acts:
+        reading.forward(tiny, batch)
+    moved = acts[1] + 1
+    with hooks.resume_at(tiny, 1, moved):
+        outer = reading.forward(tiny, batch).logits
+        with hooks.resume_at(tiny, 2, acts[2]):
+            reading.forward(tiny, batch)
+        assert torch.equal(reading.forward(tiny, batch).logits, outer)
+    calls, block = [], tiny.blocks[0]
+    own = block.forward
+    block.forward = lambda *a, **k: calls.append(1) or own(*a, **k)
+    try:
+        reading.LM.of(tiny.weights, tiny.tokenizer, "patched by somebody else")
+        before = len(calls)
+        tiny.weights(batch.ids)
+        assert len(calls) == before + 1
+    finally:
+        del block.forward

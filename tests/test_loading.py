@@ -311,3 +311,23 @@ def test_an_adapter_of_one_rare_token_is_not_taken_for_none(made, tmp_path):
         models.load(f"{made} + {tmp_path}/tuned").weights(rare).logits, expected, atol=1e-3, rtol=1e-3
     )
     assert tuned
+
+
+def test_an_adapter_that_is_damaged_or_of_a_newer_kind_is_refused(made, tmp_path):
+    adapter(made, tmp_path / "tuned")
+    file, config = tmp_path / "tuned" / "adapter_model.safetensors", tmp_path / "tuned" / "adapter_config.json"
+    whole, settings = file.read_bytes(), config.read_text()
+    config.write_text(json.dumps(json.loads(settings) | {"use_tomorrows_trick": True}))
+    with pytest.raises(ModelError, match="settings that this peft does not know.*use_tomorrows_trick"):
+        models.load(f"{made} + {tmp_path}/tuned")
+    config.write_text(settings)
+    for content in (whole[:1000], b"version https://git-lfs.github.com/spec/v1\n", b""):
+        file.write_bytes(content)
+        with pytest.raises(
+            ModelError, match="holds no adapter_config.json and adapter_model.safetensors that can be read"
+        ):
+            models.load(f"{made} + {tmp_path}/tuned")
+    file.write_bytes(whole)
+    config.write_text("[]")
+    with pytest.raises(ModelError, match="that can be read|of kind"):
+        models.load(f"{made} + {tmp_path}/tuned")

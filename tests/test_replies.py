@@ -245,3 +245,31 @@ def test_any_id_will_do_for_padding(tiny, cache, change):
     assert torch.equal(
         replies.write(other, tokens.pad(laid, other.pad_id), 4), replies.write(tiny, tokens.pad(laid, tiny.pad_id), 4)
     )
+
+
+def test_a_reply_ends_where_the_models_own_settings_end_it(tiny):
+    batch = batch_of(tiny)
+    ids = replies.write(tiny, batch, 6)
+    kept, tiny.weights.generation_config = (
+        tiny.weights.generation_config,
+        GenerationConfig(eos_token_id=[int(ids[0, 3])]),
+    )
+    try:
+        stopped = replies.write(tiny, batch, 6)
+    finally:
+        tiny.weights.generation_config = kept
+    assert stopped[0].tolist() == [*ids[0, :3].tolist(), -1, -1, -1] or int(ids[0, 3]) in ids[0, :3].tolist()
+
+
+def test_batches_of_nothing_are_refused(tiny, cache):
+    laid = [tokens.chat(tiny.tokenizer, q) for q in ASK]
+    for how in ({"batch_size": -1}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="at a time"):
+            reading.means(tiny, laid, [1], **how)
+        with pytest.raises(ValueError, match="at least 1"):
+            list(scoring.resumed(tiny, laid, 1, [torch.zeros(len(t.ids), 48) for t in laid], **how))
+    for wrong in ([], [tokens.Tokens([], [])]):
+        with pytest.raises(ValueError, match="none empty"):
+            reading.residuals(tiny, wrong, 1)
+    with pytest.raises(ValueError, match="token id -1 was given"):
+        reading.residuals(tiny, [tokens.Tokens([1, -1], [0, 3])], 1)

@@ -572,3 +572,15 @@ def test_a_table_is_made_once_and_again_when_its_making_changes(source, cache, t
     assert latents.of(folder, model, sae, samples) == first and len(made) == 1 and (folder / "latents.html").exists()
     latents.of(folder, model, sae, samples, limit=4)
     assert len(made) == 2
+
+
+def test_quantised_weights_and_a_threshold_below_zero_are_refused(tmp_path):
+    w = topk.initial(6, 12, torch.zeros(6))
+    about = {"model_name": "m", "hook_name": "blocks.1.hook_resid_post"}
+    with pytest.raises(SaeError, match="threshold below zero"):
+        saes.save(tmp_path / "b", w, 2, about, threshold=-0.5)
+    folder = saes.save(tmp_path / "a", w, 2, about)
+    state = load_file(folder / "sae_weights.safetensors")
+    save_file(state | {"W_dec": (100 * state["W_dec"]).to(torch.int8)}, folder / "sae_weights.safetensors")
+    with pytest.raises(SaeError, match="whole numbers in W_dec"):
+        saes.load(folder)

@@ -131,3 +131,10 @@ def test_text_judge_reads_held_out_items():
         ["What a wonderful, delightful morning, I could sing!", "I weep quietly, everything is grey and lost."]
     )
     assert happy > sad
+
+
+def test_a_special_token_inside_a_text_is_no_first_token(tiny, cache):
+    text = "Tin is a soft metal.<|endoftext|> It melts. " * 40
+    where = steer.of_text(tiny, text, 1, length=16, chunks=4)
+    plain = tokens.plain(tiny.tokenizer, text).ids
+    assert [i for group in where.sequences for i in group[0].ids] == plain[:64]

@@ -213,3 +213,12 @@ def test_modules_in_rooms_have_digests_of_their_own(tmp_path):
     )
     assert len(set(run.stdout.split())) == 3, run.stderr
     assert {"caa", "store"} <= store._SOURCE.keys()
+
+
+def test_a_sidecar_cut_short_is_a_damaged_entry(cache, capsys):
+    for _ in range(2):
+        store.cached("kind", {"a": 1}, lambda: {"x": torch.ones(2)})
+    sidecar = next(cache.glob("kind/*/sidecar.json"))
+    sidecar.write_text(sidecar.read_text()[:20])
+    assert torch.equal(store.cached("kind", {"a": 1}, lambda: {"x": torch.ones(2)})["x"], torch.ones(2))
+    assert "is damaged; it is made again" in capsys.readouterr().out

@@ -190,3 +190,37 @@ def test_an_answer_stands_where_the_template_itself_would_put_it(smol, name):
     assert tokenizer.decode(laid.ids).endswith(before + "Yes, it is.")
     assert said(tokenizer, laid, ANSWER) == "Yes, it is." and said(tokenizer, laid, USER) == "Is it so?"
     assert tokenizer.decode(tokens.chat(tokenizer, "Is it so?").ids).endswith(prompt)
+
+
+def test_the_first_token_is_the_templates_or_for_plain_text_the_tokenizers(smol):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = shaped(smol.tokenizer, TEMPLATES["phi-3"])
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    assert tokens.plain(tokenizer, "Tin.").ids[0] == tokenizer.bos_token_id != tokens.plain(tokenizer, "Tin.").ids[1]
+    theirs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Why?"}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert tokens.chat(tokenizer, "Why?").ids == list(theirs["input_ids"])
+
+
+def test_a_tokenizer_that_splits_otherwise_has_another_fingerprint(smol):
+    from tokenizers.normalizers import Replace
+
+    other = copy.deepcopy(smol.tokenizer)
+    other.backend_tokenizer.normalizer = Replace("tin", "lead")
+    assert (
+        tokens.fingerprint(other)
+        != tokens.fingerprint(smol.tokenizer)
+        == tokens.fingerprint(copy.deepcopy(smol.tokenizer))
+    )
+
+
+def test_a_base_models_reply_begins_with_its_own_space(smol):
+    tokenizer = shaped(smol.tokenizer, None)
+    assert tokenizer.decode(tokens.chat(tokenizer, "Why?").ids).endswith("\nAssistant:")
+    one, other = tokens.chat(tokenizer, "Why?"), tokens.chat(tokenizer, "Why?", answer="Yes.")
+    assert other.ids[: len(one.ids)] == one.ids

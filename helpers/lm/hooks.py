@@ -65,7 +65,7 @@ class _Cursor:
     """Turns Positions into a mask for each forward pass of one sequence, also under generation with its cache.
 
     With a cache every later pass has length one, so a mask built for the prompt would not fit: the cursor counts the
-    tokens already seen. A pass longer than one token starts a new sequence.
+    tokens already seen. A pass longer than one token starts a new sequence; after a prompt of one token a new context does.
     """
 
     def __init__(self, positions: Positions | None):
@@ -205,10 +205,15 @@ def resume_at(model: Blocks, layer: int, acts: Tensor) -> Iterator[None]:
 
         return forward
 
+    before = [
+        module.__dict__.get("forward") for module, _ in skipped
+    ]  # set by somebody else, or by a context around this
     try:
         for at, (module, parts) in enumerate(skipped):
             module.__dict__["forward"] = passing(parts, acts if at == layer else None)
         yield
     finally:
-        for module, _ in skipped:
-            module.__dict__.pop("forward", None)
+        for (module, _), kept in zip(skipped, before, strict=True):
+            module.__dict__.pop("forward")
+            if kept is not None:
+                module.__dict__["forward"] = kept

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -174,7 +174,9 @@ def _adapter(folder: str, base: str) -> Adapter:
     try:
         config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
         content = (place / "adapter_model.safetensors").read_bytes()
-    except (OSError, ValueError):
+        with safe_open(place / "adapter_model.safetensors", "pt"):
+            config = dict(config)
+    except (OSError, ValueError, TypeError, SafetensorError):
         raise ModelError(
             f"{base} + {place.name}: that folder holds no adapter_config.json and adapter_model.safetensors that can be read; give "
             "one that peft's save_pretrained wrote, as NAME + FOLDER"
@@ -233,14 +235,18 @@ def _merged(weights: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     if not adapter.config.get("ensure_weight_tying"):
         _untie(weights, given)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft's: missing keys, which are counted here, and a renamed argument
+        with warnings.catch_warnings(record=True) as said:  # of missing keys too, which are counted here
+            warnings.simplefilter("always")
             peft: Any = PeftModel.from_pretrained(weights, str(adapter.path))
     except Exception as error:
         raise ModelError(
             f"the adapter {adapter.path.name} does not fit {type(weights).__name__}: {why(error, 4)}; name the model it was trained "
             "on before the +"
         ) from None
+    if strange := [str(w.message) for w in said if "nexpected keyword" in str(w.message)]:
+        raise ModelError(
+            f"the adapter {adapter.path.name} holds settings that this peft does not know: {strange[0][:200]}"
+        )
     wanted = set(get_peft_model_state_dict(peft, save_embedding_layers=False))
     if given - wanted:
         wanted |= set(get_peft_model_state_dict(peft, save_embedding_layers=True))

@@ -432,9 +432,10 @@ def inputs(lm: LM, batch: Batch, attend_filler: bool = True) -> dict[str, Tensor
         raise ValueError(
             f"a sequence of {int(batch.position_ids.max()) + 1} tokens was given; {lm.identity} takes {lm.longest}"
         )
-    if int(batch.ids.max()) >= len(lm.embedding):
+    least, most = int(batch.ids.min()), int(batch.ids.max())
+    if least < 0 or most >= len(lm.embedding):
         raise ValueError(
-            f"token id {int(batch.ids.max())} was given; the model embeds ids 0 to {len(lm.embedding) - 1}"
+            f"token id {most if least >= 0 else least} was given; the model embeds ids 0 to {len(lm.embedding) - 1}"
         )
     mask = batch.mask if attend_filler else batch.mask & (batch.roles != FILLER)
     parts = {"input_ids": batch.ids, "attention_mask": mask.long(), "position_ids": batch.position_ids}
@@ -509,6 +510,11 @@ def batches(
     No block above the deepest of `layers` is run. Like lengths come together, for less padding; `by_length` false keeps the
     order given, for hooks that were built for it.
     """
+    if batch_size < 1 or not sequences or not all(s.ids for s in sequences):
+        raise ValueError(
+            f"{len(sequences)} sequences were given, {sum(not s.ids for s in sequences)} of them empty, to read {batch_size} at a "
+            "time: one or more of each is wanted, none empty"
+        )
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids) if by_length else 0)
     for start in tqdm(range(0, len(order), batch_size), desc="read", leave=False):
         chosen = order[start : start + batch_size]

@@ -37,8 +37,16 @@ def _say_what_is_not_used(lm: LM) -> None:
         print(f"{lm.identity}: its own generation settings {', '.join(other)} are not used here")
 
 
+def ends(lm: LM) -> list[int]:
+    """The tokens that end a reply: special ones, and those at which the model's own settings say that it stops."""
+    settings = getattr(lm.weights, "generation_config", None), lm.weights.config.get_text_config()
+    named = [getattr(s, "eos_token_id", None) for s in settings]
+    stops = {i for n in named if n is not None for i in (n if isinstance(n, list | tuple) else [n])}
+    return sorted(tokens.special_ids(lm.tokenizer) | stops)
+
+
 def write(lm: LM, batch: Batch, max_new_tokens: int, temperature: float = 0.0) -> Tensor:
-    """The ids (rows, max_new_tokens) that follow a left-padded batch, -1 from a special token on (at least one token each).
+    """The ids (rows, max_new_tokens) that follow a left-padded batch, -1 from the reply's end on (at least one token each).
 
     Greedy at temperature 0, else sampled from softmax(logits / temperature) over all tokens, from torch's random state. Hooks
     that are set act: they see the prompt, then one token at a time.
@@ -56,7 +64,7 @@ def write(lm: LM, batch: Batch, max_new_tokens: int, temperature: float = 0.0) -
         raise ValueError(
             f"a prompt of {int(batch.position_ids.max()) + 1} tokens and {max_new_tokens} new ones: {lm.identity} takes {lm.longest}"
         )
-    special = torch.tensor(sorted(tokens.special_ids(lm.tokenizer)), device=lm.device)
+    special = torch.tensor(ends(lm), device=lm.device)
     cache, given = whole_cache(lm), reading.inputs(lm, batch)
     ended = torch.zeros(len(batch.ids), dtype=torch.bool, device=lm.device)
     out = torch.full((len(batch.ids), max_new_tokens), -1)
@@ -114,10 +122,9 @@ def generate_ids(
 
     nothing = added is None or not bool(added.any())
     steering = [] if nothing else [operator.index(layer), store.digest(added.double())]  # type: ignore[union-attr]
-    ends = sorted(tokens.special_ids(lm.tokenizer))
     how = {
         "prompts": store.digest(batch.ids),
-        "ends": store.digest(ends),
+        "ends": ends(lm),
         "steering": steering,
         "write": [max_new_tokens, temperature, seed],
     }

@@ -340,6 +340,8 @@ def resumed(
 ) -> Iterator[tuple[list[int], list[int], Predicted]]:
     """Batch by batch: which sequences, how many answer tokens each, and those tokens' predictions, one after another, if `streams`
     (one (tokens, d_model) a sequence) leaves block `layer`."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size} given; at least 1 is wanted")
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together: less padding
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]

@@ -167,7 +167,8 @@ def _pieces(tokenizer: Tokenizer, question: str, system: str | None, answered: b
     """
     if tokenizer.chat_template is None:  # a base model: a plain transcript
         first = [("System: ", TEMPLATE), (system, SYSTEM), ("\n", TEMPLATE)] if system else []
-        return [*first, ("User: ", TEMPLATE), (question, USER), ("\nAssistant: ", TEMPLATE)]
+        opening = "\nAssistant: " if answered else "\nAssistant:"  # a reply begins with its own space
+        return [*first, ("User: ", TEMPLATE), (question, USER), (opening, TEMPLATE)]
     layout, marked = _layout(tokenizer, system, question)
     if layout.joined:
         _system_in_front(tokenizer)
@@ -215,7 +216,7 @@ def _closed(prompt: str) -> str:
     return prompt.rstrip() + "\n\n</think>\n\n" if begun else prompt
 
 
-def _tokenize(tokenizer: Tokenizer, pieces: Sequence[tuple[str, int]]) -> Tokens:
+def _tokenize(tokenizer: Tokenizer, pieces: Sequence[tuple[str, int]], template: bool = False) -> Tokens:
     """The joined text of `pieces` as tokens; a token that any of a piece's text lies in has the piece's role.
 
     Where template and content share a token it is the content's. DataError for text that is not Unicode, and for a
@@ -247,8 +248,8 @@ def _tokenize(tokenizer: Tokenizer, pieces: Sequence[tuple[str, int]]) -> Tokens
         for i, (a, b) in enumerate(offsets):
             if a < end and b > start and roles[i] == TEMPLATE:
                 roles[i] = role
-    # Templates write the BOS themselves; plain text gets the one the tokenizer would have added, never two.
-    bos = first_token(tokenizer)
+    # A template writes the BOS itself, or none; plain text gets the one the tokenizer would have added, never two.
+    bos = [] if template else first_token(tokenizer)
     if bos and ids[:1] != bos:
         ids, roles = bos + ids, [SPECIAL, *roles]
     return Tokens(ids, roles)
@@ -267,14 +268,16 @@ def chat(tokenizer: Tokenizer, question: str, system: str | None = None, answer:
         if not answer.strip():
             raise DataError(f"the answer to {question.strip()[:40]!r} is empty: there is nothing to read or to score")
         pieces.append((answer.strip(), ANSWER))
-    return _tokenize(tokenizer, pieces)
+    return _tokenize(tokenizer, pieces, tokenizer.chat_template is not None)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of how a tokenizer lays out a conversation: its template as it comes out, special tokens, end and padding."""
+    """A hash of how a tokenizer splits text and lays out a conversation: its rules, its template as it comes out, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else tokenizer.get_vocab()
     shown = chat(tokenizer, "A question.", answer="An answer.")
     specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, sorted(special_ids(tokenizer))]
-    return digest([shown, tokenizer.chat_template, specials])[:16]
+    return digest([rules, shown, tokenizer.chat_template, specials])[:16]
 
 
 def conversation(tokenizer: Tokenizer, question: str, reply: Sequence[int], own_turn: bool = True) -> Tokens:
