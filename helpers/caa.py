@@ -78,7 +78,12 @@ def padded_pair(tokenizer: Tokenizer, pair: SystemPair, filler: str = " .") -> t
     out = []
     for side in sides:
         missing = width - len(side.ids)
-        end = max(i for i, role in enumerate(side.roles) if role == SYSTEM) + 1
+        here = [i for i, role in enumerate(side.roles) if role == SYSTEM]
+        if not here or len(here) != here[-1] - here[0] + 1:
+            raise DataError(
+                f"the system prompt of {pair.question!r} is empty, or stands in more than one place: nothing to pad"
+            )
+        end = here[-1] + 1
         fill = [filler_ids[i % len(filler_ids)] for i in range(missing)]
         out.append(
             Tokens(

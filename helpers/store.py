@@ -178,7 +178,7 @@ def writing(path: Path, replace: bool = False) -> Iterator[Path]:
 
     If `path` exists by then it stays, or, with `replace`, is exchanged. OSError as for `full_disk_said`.
     """
-    temporary = path.parent / temporary_name()
+    temporary = path.parent / f"{temporary_name()}-{path.name}"
     try:
         with full_disk_said(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_file(path: Path, data: str | bytes) -> Path:
     """Write a whole file or nothing: under a temporary name, then renamed over `path`."""
-    temporary = path.parent / temporary_name()
+    temporary = path.parent / f"{temporary_name()}-{path.name}"
     try:
         with full_disk_said(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -273,3 +273,54 @@ def test_batches_of_nothing_are_refused(tiny, cache):
             reading.residuals(tiny, wrong, 1)
     with pytest.raises(ValueError, match="token id -1 was given"):
         reading.residuals(tiny, [tokens.Tokens([1, -1], [0, 3])], 1)
+
+
+@pytest.mark.parametrize("change", ["autocast", "training", "edited", "global hook"])
+def test_what_is_kept_is_that_of_the_model_as_it_was_loaded(tiny, cache, change):
+    import copy
+
+    other = reading.LM.of(copy.deepcopy(tiny.weights), tiny.tokenizer, "changed")
+    both = [[tokens.chat(tiny.tokenizer, q, answer=a) for a in ("Yes.", "No.")] for q in ASK]
+    handle = None
+    if change == "training":
+        other.weights.train()
+    elif change == "edited":
+        other.weights.get_output_embeddings().weight.mul_(2)
+    elif change == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda m, a, out: None)
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+            for call in (
+                lambda: scoring.log_odds(scoring.Continuations(other, both, 1), [torch.ones(48)], [1.0]),
+                lambda: reading.means(other, both[0], [1]),
+                lambda: replies.generate_ids(other, ASK),
+            ):
+                with pytest.raises(ValueError, match="as that of the model as it was loaded"):
+                    call()
+    finally:
+        if handle:
+            handle.remove()
+
+
+def test_weights_with_something_beside_them_are_no_plain_model(tiny):
+    import copy
+
+    weights = copy.deepcopy(tiny.weights)
+    torch.nn.utils.parametrize.register_parametrization(weights.get_output_embeddings(), "weight", torch.nn.Identity())
+    with pytest.raises(models.ModelError, match="beside its weights"):
+        reading.LM.of(weights, tiny.tokenizer, "parametrised")
+
+
+def test_a_default_dtype_of_somebody_elses_changes_nothing(tiny, where, cache):
+    expected = scoring.log_odds(where, [torch.ones(48)], [1.0])
+    means = reading.means(tiny, where.sequences[0], [1])[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        fresh = scoring.Continuations(tiny, where.sequences, 1)
+        found = fresh.log_probs(torch.ones(48, dtype=torch.float32), 1.0)
+        np.testing.assert_allclose(found[:, 0] - found[:, 1], expected[0, 0])
+        assert (
+            reading._means(tiny, where.sequences[0], [1], "last", None, 32, True).dtype == means.dtype == torch.float32
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)

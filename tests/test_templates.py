@@ -170,8 +170,8 @@ TURN = "{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|messag
 ANSWERED = {  # a template, what stands right before an answer, and before a reply that the model is to write
     "channels": (LOOP + TURN + "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
-                 "<|start|>assistant<|channel|>final<|message|>", "<|start|>assistant"),
-    "no generation prompt": (LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_start|>assistant\n", "<|im_end|>\n"),
+                 "<|start|>assistant<|channel|>final<|message|>", "<|start|>assistant<|channel|>final<|message|>"),
+    "no generation prompt": (LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_start|>assistant\n", "<|im_start|>assistant\n"),
     "a space": (LOOP + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}", "[/INST] ", "[/INST]"),
     "a thought of another name": (LOOP + "{% if m.role == 'user' %}Q {{ m.content }}\n{% else %}A {{ m.content }}{% endif %}{% endfor %}"
                                   "{% if add_generation_prompt %}A [THINK]{% endif %}", "A ", "A [THINK]"),
@@ -224,3 +224,16 @@ def test_a_base_models_reply_begins_with_its_own_space(smol):
     assert tokenizer.decode(tokens.chat(tokenizer, "Why?").ids).endswith("\nAssistant:")
     one, other = tokens.chat(tokenizer, "Why?"), tokens.chat(tokenizer, "Why?", answer="Yes.")
     assert other.ids[: len(one.ids)] == one.ids
+
+
+@pytest.mark.parametrize("prefix", [["<|endoftext|>"], ["<|im_start|>", "<|endoftext|>"]])
+def test_plain_text_begins_as_the_tokenizer_begins_it(smol, prefix):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = shaped(smol.tokenizer, None)
+    ids = tokenizer.convert_tokens_to_ids(prefix)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([*prefix, "$A"]), special_tokens=list(zip(prefix, ids, strict=True))
+    )
+    laid = tokens.plain(tokenizer, "Tin is soft.")
+    assert laid.ids == tokenizer("Tin is soft.")["input_ids"] and laid.roles[: len(ids)] == [tokens.SPECIAL] * len(ids)

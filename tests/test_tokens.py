@@ -301,3 +301,9 @@ def test_a_reply_has_a_turn_of_its_own_or_ends_the_users(smol):
         assert [i for i, r in zip(talk.ids, talk.roles, strict=True) if r == ANSWER] == reply
         assert (said.index("assistant\n") < said.index("In springs")) == own_turn
         assert len(talk.ids) == len(talk.roles) and said.count("In springs") == 1
+
+
+def test_ids_and_roles_go_together(tokenizer):
+    for wrong in ([], [tokens.Tokens([1, 5, 6], [3])]):
+        with pytest.raises(ValueError, match="a role for every id"):
+            tokens.pad(wrong, 0)

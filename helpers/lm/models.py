@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from helpers.lm import files, text
-from helpers.lm.files import TOKENIZER_FILES, content, packaged_names, weight_files
+from helpers.lm.files import SETTING_FILES, TOKENIZER_FILES, content, packaged_names, weight_files
 from helpers.lm.reading import LM, ModelError, logits_of_few
 from helpers.lm.tokens import Tokenizer
 from helpers.session import cache_dir, path, split, why
@@ -165,7 +165,7 @@ class Adapter(NamedTuple):
     tokenizer: bool
 
 
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "special_tokens_map.json")
+OWN_FILES = (*TOKENIZER_FILES, *SETTING_FILES, "chat_template.json", "merges.txt")  # of an adapter's own tokenizer
 
 
 def _adapter(folder: str, base: str) -> Adapter:
@@ -196,7 +196,7 @@ def _adapter(folder: str, base: str) -> Adapter:
             "are not the same weights, what comes out is neither model",
             stacklevel=4,
         )
-    own = [place / name for name in (*TOKENIZER_FILES, *TEMPLATE_FILES) if (place / name).is_file()]
+    own = [place / name for name in OWN_FILES if (place / name).is_file()]
     parts: list[object] = [digest(content), config, *([p.name, digest(p.read_bytes())] for p in own)]
     return Adapter(place, config, digest(parts)[:12], any(p.name in TOKENIZER_FILES for p in own))
 

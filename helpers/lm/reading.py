@@ -78,6 +78,7 @@ class LM:
     unembedding: Unembedding
     skips: bool = True
     unscored: str = ""
+    version: int = 0  # counts edits of the weights in place
 
     @classmethod
     def of(cls, weights: PreTrainedModel, tokenizer: Tokenizer, identity: str) -> "LM":
@@ -87,6 +88,10 @@ class LM:
         earlier ones give (then it is an encoder, such as BERT); how logits come from what reaches the unembedding; whether
         padding, positions from 0, a start above the lower blocks and cached keys and values leave the logits as they are.
         """
+        if hasattr(weights, "peft_config") or any("parametriz" in type(m).__module__ for m in weights.modules()):
+            raise ModelError(
+                f"{identity} holds an adapter or a parametrisation beside its weights: merge it into them first"
+            )
         weights.eval()
         for parameter in weights.parameters():
             parameter.requires_grad_(False)
@@ -94,7 +99,8 @@ class LM:
         lm = cls(weights, tokenizer, identity, *_probed(weights, identity))
         with torch.no_grad():
             _check_padding(lm)
-            return replace(lm, skips=_skips(lm), unscored=_unscored(lm))
+            version = sum(p._version for p in weights.parameters())
+            return replace(lm, skips=_skips(lm), unscored=_unscored(lm), version=version)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -485,7 +491,22 @@ def steered(lm: LM, layer: int, vector: Tensor | None) -> AbstractContextManager
 
 
 def unhooked(lm: LM) -> None:
-    """ValueError if hooks are set on the model: what is kept on disk is that of the model as it is, and would not know of them."""
+    """ValueError if hooks are set on the model, or anything else changes what it computes: what is kept on disk is that of the
+    model as it was loaded, and would not know of it."""
+    device, changes = lm.device.type, []
+    if torch.is_autocast_enabled(device):
+        changes.append("runs under autocast")
+    if lm.weights.training:
+        changes.append("is in training mode")
+    if sum(p._version for p in lm.weights.parameters()) != lm.version:
+        changes.append("has had its weights edited")
+    every = nn.modules.module
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        changes.append("runs under global hooks")
+    if changes:
+        raise ValueError(
+            f"{lm.identity} {changes[0]}: this result is kept on disk as that of the model as it was loaded"
+        )
     for module in lm.weights.modules():
         foreign = [
             h for h in module._forward_hooks.values() if not getattr(h, "__module__", "").startswith("transformers.")
@@ -572,7 +593,7 @@ def _means(
     attend_filler: bool,
 ) -> Tensor:
     sets = 1 if masks is None else len(masks[0])
-    out = torch.empty(len(sequences), sets, len(layers), lm.d_model)
+    out = torch.empty(len(sequences), sets, len(layers), lm.d_model, dtype=torch.float32)
     for rows, batch, acts in batches(lm, sequences, layers, batch_size, attend_filler):
         if masks is None:
             chosen = tokens.positions(batch, where).prompt[:, None]

@@ -85,8 +85,10 @@ def padding(tokenizer: Tokenizer, below: int | None = None) -> int:
 
 
 def first_token(tokenizer: Tokenizer) -> list[int]:
-    """The BOS that the tokenizer puts before a text, as a list of one id, or an empty list where it adds none."""
-    return [i for i in tokenizer("", add_special_tokens=True)["input_ids"][:1] if i == tokenizer.bos_token_id]
+    """What the tokenizer puts before a text: a BOS as a rule, nothing, or more than one id (GLM)."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+    return whole[: starts[0]] if starts else []
 
 
 def _thinking() -> bool:
@@ -180,13 +182,8 @@ def _pieces(tokenizer: Tokenizer, question: str, system: str | None, answered: b
         raise DataError(f"the chat template refuses {question[:40]!r} as the user's turn: {error}") from None
     if "".join(text for text, _ in pieces) != real:
         raise DataError(f"the chat template changed or dropped the text {question[:40]!r}; positions cannot be marked")
-    opening = pieces[-1][0]
-    if answered:
-        marks = layout.turns(SYSTEM_MARK if system else None, USER_MARK, ANSWER_MARK)
-        opening = _before_answer(opening, _answer_opening(tokenizer, marks))
-    elif not _thinking():
-        opening = _closed(opening)
-    pieces[-1] = (opening, TEMPLATE)
+    turn = _answer_opening(tokenizer, layout.turns(SYSTEM_MARK if system else None, USER_MARK, ANSWER_MARK))
+    pieces[-1] = ((_before_answer if answered else _before_reply)(pieces[-1][0], turn), TEMPLATE)
     return [piece for piece in pieces if piece[0]]
 
 
@@ -208,6 +205,14 @@ def _before_answer(prompt: str, turn: str | None) -> str:
     if turn is None or turn == prompt or _thinking() or closed.rstrip().endswith("</think>"):
         return closed
     return turn
+
+
+def _before_reply(prompt: str, turn: str | None) -> str:
+    """What stands before a reply that the model is to write: the prompt, and where the template's own turn says more (whose turn it
+    is, a channel), that too, without the space that a reply begins with."""
+    if turn is not None and not _thinking() and turn.startswith(prompt) and turn[len(prompt) :].strip():
+        return turn.rstrip(" ")
+    return prompt if _thinking() else _closed(prompt)
 
 
 def _closed(prompt: str) -> str:
@@ -250,8 +255,8 @@ def _tokenize(tokenizer: Tokenizer, pieces: Sequence[tuple[str, int]], template:
                 roles[i] = role
     # A template writes the BOS itself, or none; plain text gets the one the tokenizer would have added, never two.
     bos = [] if template else first_token(tokenizer)
-    if bos and ids[:1] != bos:
-        ids, roles = bos + ids, [SPECIAL, *roles]
+    if bos and ids[: len(bos)] != bos:
+        ids, roles = bos + ids, [SPECIAL] * len(bos) + roles
     return Tokens(ids, roles)
 
 
@@ -304,6 +309,8 @@ def plain(tokenizer: Tokenizer, text: str) -> Tokens:
 
 def pad(batch: Sequence[Tokens], pad_id: int, side: str = "left") -> Batch:
     """The sequences padded to one length. Positions count real tokens, so either side gives the same activations."""
+    if not batch or any(len(t.ids) != len(t.roles) for t in batch):
+        raise ValueError(f"{len(batch)} sequences were given; one or more is wanted, each with a role for every id")
     width = max(len(t.ids) for t in batch)
     ids = torch.full((len(batch), width), pad_id)
     roles = torch.full((len(batch), width), PAD)
