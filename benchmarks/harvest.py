@@ -10,6 +10,7 @@ of 18,432 latents on the differences, and prints the peak memory.
 """
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -45,9 +46,11 @@ def store(model, layer, ids, batch):
     from sae_lens.training.activations_store import ActivationsStore
 
     block = next(n for n, m in model.weights.named_modules() if m is model.blocks[layer])
+    shared = {id(t): t for t in (*model.weights.parameters(), *model.weights.buffers())}
+    twin = copy.deepcopy(model.weights, shared)  # the same parameters; its hooks stay off ours
     dataset = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("torch")
     return ActivationsStore(
-        HookedProxyLM(model.weights, model.tokenizer, hook_names=[block]), dataset, streaming=False, hook_name=block,
+        HookedProxyLM(twin, model.tokenizer, hook_names=[block]), dataset, streaming=False, hook_name=block,
         hook_head_index=None, context_size=ids.shape[1], d_in=model.d_model, n_batches_in_buffer=8192 // ids.shape[1],
         total_training_tokens=ids.numel(), store_batch_size_prompts=batch, train_batch_size_tokens=4096, prepend_bos=False,
         normalize_activations="none", device=model.device, dtype="float32",
