@@ -30,6 +30,8 @@ class Samples(Protocol):
 def _unit(rows: Tensor) -> Tensor:
     """Rows (n, d_model) in float64 on the CPU with length 1; a row of zeros stays one."""
     rows = rows.detach().double().cpu()
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError("a vector or a direction holds NaN or infinity: look at what it was made from")
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-300)
 
 

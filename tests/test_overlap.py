@@ -112,3 +112,14 @@ def test_use_orders_latents_by_what_they_contribute_and_leaves_out_the_dead():
     np.testing.assert_allclose(use.frequency, [1, 1 / 3, 1 / 3, 0])
     np.testing.assert_allclose(use.energy, [1, 4 / 3, 25 / 3, 0])
     assert use.order.tolist() == [2, 1, 0]
+
+
+def test_directions_that_are_not_finite_are_refused():
+    q, wrong = torch.randn(2, 8), torch.full((1, 8), torch.nan)
+    for call in (
+        lambda: overlap.project_out(q, wrong),
+        lambda: overlap.energy(wrong, q),
+        lambda: overlap.best(wrong, q),
+    ):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            call()
