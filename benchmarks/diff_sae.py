@@ -70,7 +70,7 @@ def main():
     torch.set_grad_enabled(False)
     dtype = session.choose_dtype(o.dtype, o.device)
     config = train.Config(o.latents, o.k, o.tokens, o.batch, lr=2e-4, low=dtype == torch.bfloat16)
-    cut = budget.Sizes(max(min(diff.PASS_TOKENS, o.pool) // o.context, 1), o.context, o.pool)
+    cut = budget.Sizes(max(min(harvest.PASS_TOKENS, o.pool) // o.context, 1), o.context, o.pool)
     base, chat = (gemma(o, o.device, dtype, seed) for seed in (0, 1))
     need = budget.reckoned(budget.shape(base), budget.shape(chat), dtype, config, cut)
     print(need.table())

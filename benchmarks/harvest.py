@@ -82,7 +82,7 @@ def main():
     model = gemma_shape(device, dtype) if o.random else models.load(session.load_profile()["chat"], device, dtype)
     layer = model.layers // 2 - 1
     source = "packaged:wiki+web+stories"
-    batch = harvest.choose_batch(model, [layer], o.context)
+    batch = harvest.rows_a_pass(o.context)
     text.fetch("text")
     cache, folder = session.cache_dir(), Path(tempfile.mkdtemp())
     (folder / "assets").symlink_to((cache / "assets").resolve())

@@ -306,8 +306,7 @@ def _same_tokens(one: Samples, other: Samples) -> None:
         same = same and all(torch.equal(*(f.get_tensor(name) for f in part)) for name in ("ids", "row", "position"))
     if not same:
         raise HarvestError(
-            "the two harvests do not hold the same tokens: make them with harvest.pair, several pairs with "
-            "harvest.pair_of_profile and the same speakers"
+            "the two harvests do not hold the same tokens: make them with harvest.pair, or harvest.pair_of_profile"
         )
 
 

@@ -18,7 +18,6 @@ from helpers.lm import models
 from helpers.lm.reading import LM
 
 POOL_TOKENS = 131_072  # tokens harvested, then trained on, in turn
-PASS_TOKENS = 8192  # tokens a forward pass: set here and not tried out, so that the SAE's identity is no machine's
 KEYS = {
     "diff": {"layer", "harvest", "train", "stream"},
     "harvest": {"source", "chats", "tokens", "held_out", "context"},
@@ -100,7 +99,7 @@ def sizes(profile: dict[str, Any], fast: bool = False) -> Sizes:
     """How a settled profile's stream is cut."""
     context = profile["sae"]["harvest"]["context"]
     pool = 2048 if fast else POOL_TOKENS
-    return Sizes(max(min(PASS_TOKENS, pool) // context, 1), context, pool)
+    return Sizes(max(min(harvest.PASS_TOKENS, pool) // context, 1), context, pool)
 
 
 def planned(profile: dict[str, Any], dtype: torch.dtype, fast: bool = False) -> Budget:

@@ -34,42 +34,13 @@ from helpers.lm.tokens import Tokenizer
 
 FORMAT = 2  # raised when the bits of a shard change
 SHARD_ROWS = 512
+PASS_TOKENS = 4096  # of a forward pass: more gains nothing on a CPU or a GPU, and costs memory
 Model = LM | str
 
 
-def choose_batch(model: LM, layers: Sequence[int], context: int) -> int:
-    """Rows a forward pass: doubled while that gains 3 % in tokens/s and fits in memory; tried once and remembered."""
-    key = [model.identity, str(model.dtype), str(model.device), max(layers), context, torch.get_num_threads()]
-    if model.device.type == "cuda":
-        key.append(torch.cuda.get_device_name(model.device))
-    path = session.cache_dir() / "batches" / f"{store.digest(key)[:16]}.json"
-    if kept := store.read_json(path):
-        return kept["rows"]
-    best, speed, rows = 0, 0.0, max(512 // context, 1)
-    while True:
-        ids = torch.zeros(rows, context, dtype=torch.long)
-        try:
-            reading.packed(model, ids, layers)
-            seconds = []
-            for _ in range(2):
-                began = time.perf_counter()
-                sum(float(acts[-1, -1, 0]) for acts in reading.packed(model, ids, layers).values())  # waits for a GPU
-                seconds.append(time.perf_counter() - began)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if type(error) is RuntimeError and "memory" not in str(error):
-                raise
-            if not best:
-                raise HarvestError(
-                    f"a batch of {rows} x {context} tokens does not fit on {model.device}: choose a shorter context, a "
-                    "smaller dtype or another device"
-                ) from None
-            break
-        now = rows * context / min(seconds)
-        if now < 1.03 * speed:
-            break
-        best, speed, rows = rows, now, 2 * rows
-    store.write_file(path, json.dumps({"rows": best, "tokens per second": round(speed), "model": model.identity}))
-    return best
+def rows_a_pass(context: int) -> int:
+    """Token rows a forward pass: as many for everybody, since the batch enters the last bits of bfloat16 rows."""
+    return max(PASS_TOKENS // context, 1)
 
 
 # --- shards of token rows ----------------------------------------------------------------------------------------------
@@ -97,6 +68,20 @@ def _chunks(
         yield chunk()
 
 
+@contextmanager
+def _memory_said(model: LM, rows: int, context: int) -> Iterator[None]:
+    """Context: where memory runs out, HarvestError says in what and what to do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "memory" not in str(error):
+            raise
+        raise HarvestError(
+            f"a pass of {rows} x {context} tokens does not fit on {model.device}: give a smaller batch, a shorter context, a "
+            "smaller dtype or another device"
+        ) from None
+
+
 def _forward(model: LM, chunk: Chunk, layers: Sequence[int], batch: int, bar: Any = None) -> dict[int, Acts]:
     """layer -> residuals of a chunk's kept tokens in the model's dtype; HarvestError names a row that is not finite."""
     kept = torch.from_numpy(chunk.kept)
@@ -105,7 +90,8 @@ def _forward(model: LM, chunk: Chunk, layers: Sequence[int], batch: int, bar: An
     out = {k: Acts(torch.empty(n, model.d_model, dtype=model.dtype), torch.empty(n)) for k in layers}
     for first in range(0, len(chunk.ids), batch):
         last = min(first + batch, len(chunk.ids))
-        acts = reading.packed(model, torch.from_numpy(chunk.ids[first:last]).long(), layers)
+        with _memory_said(model, last - first, chunk.ids.shape[1]):
+            acts = reading.packed(model, torch.from_numpy(chunk.ids[first:last]).long(), layers)
         for k in layers:
             rows = acts[k][kept[first:last].to(acts[k].device)]
             out[k].rows[ends[first] : ends[last]] = rows
@@ -191,12 +177,12 @@ def _room(folder: Path, tokens: int, layers: int, width: int, itemsize: int) -> 
         )
 
 
-def _batch(folder: Path, plan: dict[str, Any], chosen: int, model: LM) -> int:
+def _batch(folder: Path, plan: dict[str, Any], chosen: int) -> int:
     """Rows a forward pass of this harvest: a harvest keeps the batch its first shard was made with."""
     path = folder / "plan.json"
     if (kept := store.read_json(path)) and (not chosen or list(folder.glob("shard-*.json"))):
         return kept["batch"]
-    batch = chosen or choose_batch(model, plan["layers"], plan["context"])
+    batch = chosen or rows_a_pass(plan["context"])
     store.write_file(path, json.dumps({**plan, "batch": batch}, indent=1))
     return batch
 
@@ -215,7 +201,7 @@ def run(
     """Residuals after `layers` for the first `tokens` kept tokens of `source`, kept on disk; at the first of `layers`.
 
     What is there already is checked and not made again; a source with fewer tokens gives them all and says so. `batch`: rows
-    a forward pass, 0 to choose. `tokenizer` makes the rows instead of the model's own (of a pair, the chat model's).
+    a forward pass, 0 for `rows_a_pass`. `tokenizer` makes the rows instead of the model's own (of a pair, the chat model's).
     With torch.distributed initialised each rank makes its share of the shards and all return the same. HarvestError,
     DataError, ValueError or OSError say what stood in the way; whole shards stay.
     """
@@ -238,7 +224,7 @@ def run(
         _room(folder, tokens, len(layers), model.d_model, model.dtype.itemsize)
     _barrier()  # nobody looks for shards while another still removes damaged ones
     if rank == 0:
-        batch = _batch(folder, plan, batch, model)
+        batch = _batch(folder, plan, batch)
     _barrier()
     batch = store.read_json(folder / "plan.json")["batch"]
     began, count, shards, made = time.perf_counter(), Counter(), 0, 0
@@ -350,7 +336,7 @@ class Stream:
         self.tokenizer = self.models[-1].tokenizer
         self.source, self.layer, self.context, self.part = text.resolved(source), layer, context, part
         self.pool_rows = max(pool_tokens // context, 1)
-        self.batch_rows = batch_rows or choose_batch(model, [layer], context)
+        self.batch_rows = batch_rows or rows_a_pass(context)
         self.d_model = model.d_model
 
     def about(self) -> dict[str, Any]:
@@ -416,8 +402,26 @@ class Stream:
 # --- conversations -----------------------------------------------------------------------------------------------------
 
 
-def _described(profile: dict[str, Any], speakers: Sequence[LM], part: str, fast: bool) -> tuple[list[str], int, int]:
-    """Source, tokens and context of a profile's `sae: harvest:` section, the answers of each of `speakers` among the sources."""
+def _answers(profile: dict[str, Any], given: Sequence[LM], length: int, fast: bool) -> list[str]:
+    """Files of the answers of every model that a profile names to its behaviours' open prompts; of models not `given` one is
+    loaded only where its answers are not kept yet."""
+    pair = profile.get("pair") or {}
+    names = {profile["chat"], profile.get("base"), *(pair.get(side) for side in ("base", "chat", "unrelated"))}
+    questions = [q for name in profile["behaviors"] for q in behaviors.load_behavior(name).open]
+    questions, length = (questions[:8], 8) if fast else (questions, length)
+    device, dtype, found = str(given[0].device), given[0].dtype, []
+    for name in sorted(filter(None, names)):
+        key = models.key(name, device, dtype)
+        path = replies.chats_path(key, questions, length)
+        if not path.exists():
+            own = [model for model in given if model.key == key]
+            path = replies.chats(own[0] if own else models.load(name, device, dtype), questions, length)
+        found.append(str(path))
+    return list(dict.fromkeys(found))
+
+
+def _described(profile: dict[str, Any], given: Sequence[LM], part: str, fast: bool) -> tuple[list[str], int, int]:
+    """Source, tokens and context of a profile's `sae: harvest:` section: one text for every model and notebook."""
     how = profile.get("sae", {}).get("harvest")
     if not how:
         raise HarvestError(
@@ -425,9 +429,7 @@ def _described(profile: dict[str, Any], speakers: Sequence[LM], part: str, fast:
         )
     source = [how["source"]] if isinstance(how["source"], str) else list(how["source"])
     if how.get("chats"):
-        questions = [q for name in profile["behaviors"] for q in behaviors.load_behavior(name).open]
-        for model in speakers:
-            source.append(str(replies.chats(model, questions[:8] if fast else questions, 8 if fast else how["chats"])))
+        source += _answers(profile, given, how["chats"], fast)
     tokens = how["tokens"] if part == "train" else how["held_out"]
     return source, min(tokens, 6000) if fast else tokens, how["context"]
 
@@ -435,22 +437,16 @@ def _described(profile: dict[str, Any], speakers: Sequence[LM], part: str, fast:
 def of_profile(model: LM, profile: dict[str, Any], part: str = "train", fast: bool = False) -> Samples:
     """The harvest a profile's `sae: harvest:` section describes, at the profile's layer; `fast` takes a few thousand tokens.
 
-    `source` as in helpers/lm/text.py; with `chats` (a number of new tokens) the model's own answers to the behaviours'
-    open prompts are one of its sources; `tokens` of the part train, `held_out` of the part held-out.
+    `source` as in helpers/lm/text.py; with `chats` (a number of new tokens) the answers of every model that the profile names
+    to the behaviours' open prompts are among its sources; `tokens` of the part train, `held_out` of the part held-out.
     """
     source, tokens, context = _described(profile, [model], part, fast)
     return run(model, source, [profile["layer"]], tokens, context, part)
 
 
-def pair_of_profile(
-    base: LM, chat: LM, profile: dict[str, Any], part: str = "train", fast: bool = False,
-    speakers: Sequence[LM] = (),
-) -> Pair:  # fmt: skip
-    """The harvest of `of_profile` through two models, token by token; both models' own answers are read by both.
-
-    `speakers`: whose answers are read instead of these two's, so that several pairs share their rows.
-    """
-    source, tokens, context = _described(profile, speakers or [base, chat], part, fast)
+def pair_of_profile(base: LM, chat: LM, profile: dict[str, Any], part: str = "train", fast: bool = False) -> Pair:
+    """The harvest of `of_profile` through two models, token by token: the same rows as any other model of the profile reads."""
+    source, tokens, context = _described(profile, [base, chat], part, fast)
     return pair(base, chat, source, [profile["layer"]], tokens, context=context, part=part)
 
 
@@ -480,7 +476,7 @@ def main() -> None:
     parser.add_argument("--model", default="", help="default: the profile's chat model")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--part", default="train", choices=text.PARTS)
-    parser.add_argument("--batch", type=int, default=0, help="rows a forward pass; 0: found by trying")
+    parser.add_argument("--batch", type=int, default=0, help="rows a forward pass (default: 4096 tokens)")
     parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="token rows a shard")
     o = parser.parse_args()
     profile = session.load_profile(o.profile)

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -398,36 +399,37 @@ class LossRecovered(NamedTuple):
 
 def loss_recovered(
     lm: LM,
-    sae: Dictionary,
+    saes: Sequence[Dictionary],
     layer: int,
     ids: Tensor,
     kept: Tensor,
     mean: Tensor,
     limit: float = math.inf,
     batch: int = 8,
-) -> LossRecovered:
-    """What the language model loses when the SAE, or the `mean` activation (d_model,), stands in for the residual stream.
+) -> list[LossRecovered]:
+    """What the language model loses when each of `saes`, or the `mean` activation (d_model,), stands in for the residual stream.
 
     `ids`, `kept` (rows, context): token rows and the positions that are replaced; special tokens, the first of a row, and residuals
     longer than `limit` (of a harvest: `Samples.limit`) pass through, as the SAE was not trained on them. Loss is taken where a
     kept position predicts a kept one; SaeError for a row that has none.
     """
-    if not bool((kept[:, :-1] & kept[:, 1:]).any(1).all()):
-        row = int((~(kept[:, :-1] & kept[:, 1:]).any(1)).nonzero()[0])
+    counted = kept[:, :-1] & kept[:, 1:]
+    if not bool(counted.any(1).all()):
+        row = int((~counted.any(1)).nonzero()[0])
         raise SaeError(f"row {row} has no kept token that is followed by another: leave it out")
-    found: tuple[list[Tensor], ...] = ([], [], [])
+
+    def instead(x: Tensor, keep: Tensor, new: Callable[[Tensor], Tensor]) -> Tensor:
+        here = keep & (x.float().norm(dim=-1) <= limit)
+        return x.masked_scatter(here[..., None], new(x[here].float()).to(x.dtype))
+
+    ways = [lambda a: mean.to(a.device).expand(len(a), -1)]
+    ways += [lambda a, sae=sae: sae.decode(sae.encode(a.to(sae.device))).to(a.device) for sae in saes]
+    found: list[list[Tensor]] = [[] for _ in range(1 + len(ways))]
     for first in range(0, len(ids), batch):
-        rows, keep = ids[first : first + batch], kept[first : first + batch].to(lm.device)
-
-        def instead(x: Tensor, new: Any, keep: Tensor = keep) -> Tensor:
-            here = keep & (x.float().norm(dim=-1) <= limit)
-            return x.masked_scatter(here[..., None], new(x[here].float()).to(x.dtype))
-
-        ways = (
-            None,
-            lambda x: instead(x, lambda a: sae.decode(sae.encode(a.to(sae.device))).to(a.device)),
-            lambda x: instead(x, lambda a: mean.to(a.device).expand(len(a), -1)),
-        )
-        for losses, way in zip(found, ways, strict=True):
-            losses += [row.mean() for row in scoring.losses(lm, rows, keep[:, :-1] & keep[:, 1:], layer, way)]
-    return LossRecovered(*(torch.stack(losses) for losses in found))
+        rows = slice(first, first + batch)
+        keep = kept[rows].to(lm.device)
+        changes = [lambda x, way=way, keep=keep: instead(x, keep, way) for way in ways]
+        for losses, of_rows in zip(found, scoring.losses(lm, ids[rows], counted[rows], layer, changes), strict=True):
+            losses += [row.mean() for row in of_rows]
+    own, of_mean, *spliced = (torch.stack(losses) for losses in found)
+    return [LossRecovered(own, of_sae, of_mean) for of_sae in spliced]

@@ -388,28 +388,14 @@ def test_two_ranks_write_what_one_writes(model, source, tmp_path, monkeypatch):
     assert found["one"] == found["two"] and len(found["one"]) >= 14
 
 
-def test_the_batch_is_chosen_once_and_remembered(model, cache, monkeypatch):
-    calls = []
-    real = reading.packed
-    monkeypatch.setattr(reading, "packed", lambda w, ids, layers: calls.append(len(ids)) or real(w, ids, layers))
-    chosen = harvest.choose_batch(model, [1], 32)
-    assert chosen in calls and harvest.choose_batch(model, [1], 32) == chosen and len(calls) >= 6
-    del calls[:]
-
-    def tight(w, ids, layers):
-        if len(ids) > 16:
-            raise torch.OutOfMemoryError("no")
-        return real(w, ids, layers)
-
-    monkeypatch.setattr(reading, "packed", tight)
-    assert harvest.choose_batch(model, [2], 32) == 16
-
-    def hopeless(w, ids, layers):
+def test_memory_that_runs_out_is_said(model, source, cache, monkeypatch):
+    def hopeless(*_):
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(reading, "packed", hopeless)
-    with pytest.raises(HarvestError, match="does not fit"):
-        harvest.choose_batch(model, [3], 32)
+    with pytest.raises(HarvestError, match="32 x 32 tokens does not fit"):
+        harvest.run(model, source, [1], 1000, context=32, batch=32)
+    assert harvest.rows_a_pass(128) == 32 and harvest.rows_a_pass(100_000) == 1
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -542,25 +528,39 @@ def test_a_pair_uses_the_chat_models_template_and_end_of_text(model, cache, tmp_
     assert torch.equal(torch.from_numpy(next(stream._chunks()).ids[:8]), alone.token_rows()[0][:8])
 
 
-def test_pairs_of_a_profile_share_their_rows_and_hold_every_speakers_answers(model, source, cache):
-    second, third = small(seed=2), small(seed=3)
+@pytest.fixture
+def three(source, monkeypatch):
+    """Three small models and the profile that names them; what is loaded by name is noted."""
+    made = {name: small(seed=seed) for name, seed in (("base", 1), ("chat", 2), ("style", 3))}
+    loaded = []
+    monkeypatch.setattr(models, "key", lambda name, device, dtype: made[name].key)
+    monkeypatch.setattr(models, "load", lambda name, device, dtype: loaded.append(name) or made[name])
     how = {"source": source, "chats": 4, "tokens": 900, "held_out": 200, "context": 64}
-    profile = {"name": "p", "layer": 1, "behaviors": ["joy"], "sae": {"harvest": how}}
-    speakers = [model, second, third]
-    one, two = (harvest.pair_of_profile(model, m, profile, fast=True, speakers=speakers) for m in (second, third))
-    assert one.base.folder == two.base.folder != harvest.pair_of_profile(model, second, profile, fast=True).base.folder
-    sources = one.base.note["parameters"]["source"]
+    pair = {"base": "base", "chat": "chat", "unrelated": "style"}
+    profile = {"name": "p", "chat": "base", "layer": 1, "behaviors": ["joy"], "pair": pair, "sae": {"harvest": how}}
+    return made, profile, loaded
+
+
+def test_every_model_of_a_profile_reads_one_text_with_the_answers_of_all(three, cache):
+    made, profile, loaded = three
+    one, two = (harvest.pair_of_profile(made["base"], made[m], profile, fast=True) for m in ("chat", "style"))
+    assert loaded == ["style"]  # the others were at hand, and answers that are kept load nothing
+    alone = harvest.of_profile(made["base"], profile, fast=True)
+    assert one.base.folder == two.base.folder == alone.folder and loaded == ["style"]
+    turned = {**profile, "chat": "chat"}
+    assert harvest.of_profile(made["base"], turned, fast=True).folder == alone.folder
+    sources = alone.note["parameters"]["source"]
+    assert len(sources) == len(set(sources)) == 4 and sum(s.startswith("file:") for s in sources) == 4
     one.base.keep_only(torch.rand(int(one.base.starts[-1])) < 0.7)
     one.chat.keep_only(torch.rand(int(one.base.starts[-1])) < 0.7)
     activations.common(one, two)
     places = [torch.stack([side.named(n) for n in ("row", "position")]) for side in (*one, *two)]
     assert all(torch.equal(places[0], p) for p in places) and 0 < places[0].shape[1] < 0.6 * int(one.base.starts[-1])
-    with pytest.raises(HarvestError, match="the same speakers"):
-        activations.common(one, harvest.pair_of_profile(model, second, profile, fast=True))
-    assert len(sources) == len(set(sources)) == 4 and sum(s.startswith("file:") for s in sources) == 4
-    assert harvest.of_profile(model, profile, fast=True).note["parameters"]["source"] == sources[:2]
+    del profile["pair"]["unrelated"]
+    with pytest.raises(HarvestError, match="do not hold the same tokens"):
+        activations.common(one, harvest.pair_of_profile(made["base"], made["chat"], profile, fast=True))
     with pytest.raises(HarvestError, match="no section sae: harvest"):
-        harvest.pair_of_profile(model, second, {"name": "p", "sae": {}})
+        harvest.pair_of_profile(made["base"], made["chat"], {"name": "p", "sae": {}})
 
 
 def test_streams_of_another_dtype_are_not_mistaken_for_one_another(model, source, cache):

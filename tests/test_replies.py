@@ -60,6 +60,36 @@ def test_a_models_own_settings_change_nothing_and_it_is_said(tiny, odd, cache, c
     assert ("are not used here" in said) == bool({"num_beams", "repetition_penalty", "use_cache"} & set(odd))
 
 
+@pytest.mark.parametrize("name", ["tiny", "gemma"])
+def test_each_question_may_have_a_vector_of_its_own(name, request, cache):
+    model = request.getfixturevalue(name)
+    vectors = 30 * torch.randn(2, 48)
+    both = replies.generate_ids(model, ASK, 1, vectors, 0.5, max_new_tokens=8)
+    alone = [replies.generate_ids(model, [q], 1, v, 0.5, max_new_tokens=8) for q, v in zip(ASK, vectors, strict=True)]
+    assert torch.equal(both, torch.cat(alone)) and not torch.equal(*alone)
+    assert torch.equal(
+        replies.generate_ids(model, ASK, 1, 0 * vectors, max_new_tokens=8),
+        replies.generate_ids(model, ASK, max_new_tokens=8),
+    )
+    for wrong, word in (
+        (torch.ones(3, 48), "3 vectors were given for 2 questions"),
+        (torch.ones(2, 47), r"shape \(47,\)"),
+        (torch.tensor(1.0), r"shape \(\)"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            replies.generate_ids(model, ASK, 1, wrong)
+
+
+def test_only_the_last_token_is_unembedded(tiny):
+    seen = []
+    handle = tiny.unembedding.module.register_forward_hook(lambda module, args, out: seen.append(out.shape[:2]))
+    try:
+        replies.write(tiny, batch_of(tiny), 3)
+    finally:
+        handle.remove()
+    assert set(seen) == {(1, len(ASK))}
+
+
 def test_sampling_is_seeded_and_leaves_the_random_state_alone(tiny, cache):
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -424,12 +424,10 @@ def test_loss_recovered_is_one_for_a_copy_and_zero_for_the_mean():
     kept = torch.rand(6, 20) > 0.2
     kept[:, 0] = False
     mean = torch.randn(48)
-    copied = saes.loss_recovered(model, Copy(), 1, ids, kept, mean, batch=4)
+    copied, constant = saes.loss_recovered(model, [Copy(), Constant(mean)], 1, ids, kept, mean, batch=4)
     assert copied.recovered == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(copied.sae, copied.model)
-    assert saes.loss_recovered(model, Constant(mean), 1, ids, kept, mean, batch=4).recovered == pytest.approx(
-        0, abs=1e-6
-    )
+    assert constant.recovered == pytest.approx(0, abs=1e-6)
     logits = model.weights(ids[:1]).logits[0, :-1].log_softmax(-1)
     where = kept[0, :-1] & kept[0, 1:]
     by_hand = -logits.gather(1, ids[0, 1:, None])[where].mean()
@@ -450,12 +448,12 @@ def test_what_is_not_kept_and_outliers_pass_through_the_splice():
             return x
 
     handle = model.blocks[1].register_forward_hook(lambda m, i, out: out.index_fill(1, torch.tensor([7]), 500.0))
-    saes.loss_recovered(model, Watch(), 1, ids, kept, torch.zeros(48), limit=500.0)
+    saes.loss_recovered(model, [Watch()], 1, ids, kept, torch.zeros(48), limit=500.0)
     handle.remove()
     assert len(seen[0]) == 2 * 9 and float(seen[0].norm(dim=1).max()) < 500
     kept[1, ::2] = False
     with pytest.raises(SaeError, match="row 1"):
-        saes.loss_recovered(model, Watch(), 1, ids, kept, torch.zeros(48))
+        saes.loss_recovered(model, [Watch()], 1, ids, kept, torch.zeros(48))
 
 
 # --- tables of latents -------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The fast scorer equals plain steered forward passes; its nulls fire and stay silent."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -54,7 +56,20 @@ def test_gradient_equals_finite_differences(name, request, cache):
     where, v = steer.of_items(model, ITEMS, 1), torch.randn(48)
     h = 1e-2
     finite = (where.log_probs(v, h) - where.log_probs(v, -h)) / (2 * h)
-    np.testing.assert_allclose(where.gradients().numpy() @ v.numpy(), finite, atol=5e-2, rtol=2e-2)
+    np.testing.assert_allclose(where.gradients()[:, :, 0].numpy() @ v.numpy(), finite, atol=5e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["tiny", "gemma"])
+def test_one_backward_pass_gives_the_gradients_of_every_layer_above(name, request, cache):
+    model = request.getfixturevalue(name)
+    found = steer.of_items(model, ITEMS, 0).gradients([2, 3])
+    for at, layer in enumerate((0, 2, 3)):
+        alone = steer.of_items(model, ITEMS, layer).gradients()[:, :, 0]
+        torch.testing.assert_close(found[:, :, at], alone, atol=1e-5, rtol=1e-3)
+    response = scoring.linear_response(steer.of_items(model, ITEMS, 0), [2, 3])
+    np.testing.assert_allclose(response[2], scoring.linear_response(steer.of_items(model, ITEMS, 3)), atol=1e-5)
+    with pytest.raises(ValueError, match="must lie above layer 2"):
+        steer.of_items(model, ITEMS, 2).gradients([3, 1])
 
 
 def test_kl_is_zero_unsteered_positive_steered_and_exact(tiny, cache):
@@ -80,6 +95,31 @@ def test_log_odds_are_cached_and_a_changed_vector_is_not_a_hit(tiny, cache, monk
     np.testing.assert_array_equal(scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0]), first)
     with pytest.raises(pytest.fail.Exception):
         scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [v + 1e-6], [0.0, 1.0])
+
+
+def test_scores_are_shared_by_all_who_add_the_same(tiny, cache, monkeypatch):
+    u, v = torch.randn(2, 48)
+    half = reading.LM.of(copy.deepcopy(tiny.weights).bfloat16(), tiny.tokenizer, "half")
+    both = scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [u, v], [0.0, 2.0])
+    assert len(list(cache.glob("scores/*"))) == 3  # zero once, for either
+    one = scoring.log_odds(steer.of_items(half, ITEMS, 1), [v], [1.0])
+    monkeypatch.setattr(scoring.Continuations, "log_probs", lambda *_: pytest.fail("computed again"))
+    again = scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [2 * v, 0 * u], [1.0])
+    np.testing.assert_array_equal(again[:, 0], np.stack([both[1, 1], both[0, 0]]))
+    rounded = scoring.log_odds(steer.of_items(half, ITEMS, 1), [v.bfloat16().float()], [1.0])
+    np.testing.assert_array_equal(rounded, one)
+
+
+def test_prompts_are_not_unembedded(tiny, cache, monkeypatch):
+    seen = []
+    handle = tiny.unembedding.module.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    try:
+        steer.of_items(tiny, ITEMS, 1)._build_chunk(
+            [steer.of_items(tiny, ITEMS, 1).sequences[0]], [steer.of_items(tiny, ITEMS, 1).starts[0]]
+        )
+    finally:
+        handle.remove()
+    assert seen == [0]
 
 
 def test_planted_direction_steers_and_an_orthogonal_one_does_not(tiny, cache):

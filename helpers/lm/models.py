@@ -334,8 +334,7 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, rev
     weights = _weights(found, config, torch.float32 if adapter else dtype, identity)
     if adapter:
         weights = torch.nn.Module.to(_merged(weights, adapter), dtype)
-        stem, _, version = identity.rpartition("@")
-        identity = f"{stem}+{adapter.path.name}@{version}.{adapter.digest}"
+        identity = _with(identity, adapter)
     rows = len(cast(torch.nn.Embedding, weights.get_input_embeddings()).weight)
     if (tokenizer.pad_token_id or 0) >= rows:  # a token that was added for padding alone: any will do
         cast(Any, tokenizer).pad_token = cast(Any, tokenizer).eos_token
@@ -343,6 +342,20 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, rev
     seconds = time.perf_counter() - began
     print(f"{identity.split('@')[0]}: {lm.layers} layers, d_model {lm.d_model}, loaded in {seconds:.1f} s")
     return lm
+
+
+def _with(identity: str, adapter: Adapter) -> str:
+    """The identity of a model with an adapter's change."""
+    stem, _, version = identity.rpartition("@")
+    return f"{stem}+{adapter.path.name}@{version}.{adapter.digest}"
+
+
+def key(name: str, device: str, dtype: torch.dtype) -> dict[str, str]:
+    """`LM.key` of the model that `load` would give, without loading it. Names and errors as for `load`."""
+    base, folder = split(name)
+    identity = find(base, device, dtype, None).identity
+    identity = _with(identity, _adapter(folder, base)) if folder else identity
+    return {"model": identity, "dtype": str(dtype), "device": torch.device(device).type}
 
 
 class ModelPair(NamedTuple):

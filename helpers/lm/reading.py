@@ -155,9 +155,14 @@ class LM:
         return torch.tensor([tokens.plain(self.tokenizer, text).ids], device=self.device)
 
     def read_as(self, tokenizer: Tokenizer) -> "LM":
-        """The same model with another tokenizer, so that two models' tokens correspond; ModelError if it has more tokens."""
+        """The same model with another tokenizer, so that two models' tokens correspond; ModelError if it has more tokens.
+
+        Where that one lays out text in another way the identity says so: what is made of the two is not the model's own.
+        """
         _check_vocabulary(self.weights, tokenizer, self.identity)
-        return replace(self, tokenizer=tokenizer)
+        own, other = (tokens.fingerprint(t) for t in (self.tokenizer, tokenizer))
+        identity = self.identity if own == other else f"{self.identity}~{other[:8]}"
+        return replace(self, tokenizer=tokenizer, identity=identity)
 
     @cached_property
     def bridge(self) -> "TransformerBridge":

@@ -7,7 +7,7 @@ Knows prompts and hooks, not behaviours.
 
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from helpers import store
 from helpers.lm import hooks, reading, tokens
 from helpers.lm.reading import LM
-from helpers.lm.scoring import finite, whole_cache
+from helpers.lm.scoring import finite, unembedding, whole_cache
 from helpers.lm.tokens import Batch
 from helpers.session import cache_dir
 
@@ -70,7 +70,10 @@ def write(lm: LM, batch: Batch, max_new_tokens: int, temperature: float = 0.0) -
     out = torch.full((len(batch.ids), max_new_tokens), -1)
     with torch.no_grad():
         for step in range(max_new_tokens):
-            logits = lm.weights(**given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            last = torch.zeros_like(given["input_ids"], dtype=torch.bool)
+            last[:, -1] = True  # logits_to_keep would copy the unembedding once a row
+            with unembedding(lm, last):
+                logits = lm.weights(**given, past_key_values=cache, use_cache=True).logits[0].float()
             finite(logits, lm)
             chosen = logits.argmax(-1) if not temperature else (logits / temperature).softmax(-1).multinomial(1)[:, 0]
             ended |= torch.isin(chosen, special) & (step > 0)
@@ -104,31 +107,40 @@ def generate_ids(
 ) -> Tensor:
     """Reply ids (questions, max_new_tokens), -1 after the end of turn (at least one token each); cached on disk.
 
-    With `vector`, multiplier * vector is added after block `layer` from the first response token on. Greedy at temperature
-    0, else sampled from `seed`.
+    With `vector`, multiplier * vector is added after block `layer` from the first response token on: one (d_model,) for all,
+    or one a question (questions, d_model), which costs no more. Greedy at temperature 0, else sampled from `seed`.
     """
     if not questions:
         raise ValueError("no questions were given to answer")
     reading.unhooked(lm)
-    asked = [tokens.chat(lm.tokenizer, q) for q in questions]
-    batch = tokens.pad(asked, lm.pad_id, "left")
-    added = None if vector is None else multiplier * hooks.checked(vector, lm.d_model)
+    batch = tokens.pad([tokens.chat(lm.tokenizer, q) for q in questions], lm.pad_id, "left")
+    added = None if vector is None else _one_each(multiplier * vector, len(questions), lm.d_model)
+    if added is not None and not bool(added.any()):
+        added = None
 
     def compute() -> dict[str, Tensor]:
         where = tokens.positions(batch, "response")
-        steered = nullcontext() if added is None else hooks.add(lm, layer, added, 1.0, where)
+        steered = nullcontext()
+        if added is not None:
+            steered = hooks.edit(lm, layer, lambda x: hooks.shifted(x, added[:, None]), where)
         with steered, seeded(lm, seed):
             return {"ids": write(lm, batch, max_new_tokens, temperature)}
 
-    nothing = added is None or not bool(added.any())
-    steering = [] if nothing else [operator.index(layer), store.digest(added.double())]  # type: ignore[union-attr]
     how = {
         "prompts": store.digest(batch.ids),
         "ends": ends(lm),
-        "steering": steering,
+        "steering": [] if added is None else [operator.index(layer), store.digest(added.to(lm.dtype))],
         "write": [max_new_tokens, temperature, seed],
     }
     return store.cached("replies", lm.key | how, compute, CODE)["ids"]
+
+
+def _one_each(vector: Tensor, n: int, d_model: int) -> Tensor:
+    """One vector a row (n, d_model) of one for all, or of as many; ValueError for another number, shape, or NaN."""
+    rows = vector if vector.ndim == 2 else hooks.checked(vector, d_model).expand(n, -1)
+    if len(rows) != n:
+        raise ValueError(f"{len(rows)} vectors were given for {n} questions: one for all, or one each is wanted")
+    return torch.stack([hooks.checked(row, d_model) for row in rows])
 
 
 def generate(
@@ -146,17 +158,9 @@ def generate(
     return [lm.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in ids]
 
 
-def chats(lm: LM, questions: Sequence[str], max_new_tokens: int = 64, seed: int = 0, batch: int = 32) -> Path:
+def chats(lm: LM, questions: Sequence[str], max_new_tokens: int = 64, seed: int = 0, batch: int = 256) -> Path:
     """A .jsonl file of the model's own answers to `questions`, sampled at 0.7 from `seed`: a source of text; kept in the cache."""
-    key = [
-        *lm.key.values(),
-        list(questions),
-        max_new_tokens,
-        seed,
-        tokens.fingerprint(lm.tokenizer),
-        store.code_digest(*CODE),
-    ]
-    path = cache_dir() / "chats" / f"{store.digest(key)[:24]}.jsonl"
+    path = chats_path(lm.key, questions, max_new_tokens, seed, batch)
     if path.exists():
         return path
     lines = []
@@ -169,3 +173,11 @@ def chats(lm: LM, questions: Sequence[str], max_new_tokens: int = 64, seed: int 
                 if answer := lm.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip():
                     lines.append(json.dumps({"question": question, "answer": answer}, ensure_ascii=False))
     return store.write_file(path, "\n".join(lines) + "\n")
+
+
+def chats_path(
+    key: Mapping[str, str], questions: Sequence[str], max_new_tokens: int = 64, seed: int = 0, batch: int = 256
+) -> Path:
+    """Where `chats` of the model with that `LM.key` lie, once they are made: known before the model is loaded."""
+    parts = [*key.values(), list(questions), max_new_tokens, seed, batch, store.code_digest(*CODE)]
+    return cache_dir() / "chats" / f"{store.digest(parts)[:24]}.jsonl"

@@ -6,10 +6,10 @@ see `Continuations`. Whatever runs a model from a block on (`above`) or wants a 
 why, is said by `steer`, `patching` and `saes`.
 """
 
-import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -160,6 +160,7 @@ class Continuations:
         self._chunks: list[_Chunk] = []
         self._unsteered: dict[int, Tensor] = {}
 
+    @cached_property
     def key(self) -> dict[str, object]:
         """What its scores depend on, for the cache's fingerprint."""
         return self.lm.key | {
@@ -191,9 +192,9 @@ class Continuations:
         tails = [Tokens(s.ids[p - 1 :], s.roles[p - 1 :]) for g, p in zip(groups, starts, strict=True) for s in g]
         head, tail = tokens.pad(heads, pad_id, "left"), tokens.pad(tails, pad_id, "right")
         cache = whole_cache(lm)
-        with torch.no_grad():
+        with torch.no_grad(), unembedding(lm, torch.zeros_like(head.mask)):  # what prompts predict is not wanted
             if head.ids.shape[1]:  # a prompt of one token is the tail's first
-                lm.weights(**reading.inputs(lm, head), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                lm.weights(**reading.inputs(lm, head), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(self.group)
         lengths = head.mask.sum(1).repeat_interleave(self.group)
         attended = torch.cat([head.mask.repeat_interleave(self.group, 0), tail.mask], 1)
@@ -223,7 +224,7 @@ class Continuations:
         sums = table.sum(1)
         return sums / scored.sum(1) if mean else sums
 
-    def log_probs(self, vector: Tensor, multiplier: float) -> np.ndarray:
+    def log_probs(self, vector: Tensor, multiplier: float = 1.0) -> np.ndarray:
         """log p of each completion given its prompt, in nats: (prompts, completions) float64."""
         sums = []
         for chunk in self._build():
@@ -233,7 +234,7 @@ class Continuations:
             sums.append(self._per_completion(chunk, token, mean=False))
         return self._table(sums).numpy()
 
-    def kl(self, vector: Tensor, multiplier: float) -> np.ndarray:
+    def kl(self, vector: Tensor, multiplier: float = 1.0) -> np.ndarray:
         """KL(unsteered || steered) per token of the completions, mean over tokens, in nats: (prompts, completions)."""
         means = []
         for number, chunk in enumerate(self._build()):
@@ -244,22 +245,30 @@ class Continuations:
             means.append(self._per_completion(chunk, (p.exp() * (p - q)).sum(-1), mean=True))
         return self._table(means).numpy()
 
-    def gradients(self) -> Tensor:
-        """d log p(completion) / d shift at shift zero, (prompts, completions, d_model) float32, nats a unit of residual.
+    def gradients(self, above: Sequence[int] = ()) -> Tensor:
+        """d log p(completion) / d shift at shift zero, (prompts, completions, layers, d_model) float32, nats a unit of residual.
 
         The linear response: for a small vector v, the change of log p is gradients @ v, for any v, at the price of one
-        backward pass. Compare with finite steps before relying on it.
+        backward pass, which is the same for shifts after `layer` and after each of the layers `above` it, in this order.
+        Compare with finite steps before relying on it.
         """
         if torch.is_inference_mode_enabled():
             raise ValueError("gradients were asked for inside torch.inference_mode(): leave it, or use torch.no_grad()")
+        if any(k <= self.layer for k in above):
+            raise ValueError(
+                f"layers {list(above)} were given; they must lie above layer {self.layer}, which comes first"
+            )
         parts = []
         for chunk in self._build():
-            shift = torch.zeros(len(chunk.acts), 1, self.lm.d_model, device=chunk.acts.device)
-            with torch.enable_grad():
-                shift.requires_grad_(True)
-                logits = self._predicted(chunk, shift, 1.0).logits.float()
+            rows, device = len(chunk.acts), chunk.acts.device
+            shifts = [torch.zeros(rows, 1, self.lm.d_model, device=device, requires_grad=True) for _ in (0, *above)]
+            with torch.enable_grad(), ExitStack() as edits:
+                for k, shift in zip(above, shifts[1:], strict=True):
+                    edits.enter_context(hooks.edit(self.lm, k, lambda x, shift=shift: hooks.shifted(x, shift)))
+                logits = self._predicted(chunk, shifts[0], 1.0).logits.float()
                 total = -cross_entropy(logits, chunk.targets, reduction="sum")
-                parts.append(torch.autograd.grad(total, shift)[0][:, 0].float().cpu())
+                found = torch.autograd.grad(total, shifts)
+            parts.append(torch.cat(found, 1).float().cpu())
         return self._table(parts)
 
     def lengths(self) -> np.ndarray:
@@ -268,28 +277,27 @@ class Continuations:
 
 
 Vectors = Sequence[Tensor] | Tensor  # (vectors, d_model)
-Score = Callable[[Tensor, float], np.ndarray]
+Score = Callable[[Tensor], np.ndarray]
 
 
 def _sweep(kind: str, where: Continuations, vectors: Vectors, multipliers: Sequence[float], score: Score) -> np.ndarray:
-    reading.unhooked(where.lm)
-    stack = torch.stack([hooks.checked(v, where.lm.d_model).double().cpu() for v in vectors])
+    """score(multiplier * vector) for all, (vectors, multipliers, prompts, completions); each kept on disk under what is
+    added to the stream, in its dtype: whoever adds the same to the same texts finds it there."""
+    lm = where.lm
+    reading.unhooked(lm)
+    stack = torch.stack([hooks.checked(v, lm.d_model).double().cpu() for v in vectors])
     if not np.isfinite(multipliers).all():
         raise ValueError(f"multipliers {list(multipliers)} given; they must be finite")
 
-    def compute() -> dict[str, Tensor]:
-        out, unsteered = [], functools.cache(lambda: score(torch.zeros(where.lm.d_model), 0.0))
-        with tqdm(total=len(stack) * len(multipliers), desc=kind, leave=False) as bar:
-            for vector in stack:
-                row = []
-                for m in multipliers:
-                    row.append(score(vector, m) if m != 0 and bool(vector.any()) else unsteered())
-                    bar.update()
-                out.append(np.stack(row))
-        return {"scores": finite(torch.from_numpy(np.stack(out)), where.lm)}
+    def scored(shift: Tensor) -> np.ndarray:
+        added = shift.to(lm.dtype)
+        key = where.key | {"kind": kind, "added": store.digest(added) if bool(added.any()) else ""}
+        compute = lambda: {"scores": finite(torch.from_numpy(score(shift)), lm)}  # noqa: E731
+        return store.cached("scores", key, compute, CODE)["scores"].numpy()
 
-    key = where.key() | {"kind": kind, "vectors": store.digest(stack), "multipliers": [float(m) for m in multipliers]}
-    return store.cached("scores", key, compute, CODE)["scores"].numpy()
+    shifts = [m * vector for vector in stack for m in multipliers]
+    found = [scored(shift) for shift in tqdm(shifts, desc=kind, leave=False)]
+    return np.stack(found).reshape(len(stack), len(multipliers), *found[0].shape)
 
 
 def _two(where: Continuations) -> None:
@@ -310,15 +318,22 @@ def log_odds(
     return logp[..., 0] - logp[..., 1]
 
 
-def linear_response(where: Continuations) -> np.ndarray:
-    """Gradient of each prompt's log-odds with respect to the added vector, (prompts, d_model) float64; cached on disk."""
+def linear_response(where: Continuations, above: Sequence[int] = ()) -> np.ndarray:
+    """Gradient of each prompt's log-odds with respect to the added vector, (prompts, d_model) float64; cached on disk.
+
+    With layers `above` the one that is steered (layers, prompts, d_model): there and after each of these, from one backward pass.
+    """
     _two(where)
     reading.unhooked(where.lm)
-    key = where.key() | {"kind": "gradients"}
-    gradients = store.cached("scores", key, lambda: {"gradients": finite(where.gradients(), where.lm)}, CODE)[
-        "gradients"
-    ]
-    return (gradients[:, 0] - gradients[:, 1]).double().numpy()
+    above = [operator.index(k) for k in above]
+    key = where.key | {"kind": "gradients", "above": above}
+
+    def compute() -> dict[str, Tensor]:
+        return {"gradients": finite(where.gradients(above), where.lm)}
+
+    gradients = store.cached("scores", key, compute, CODE)["gradients"]
+    response = (gradients[:, 0] - gradients[:, 1]).double().numpy().swapaxes(0, 1)
+    return response if above else response[0]
 
 
 def kl(where: Continuations, vectors: Vectors, multipliers: Sequence[float]) -> np.ndarray:
@@ -357,17 +372,24 @@ def resumed(
 
 
 def losses(
-    lm: LM, ids: Tensor, counted: Tensor, layer: int = 0, change: Callable[[Tensor], Tensor] | None = None
-) -> list[Tensor]:
+    lm: LM, ids: Tensor, counted: Tensor, layer: int = 0, changes: Sequence[Callable[[Tensor], Tensor]] = ()
+) -> list[list[Tensor]]:
     """Next-token cross-entropy in nats, one float64 (tokens,) for each row of token ids (rows, context) without padding.
 
-    Of the predictions made at the `counted` (rows, context - 1) positions; with `change`, of a run in which the stream after
-    block `layer` is change(x).
+    Of the predictions made at the `counted` (rows, context - 1) positions: of the model's own, then of one run for each of
+    `changes`, in which the stream after block `layer` is change(x). What lies below that block is run once.
     """
     ids = ids.long().to(lm.device)
-    with nullcontext() if change is None else hooks.edit(lm, layer, change), torch.no_grad():
-        logits = lm.weights(input_ids=ids, use_cache=False).logits
-    return [  # a row at a time: vocabularies are large
-        cross_entropy(row[:-1][where].float(), target[1:][where], reduction="none").double().cpu()
-        for row, target, where in zip(logits, ids, counted.to(lm.device), strict=True)
-    ]
+    chosen = torch.cat([counted, torch.zeros_like(counted[:, :1])], 1).to(lm.device)
+    targets, sizes = ids.roll(-1, 1)[chosen], counted.sum(1).tolist()
+
+    def each(logits: Tensor) -> list[Tensor]:  # a row at a time: vocabularies are large
+        parts = zip(logits.split(sizes), targets.split(sizes), strict=True)
+        return [cross_entropy(own.float(), target, reduction="none").double().cpu() for own, target in parts]
+
+    given = {"input_ids": ids}
+    with torch.no_grad():
+        with capture(lm, [layer]) as acts, unembedding(lm, chosen):
+            out = [each(lm.weights(**given, use_cache=False).logits[0])]
+        out += [each(above(lm, layer, change(acts[layer]), chosen, given).logits) for change in changes]
+    return out
