@@ -9,7 +9,7 @@ import torch
 from helpers import behaviors, steer
 from helpers.behaviors import Item
 from helpers.lm import hooks, reading, replies, scoring, tokens
-from helpers.lm.tokens import ANSWER
+from helpers.lm.tokens import ANSWER, Tokens
 
 ITEMS = [
     Item("What is tin?", "Tin is a soft, silvery metal.", "No idea, sorry."),
@@ -108,6 +108,18 @@ def test_scores_are_shared_by_all_who_add_the_same(tiny, cache, monkeypatch):
     np.testing.assert_array_equal(again[:, 0], np.stack([both[1, 1], both[0, 0]]))
     rounded = scoring.log_odds(steer.of_items(half, ITEMS, 1), [v.bfloat16().float()], [1.0])
     np.testing.assert_array_equal(rounded, one)
+
+
+@pytest.mark.parametrize("name", ["tiny", "gemma", "smol"])
+def test_a_shared_start_of_prompts_changes_no_score(name, request, cache, monkeypatch):
+    """The template's first tokens are run once for all prompts; not where attention slides over a window (gemma)."""
+    model = request.getfixturevalue(name)
+    prompts = [Tokens(group[0].ids[:-4], group[0].roles[:-4]) for group in steer.of_items(model, ITEMS, 1).sequences]
+    assert (scoring._shared(model, prompts) > 3) == (name != "gemma") and scoring._shared(model, prompts[:1]) == 0
+    v = torch.randn(model.d_model)
+    found = steer.of_items(model, ITEMS, 1).log_probs(v)
+    monkeypatch.setattr(scoring, "_shared", lambda *_: 0)
+    np.testing.assert_allclose(found, steer.of_items(model, ITEMS, 1).log_probs(v), atol=2e-3, rtol=1e-4)
 
 
 def test_prompts_are_not_unembedded(tiny, cache, monkeypatch):

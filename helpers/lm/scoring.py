@@ -6,7 +6,9 @@ see `Continuations`. Whatever runs a model from a block on (`above`) or wants a 
 why, is said by `steer`, `patching` and `saes`.
 """
 
+import functools
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -129,6 +131,41 @@ class _Chunk(NamedTuple):
     targets: Tensor
 
 
+def _shared(lm: LM, prompts: Sequence[Tokens]) -> int:
+    """How many first tokens all prompts share, such as the template's: they are run once, and padding may follow them.
+
+    0 where attention goes by places in the cache rather than by positions: windows, and whatever has no rotary angles.
+    """
+    config = lm.weights.config.get_text_config()
+    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"} or getattr(
+        config, "sliding_window", None
+    )
+    if windows or not getattr(config, "rope_parameters", None) or len(prompts) < 2:
+        return 0
+    ids = [prompt.ids for prompt in prompts]
+    return max(min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1), 0)
+
+
+def _prompts(lm: LM, prompts: Sequence[Tokens]) -> tuple[DynamicCache, Tensor]:
+    """Keys and values of prompts, the shared start first, the rest padded on the left; and which of them are real, (prompts, tokens)."""
+    cache, n = whole_cache(lm), _shared(lm, prompts)
+    parts = [[Tokens(prompts[0].ids[:n], prompts[0].roles[:n])], [Tokens(p.ids[n:], p.roles[n:]) for p in prompts]]
+    real = torch.zeros(len(prompts), 0, dtype=torch.bool)
+    for part in parts:
+        batch = tokens.pad(part, lm.pad_id, "left")
+        if batch.ids.shape[1]:  # a prompt of one token is the tail's first
+            past = real[: len(part)]
+            given = reading.inputs(lm, batch._replace(position_ids=batch.position_ids + past.shape[1]))
+            given["attention_mask"] = torch.cat([past, batch.mask], 1).long().to(lm.device)
+            with torch.no_grad(), unembedding(lm, torch.zeros_like(batch.mask)):  # what prompts predict is not wanted
+                lm.weights(**given, past_key_values=cache, use_cache=True)
+            real = torch.cat([past, batch.mask], 1)
+            if len(part) < len(prompts):
+                cache.batch_repeat_interleave(len(prompts))
+                real = real.repeat(len(prompts), 1)
+    return cache, real
+
+
 class Continuations:
     """Prompts with one or more completions each, ready to be scored under any vector added after block `layer`.
 
@@ -187,26 +224,21 @@ class Continuations:
 
     def _build_chunk(self, groups: list[list[Tokens]], starts: list[int]) -> _Chunk:
         lm = self.lm
-        pad_id = lm.pad_id
         heads = [Tokens(g[0].ids[: p - 1], g[0].roles[: p - 1]) for g, p in zip(groups, starts, strict=True)]
         tails = [Tokens(s.ids[p - 1 :], s.roles[p - 1 :]) for g, p in zip(groups, starts, strict=True) for s in g]
-        head, tail = tokens.pad(heads, pad_id, "left"), tokens.pad(tails, pad_id, "right")
-        cache = whole_cache(lm)
-        with torch.no_grad(), unembedding(lm, torch.zeros_like(head.mask)):  # what prompts predict is not wanted
-            if head.ids.shape[1]:  # a prompt of one token is the tail's first
-                lm.weights(**reading.inputs(lm, head), past_key_values=cache, use_cache=True)
+        cache, before = _prompts(lm, heads)
         cache.batch_repeat_interleave(self.group)
-        lengths = head.mask.sum(1).repeat_interleave(self.group)
-        attended = torch.cat([head.mask.repeat_interleave(self.group, 0), tail.mask], 1)
-        given = reading.inputs(lm, tail._replace(position_ids=tail.position_ids + lengths[:, None]))
-        given["attention_mask"] = attended.long().to(lm.device)
+        before = before.repeat_interleave(self.group, 0)
+        tail = tokens.pad(tails, lm.pad_id, "right")
+        given = reading.inputs(lm, tail._replace(position_ids=tail.position_ids + before.sum(1, keepdim=True)))
+        given["attention_mask"] = torch.cat([before, tail.mask], 1).long().to(lm.device)
         with capture(lm, [self.layer], stop=True) as acts, torch.no_grad():
             lm.weights(**given, past_key_values=cache, use_cache=True)
-        reading.forget(cache, head.ids.shape[1])
+        reading.forget(cache, before.shape[1])
         predicts = tail.mask & tail.mask.roll(-1, 1)  # each position predicts the next
         predicts[:, -1] = False
         targets = tail.ids.roll(-1, 1)[predicts].to(lm.device)
-        return _Chunk(cache, head.ids.shape[1], given, acts[self.layer], predicts.to(lm.device), targets)
+        return _Chunk(cache, before.shape[1], given, acts[self.layer], predicts.to(lm.device), targets)
 
     def _predicted(self, chunk: _Chunk, vector: Tensor, multiplier: float) -> Predicted:
         """Steered predictions of every completion token. Padding and prompt tokens are never unembedded."""
@@ -264,7 +296,7 @@ class Continuations:
             shifts = [torch.zeros(rows, 1, self.lm.d_model, device=device, requires_grad=True) for _ in (0, *above)]
             with torch.enable_grad(), ExitStack() as edits:
                 for k, shift in zip(above, shifts[1:], strict=True):
-                    edits.enter_context(hooks.edit(self.lm, k, lambda x, shift=shift: hooks.shifted(x, shift)))
+                    edits.enter_context(hooks.edit(self.lm, k, functools.partial(hooks.shifted, v=shift)))
                 logits = self._predicted(chunk, shifts[0], 1.0).logits.float()
                 total = -cross_entropy(logits, chunk.targets, reduction="sum")
                 found = torch.autograd.grad(total, shifts)
@@ -292,7 +324,10 @@ def _sweep(kind: str, where: Continuations, vectors: Vectors, multipliers: Seque
     def scored(shift: Tensor) -> np.ndarray:
         added = shift.to(lm.dtype)
         key = where.key | {"kind": kind, "added": store.digest(added) if bool(added.any()) else ""}
-        compute = lambda: {"scores": finite(torch.from_numpy(score(shift)), lm)}  # noqa: E731
+
+        def compute() -> dict[str, Tensor]:
+            return {"scores": finite(torch.from_numpy(score(shift)), lm)}
+
         return store.cached("scores", key, compute, CODE)["scores"].numpy()
 
     shifts = [m * vector for vector in stack for m in multipliers]
