@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from helpers import stats, store
 from helpers.lm import reading, scoring
 from helpers.lm.reading import LM
-from helpers.lm.scoring import Predicted
+from helpers.lm.scoring import Resumed
 from helpers.lm.tokens import ANSWER, Tokens
 from helpers.stats import Interval
 
@@ -51,17 +52,20 @@ class Runs:
             a, r = shapes[wrong[0]]
             raise ValueError(f"conversation {wrong[0]}: rows of shape {a} were given to add to residuals of shape {r}")
 
-    def _predictions(self, added: Sequence[Tensor] | None) -> Iterator[tuple[list[int], list[int], Predicted]]:
+    def _predictions(self, added: Sequence[Tensor] | None = None, graph: bool = False) -> Iterator[Resumed]:
         """Batch by batch: which conversations, how many answer tokens each, and those tokens' predictions, one after another."""
         streams = self.residuals
         if added is not None:
             streams = [x + more.float() for x, more in zip(streams, added, strict=True)]
-        return scoring.resumed(self.lm, self.sequences, self.layer, streams, self.batch_size)
+        return scoring.resumed(self.lm, self.sequences, self.layer, streams, self.batch_size, graph)
 
-    def _cached(
-        self, kind: str, added: Sequence[Tensor] | None, compute: Callable[[], np.ndarray], **more: Any
-    ) -> np.ndarray:
-        """compute()'s numbers (conversations,), kept on disk under all that they depend on."""
+    def _targets(self, part: Resumed) -> Tensor:
+        """The token ids that a batch's predictions are of."""
+        said = [self.sequences[i].ids[-n:] for i, n in zip(part.rows, part.counts, strict=True)]
+        return torch.tensor(sum(said, []), device=part.found.logits.device)
+
+    def _kept(self, kind: str, added: Sequence[Tensor] | None, compute: Callable[[], Tensor], **more: Any) -> Tensor:
+        """compute()'s numbers, kept on disk under all that they depend on."""
         reading.unhooked(self.lm)
         key = {
             "kind": kind,
@@ -73,9 +77,13 @@ class Runs:
             "added": store.digest(torch.cat(list(added)).float()) if added is not None else "",
             **more,
         }
-        return store.cached(
-            "patched", key, lambda: {"values": scoring.finite(torch.from_numpy(compute()), self.lm)}, CODE
-        )["values"].numpy()
+        return store.cached("patched", key, lambda: {"values": scoring.finite(compute(), self.lm)}, CODE)["values"]
+
+    def _cached(
+        self, kind: str, added: Sequence[Tensor] | None, compute: Callable[[], np.ndarray], **more: Any
+    ) -> np.ndarray:
+        """compute()'s numbers (conversations,), kept on disk."""
+        return self._kept(kind, added, lambda: torch.from_numpy(compute()), **more).numpy()
 
     def log_probs(self, added: Sequence[Tensor] | None = None) -> np.ndarray:
         """log p of each conversation's answer given what stands before it, in nats: (conversations,) float64; cached on disk.
@@ -86,15 +94,40 @@ class Runs:
 
         def compute() -> np.ndarray:
             out = np.empty(len(self.sequences))
-            for rows, counts, found in self._predictions(added):
-                said = [self.sequences[i].ids[-n:] for i, n in zip(rows, counts, strict=True)]
-                targets = torch.tensor(sum(said, []), device=found.logits.device)
-                exact = scoring.exact_logits(self.lm, found, targets)
-                parts = scoring.token_log_probs(found.logits, targets, exact).double().cpu().split(counts)
-                out[rows] = [float(p.sum()) for p in parts]
+            for part in self._predictions(added):
+                targets = self._targets(part)
+                exact = scoring.exact_logits(self.lm, part.found, targets)
+                each = scoring.token_log_probs(part.found.logits, targets, exact).double().cpu().split(part.counts)
+                out[part.rows] = [float(p.sum()) for p in each]
             return out
 
         return self._cached("log p", added, compute)
+
+    @cached_property
+    def gradients(self) -> Tensor:
+        """d log p of each conversation's answer / d residual of each token, (all tokens, d_model) float32, conversation after
+        conversation; cached on disk. To first order the change of log p by rows added there is their product: see `first_order`."""
+
+        def compute() -> Tensor:
+            found: dict[int, Tensor] = {}
+            for part in self._predictions(graph=True):
+                with torch.enable_grad():
+                    loss = cross_entropy(part.found.logits.float(), self._targets(part), reduction="sum")
+                    (gradient,) = torch.autograd.grad(-loss, part.acts)
+                for i, own in zip(part.rows, gradient.float().cpu(), strict=True):
+                    found[i] = own[: len(self.residuals[i])]
+            return torch.cat([found[i] for i in range(len(found))])
+
+        return self._kept("gradients", None, compute)
+
+    def first_order(self, added: Sequence[Tensor]) -> np.ndarray:
+        """The change of `log_probs` (conversations,) by what is `added`, (tokens, d_model) each, to first order: gradient times rows.
+
+        One backward pass serves any number of them; a few real runs say how far it holds.
+        """
+        self._check(added)
+        products = (self.gradients.double() * torch.cat(list(added)).double()).sum(1)
+        return np.array([float(p.sum()) for p in products.split([len(r) for r in self.residuals])])
 
     def kl(self, reference: "Runs", added: Sequence[Tensor] | None = None) -> np.ndarray:
         """KL(reference || this run) a token, mean over each answer's, in nats: (conversations,) float64; cached on disk.
@@ -110,7 +143,7 @@ class Runs:
 
         def compute() -> np.ndarray:
             out = np.empty(len(self.sequences))
-            for rows, counts, given in self._predictions(added):
+            for rows, counts, given, _ in self._predictions(added):
                 for i, own in zip(rows, given.logits.split(counts), strict=True):
                     p, q = reference.own[i].to(own.device), own.float().log_softmax(-1)
                     out[i] = float((p.exp() * (p - q)).sum(-1).double().mean())
@@ -124,7 +157,7 @@ class Runs:
     def own(self) -> list[Tensor]:
         """The log-probabilities (answer tokens, vocabulary) float32 of each conversation as the model gives them; kept in memory."""
         found = {}
-        for rows, counts, given in self._predictions(None):
+        for rows, counts, given, _ in self._predictions():
             found |= dict(zip(rows, (part.float().log_softmax(-1) for part in given.logits.split(counts)), strict=True))
         return [found[i] for i in range(len(found))]
 

@@ -184,6 +184,22 @@ def test_runs_equal_whole_forward_passes(name, request, talks, cache):
         np.testing.assert_allclose(runs.own[i], full[[j - 1 for j in at]], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["tiny", "gemma"])
+def test_first_order_equals_finite_differences(name, request, talks, cache):
+    model = request.getfixturevalue(name)
+    runs = patching.Runs(model, talks, LAYER, batch_size=2)
+    rows = [torch.randn(len(t.ids), 48) for t in talks]
+    h = 1e-2
+    finite = (runs.log_probs([h * r for r in rows]) - runs.log_probs([-h * r for r in rows])) / (2 * h)
+    np.testing.assert_allclose(runs.first_order(rows), finite, rtol=2e-2, atol=5e-2)
+    later = [
+        torch.cat([torch.zeros(t.roles.index(ANSWER) - 1, 48), r])[: len(r)] for t, r in zip(talks, rows, strict=True)
+    ]
+    assert np.abs(runs.first_order(later) - runs.first_order(rows)).min() > 0.1  # tokens before the answer count too
+    with pytest.raises(ValueError, match="rows of shape"):
+        runs.first_order([torch.zeros(3, 48) for _ in talks])
+
+
 def test_adding_a_constant_row_is_steering_at_those_tokens(tiny, talks, cache):
     v, runs = torch.randn(48), patching.Runs(tiny, talks, LAYER)
     steered = runs.log_probs([v.expand(len(t.ids), -1) for t in talks])

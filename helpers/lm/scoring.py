@@ -385,11 +385,26 @@ def text_loss(where: Continuations, vectors: Vectors, multipliers: Sequence[floa
 # --- whole texts -------------------------------------------------------------------------------------------------------
 
 
+class Resumed(NamedTuple):
+    """A batch run from a block on: which sequences (`rows`), how many answer tokens each (`counts`), those tokens' predictions, one
+    after another (`found`), and the stream they were made of, `acts` (batch, tokens, d_model)."""
+
+    rows: list[int]
+    counts: list[int]
+    found: Predicted
+    acts: Tensor
+
+
 def resumed(
-    lm: LM, sequences: Sequence[Tokens], layer: int, streams: Sequence[Tensor], batch_size: int = 16
-) -> Iterator[tuple[list[int], list[int], Predicted]]:
-    """Batch by batch: which sequences, how many answer tokens each, and those tokens' predictions, one after another, if `streams`
-    (one (tokens, d_model) a sequence) leaves block `layer`."""
+    lm: LM,
+    sequences: Sequence[Tokens],
+    layer: int,
+    streams: Sequence[Tensor],
+    batch_size: int = 16,
+    graph: bool = False,
+) -> Iterator[Resumed]:
+    """Batch by batch what is predicted if `streams` (one (tokens, d_model) a sequence) leaves block `layer`; with `graph` the
+    predictions can be differentiated with respect to `acts`."""
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size} given; at least 1 is wanted")
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))  # like lengths together: less padding
@@ -399,11 +414,12 @@ def resumed(
         acts = torch.zeros(*batch.ids.shape, lm.d_model, dtype=torch.float32)
         for at, i in enumerate(rows):
             acts[at, : len(streams[i])] = streams[i]
+        acts = acts.to(lm.device).to(lm.dtype).requires_grad_(graph)
         answers = batch.roles == ANSWER
         chosen = answers.roll(-1, 1).to(lm.device)
-        with torch.no_grad():
-            found = above(lm, layer, acts.to(lm.device).to(lm.dtype), chosen, reading.inputs(lm, batch))
-        yield rows, answers.sum(1).tolist(), found
+        with torch.set_grad_enabled(graph):
+            found = above(lm, layer, acts, chosen, reading.inputs(lm, batch))
+        yield Resumed(rows, answers.sum(1).tolist(), found, acts)
 
 
 def losses(
