@@ -233,11 +233,11 @@ class Samples(Rows):
     def rows(self, index: Tensor) -> Tensor:
         ordered, back = self.used[index].sort()
         cuts = torch.searchsorted(ordered, self.starts).tolist()
-        out = torch.empty(len(index), self.d_model)
+        out = torch.empty(len(index), self.d_model, dtype=self.parts[0].dtype)
         for i in torch.bucketize(ordered, self.starts[1:], right=True).unique_consecutive().tolist():
             here = slice(cuts[i], cuts[i + 1])
-            out[back[here]] = self.parts[i][ordered[here] - self.starts[i]].float()
-        return out
+            out[back[here]] = self.parts[i][ordered[here] - self.starts[i]]
+        return out.float()
 
     def named(self, name: str) -> Tensor:
         """(samples,) int32: the `document`, the `position` in its row, or the `row` in its shard, of every sample."""

@@ -122,7 +122,6 @@ class State:
     since_fired: Tensor  # (latents,) rows since a latent last fired
     fired: Tensor  # (latents,) rows it fired on since the last log
     rows: int  # rows since the last log
-    buffer: Tensor | None = None
 
     @classmethod
     def new(cls, weights: Weights) -> "State":
@@ -156,15 +155,9 @@ def rate(config: Config, step: int) -> float:
 
 def update(state: State, x: Tensor, config: Config) -> topk.Step:
     """One step on x (batch, d_model), already scaled: gradients by hand, clipping, fused Adam. Changes `state` in place."""
-    dtype, shape = torch.bfloat16 if config.low else state.weights.W_enc.dtype, (len(x), config.latents)
-    own = dtype != torch.float32 or x.device.type != "cpu"  # there the product brings its own
-    if own and (state.buffer is None or state.buffer.shape != shape or state.buffer.dtype != dtype):
-        state.buffer = torch.empty(shape, dtype=dtype, device=x.device)
     w = state.weights
     dead = (state.since_fired > config.dead_after).nonzero()[:, 0] if config.alpha else None
-    done = topk.step(
-        x, w, config.k, dead, config.alpha, config.k_aux or None, config.batch_topk, config.low, state.buffer
-    )
+    done = topk.step(x, w, config.k, dead, config.alpha, config.k_aux or None, config.batch_topk, config.low)
     gradients = done.gradients
     if config.decoder == "unit":
         gradients = gradients._replace(W_dec=topk.without_radial(gradients.W_dec, w.W_dec))
@@ -226,6 +219,17 @@ def _line(state: State, done: topk.Step, x: Tensor, config: Config) -> dict[str,
         "dead": float((state.since_fired > config.dead_after).double().mean()),
         "learning rate": rate(config, state.steps - 1),
     }
+
+
+def _must_be_finite(state: State, done: topk.Step, config: Config, folder: Path | None) -> None:
+    """TrainingError if the loss or a weight is not finite; a latent of NaN is never chosen and leaves the loss as it was."""
+    numbers = {"loss": float(done.loss), **{name: float(t.sum()) for name, t in state.weights._asdict().items()}}
+    if bad := [name for name, number in numbers.items() if not math.isfinite(number)]:
+        kept = _newest(folder) if folder else None
+        have = f"the last good checkpoint is {kept[0].name}" if kept else "there is no checkpoint before it"
+        raise TrainingError(
+            f"not finite at step {state.steps}: {', '.join(bad)}; {have}. Lower lr ({config.lr}) or look at the data"
+        )
 
 
 def _save(folder: Path, state: State, note: dict[str, Any], keep: int = 2) -> None:
@@ -297,12 +301,8 @@ def fit(
             done = update(state, x, stepped)
             log_now, save_now = state.steps % config.log_every == 0, state.steps % config.checkpoint_every == 0
             last = state.steps == steps
-            if (log_now or save_now or last) and not math.isfinite(float(done.loss)):
-                kept = _newest(folder) if folder else None
-                have = f"the last good checkpoint is {kept[0].name}" if kept else "there is no checkpoint before it"
-                raise TrainingError(
-                    f"the loss is {float(done.loss)} at step {state.steps}; {have}. Lower lr ({config.lr}) or look at the data"
-                )
+            if log_now or save_now or last:
+                _must_be_finite(state, done, config, folder)
             if log_now or last:
                 log.append(_line(state, done, x, config))
                 frequency = (state.fired.double() / state.rows).cpu()

@@ -146,6 +146,26 @@ def test_at_most_k_codes_and_they_are_the_largest():
     torch.testing.assert_close(topk.decode(topk.encode(x, w, 8), w), z @ w.W_dec + w.b_dec)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+@pytest.mark.parametrize(("latents", "k"), [(4608, 32), (512, 16), (528, 16), (200, 8), (16, 16)])
+def test_the_largest_of_a_row_are_topks_ties_included(dtype, latents, k):
+    g = torch.Generator().manual_seed(latents)
+    for scale in (1e4, 2.0, 0.0):  # few ties, many, nothing else
+        ranked = (scale * torch.randn(40, latents, generator=g)).round().clamp(-(2**15), 2**15 - 1).to(dtype)
+        values, at = topk.largest(ranked, k)
+        assert torch.equal(values.sort(1).values, ranked.topk(k).values.sort(1).values)
+        assert torch.equal(values, ranked.gather(1, at)) and all(len(row.unique()) == k for row in at)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_picking_by_blocks_of_tokens_changes_no_bit(low, monkeypatch):
+    x, w = problem(latents=512)
+    whole = topk.encode(x, w, 8, low=low)
+    monkeypatch.setattr(topk, "ROWS", 70)
+    for a, b in zip(topk.encode(x, w, 8, low=low), whole, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_batch_topk_takes_tokens_times_k_of_the_whole_batch_ties_included():
     x, w = problem()
     codes = topk.encode(x, w, 8, batch_topk=True)

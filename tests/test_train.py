@@ -114,6 +114,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         train.fit(Array(x), SMALL)
 
 
+@pytest.mark.parametrize("name", Weights._fields)
+def test_a_weight_that_is_not_finite_stops_the_run_though_the_loss_is(name, monkeypatch):
+    real = train.update
+
+    def spoiled(state, *arguments):
+        done = real(state, *arguments)
+        if state.steps == 40:  # the last
+            getattr(state.weights, name)[3] = math.nan
+        return done
+
+    monkeypatch.setattr(train, "update", spoiled)
+    with pytest.raises(train.TrainingError, match=f"not finite at step 40: {name};"):
+        train.fit(Array(planted()[0]), SMALL)
+
+
 def test_bad_rows_are_refused_with_their_place():
     x, _ = planted()
     with pytest.raises(ValueError, match="all the same"):
