@@ -9,22 +9,13 @@ certainly lies inside. Principal angles: Bjorck & Golub 1973. Description length
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from helpers import decompose
-from helpers.decompose import Dictionary
-
-
-class Samples(Protocol):
-    """Rows (samples, d_model) by index: `activations.Rows`."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, index: Tensor) -> Tensor: ...
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -93,29 +84,6 @@ def principal_cosines(A: Tensor, B: Tensor) -> np.ndarray:
 
 
 # --- dictionaries ------------------------------------------------------------------------------------------------------
-
-
-class Use(NamedTuple):
-    """How much each latent is used on samples: `frequency`, the share of samples it is on in, and `energy`, its mean squared
-    contribution code^2 |row|^2; both (latents,) float64."""
-
-    frequency: Tensor
-    energy: Tensor
-
-    @property
-    def order(self) -> Tensor:
-        """(alive,) the latents that were on at all, the most used by energy first."""
-        return self.energy.argsort(descending=True, stable=True)[: int((self.frequency > 0).sum())]
-
-
-def use(sae: Dictionary, samples: Samples, batch: int = 4096) -> Use:
-    """How much each latent of an SAE is used on `samples`."""
-    norms = decompose.rows_of(sae).double().cpu().norm(dim=1)
-    fired, squares = torch.zeros(2, len(norms), dtype=torch.float64)
-    for part in torch.arange(len(samples)).split(max(min(batch, (1 << 28) // len(norms)), 1)):
-        codes = decompose.codes_of(sae, samples.rows(part)).cpu()
-        fired, squares = fired + (codes != 0).sum(0), squares + codes.square().sum(0)
-    return Use(fired / len(samples), squares * norms.square() / len(samples))
 
 
 def sparse(vectors: Tensor, rows: Tensor, k: int) -> np.ndarray:

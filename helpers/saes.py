@@ -22,10 +22,12 @@ from torch import Tensor
 from helpers import session, store, topk
 from helpers.activations import Rows
 from helpers.decompose import Dictionary
-from helpers.lm import scoring
+from helpers.lm import reading, scoring
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
 from helpers.topk import Weights
+
+CODE = ("saes", "activations", *scoring.CODE)
 
 
 class SaeError(RuntimeError):
@@ -328,11 +330,13 @@ def hook_layer(hook: str) -> int | None:
 
 class Evaluation(NamedTuple):
     """How an SAE fits samples: mean L0; share of latents that never fired; each latent's share of samples it fired on,
-    `frequency` (latents,); and per sample |x - x_hat|^2 and |x - mean|^2, `error` and `total` (samples,) float64."""
+    `frequency`, and its mean squared contribution code^2 |row|^2, `energy`, (latents,) each; and per sample |x - x_hat|^2 and
+    |x - mean|^2, `error` and `total` (samples,); float64."""
 
     l0: float
     dead: float
     frequency: Tensor
+    energy: Tensor
     error: Tensor
     total: Tensor
 
@@ -341,26 +345,61 @@ class Evaluation(NamedTuple):
         """1 - sum|x - x_hat|^2 / sum|x - mean|^2 over all samples and dimensions."""
         return 1 - float(self.error.sum() / self.total.sum())
 
+    @property
+    def order(self) -> Tensor:
+        """(alive,) the latents that fired at all, the most used by energy first."""
+        return self.energy.argsort(descending=True, stable=True)[: int((self.frequency > 0).sum())]
+
+
+def fingerprint(sae: Dictionary) -> str:
+    """A hash of an SAE's weights and settings, for the cache; empty for an object that has no state_dict."""
+    if not hasattr(sae, "state_dict"):
+        return ""
+    settings = sae.cfg.to_dict() if hasattr(sae.cfg, "to_dict") else vars(sae.cfg)
+    return store.digest(
+        [repr(sorted(settings.items())), {name: store.digest(t) for name, t in sae.state_dict().items()}]
+    )
+
+
+def _kept(kind: str, saes: Sequence[Dictionary], key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict:
+    """compute()'s tensors, kept on disk under the SAEs they are of and `key`."""
+    prints = [fingerprint(sae) for sae in saes]
+    if not all(prints):
+        return compute()
+    return store.cached(kind, {"saes": prints, "sae_lens": version("sae_lens"), **key}, compute, CODE)
+
 
 def evaluate(sae: Dictionary, samples: Rows, limit: int = 0, batch: int = 4096) -> Evaluation:
-    """How well an SAE fits `samples` (the first `limit` if given); sums in float64. Of a very wide SAE batches are smaller."""
-    batch = max(min(batch, (1 << 28) // sae.cfg.d_sae), 1)  # a gigabyte of codes
-    n = min(limit or len(samples), len(samples))
+    """How well an SAE fits `samples` (the first `limit` if given); sums in float64; cached on disk. Of a very wide SAE batches are smaller."""
     if samples.d_model != sae.cfg.d_in:
         raise SaeError(f"the SAE is for width {sae.cfg.d_in}, the samples have {samples.d_model}")
+    batch = max(min(batch, (1 << 28) // sae.cfg.d_sae), 1)  # a gigabyte of codes
+    n = min(limit or len(samples), len(samples))
+    found = _kept(
+        "fits", [sae], {"samples": samples.about(), "n": n, "batch": batch}, lambda: _fit(sae, samples, n, batch)
+    )
+    dead = float((found["frequency"] == 0).double().mean())
+    return Evaluation(float(found["frequency"].sum()), dead, **found)
+
+
+def _fit(sae: Dictionary, samples: Rows, n: int, batch: int) -> dict[str, Tensor]:
+    """The tensors of an `Evaluation` on the first n samples."""
     parts = torch.arange(n).split(batch)
     mean = sum(samples.rows(part).double().sum(0) for part in parts) / n
-    fired, error, total = torch.zeros(sae.cfg.d_sae, dtype=torch.long), [], []
+    norms = sae.W_dec.detach().double().norm(dim=1).cpu()
+    fired, squares = torch.zeros(sae.cfg.d_sae, dtype=torch.long), torch.zeros(sae.cfg.d_sae, dtype=torch.float64)
+    error, total = [], []
     for part in parts:
         x = samples.rows(part)
         with torch.no_grad():
             codes = sae.encode(x.to(sae.device))
             x_hat = sae.decode(codes).cpu()
         fired += (codes != 0).sum(0).cpu()
+        squares += codes.square().sum(0).cpu()
         error.append((x.double() - x_hat.double()).square().sum(1))
         total.append((x.double() - mean).square().sum(1))
-    dead = float((fired == 0).double().mean())
-    return Evaluation(float(fired.sum()) / n, dead, fired.double() / n, torch.cat(error), torch.cat(total))
+    each = {"error": torch.cat(error), "total": torch.cat(total)}
+    return {"frequency": fired.double() / n, "energy": squares * norms.square() / n, **each}
 
 
 class Principal:
@@ -373,7 +412,11 @@ class Principal:
         self.mean = x.mean(0)
         axes = torch.linalg.eigh((x - self.mean).T @ (x - self.mean)).eigenvectors.flip(1)[:, :k]
         self.mean, self.axes = self.mean.float(), axes.float()
-        self.cfg = SimpleNamespace(d_in=rows.shape[1], d_sae=k)
+        self.W_dec, self.cfg = self.axes.T, SimpleNamespace(d_in=rows.shape[1], d_sae=k)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it consists of."""
+        return {"mean": self.mean, "axes": self.axes}
 
     def encode(self, x: Tensor) -> Tensor:
         """Coordinates (n, k) of x (n, d_model)."""
@@ -411,7 +454,7 @@ def loss_recovered(
 
     `ids`, `kept` (rows, context): token rows and the positions that are replaced; special tokens, the first of a row, and residuals
     longer than `limit` (of a harvest: `Samples.limit`) pass through, as the SAE was not trained on them. Loss is taken where a
-    kept position predicts a kept one; SaeError for a row that has none.
+    kept position predicts a kept one; SaeError for a row that has none. Cached on disk.
     """
     counted = kept[:, :-1] & kept[:, 1:]
     if not bool(counted.any(1).all()):
@@ -424,12 +467,22 @@ def loss_recovered(
 
     ways = [lambda a: mean.to(a.device).expand(len(a), -1)]
     ways += [lambda a, sae=sae: sae.decode(sae.encode(a.to(sae.device))).to(a.device) for sae in saes]
-    found: list[list[Tensor]] = [[] for _ in range(1 + len(ways))]
-    for first in range(0, len(ids), batch):
-        rows = slice(first, first + batch)
-        keep = kept[rows].to(lm.device)
-        changes = [lambda x, way=way, keep=keep: instead(x, keep, way) for way in ways]
-        for losses, of_rows in zip(found, scoring.losses(lm, ids[rows], counted[rows], layer, changes), strict=True):
-            losses += [row.mean() for row in of_rows]
-    own, of_mean, *spliced = (torch.stack(losses) for losses in found)
+
+    def compute() -> dict[str, Tensor]:
+        found: list[list[Tensor]] = [[] for _ in range(1 + len(ways))]
+        for first in range(0, len(ids), batch):
+            rows = slice(first, first + batch)
+            keep = kept[rows].to(lm.device)
+            changes = [lambda x, way=way, keep=keep: instead(x, keep, way) for way in ways]
+            for losses, of_rows in zip(
+                found, scoring.losses(lm, ids[rows], counted[rows], layer, changes), strict=True
+            ):
+                losses += [row.mean() for row in of_rows]
+        return {"losses": torch.stack([torch.stack(losses) for losses in found])}
+
+    if all(map(fingerprint, saes)):
+        reading.unhooked(lm)
+    place = {"layer": layer, "ids": store.digest(ids), "kept": store.digest(kept), "mean": store.digest(mean)}
+    key = {**lm.key, **place, "limit": str(limit), "batch": batch}
+    own, of_mean, *spliced = _kept("spliced", saes, key, compute)["losses"]
     return [LossRecovered(own, of_sae, of_mean) for of_sae in spliced]

@@ -89,31 +89,6 @@ def test_jaccard_and_its_permutation_null_fire_for_one_behaviour_and_for_two():
     assert same.value == 1 and stats.p_value(-same.value, -same.permuted) > 0.05
 
 
-class Held:
-    def __init__(self, x):
-        self.x = x
-
-    def __len__(self):
-        return len(self.x)
-
-    def rows(self, index):
-        return self.x[index]
-
-
-def test_use_orders_latents_by_what_they_contribute_and_leaves_out_the_dead():
-    from types import SimpleNamespace
-
-    class Sae:
-        cfg, device, W_dec = SimpleNamespace(), "cpu", torch.diag(torch.tensor([1.0, 1.0, 10.0, 1.0]))
-        encode = staticmethod(lambda x: x.relu())
-
-    x = torch.tensor([[1.0, 0, 0, 0], [1.0, 2.0, 0, 0], [1.0, 0, 0.5, 0]])
-    use = overlap.use(Sae, Held(x), batch=2)
-    np.testing.assert_allclose(use.frequency, [1, 1 / 3, 1 / 3, 0])
-    np.testing.assert_allclose(use.energy, [1, 4 / 3, 25 / 3, 0])
-    assert use.order.tolist() == [2, 1, 0]
-
-
 def test_directions_that_are_not_finite_are_refused():
     q, wrong = torch.randn(2, 8), torch.full((1, 8), torch.nan)
     for call in (

@@ -88,7 +88,7 @@ def talks(planted):
 
 
 def unit_rows(sae, samples):
-    return decompose.rows_of(sae).double()[overlap.use(sae, samples).order]
+    return decompose.rows_of(sae).double()[saes.evaluate(sae, samples).order]
 
 
 def test_the_pair_differs_along_the_planted_direction_on_its_class_alone(planted, difference):
@@ -159,7 +159,7 @@ def test_true_differences_recover_everything_few_latents_nearly_all_and_random_o
     first = [a[:1] - b[:1] for a, b in zip(chat.residuals, base.residuals, strict=True)]
     whole = [torch.cat([f, rows[1:]]) for f, rows in zip(first, change.laid(change.rows), strict=True)]
     assert np.abs(base.kl(target, whole)).max() < 1e-6  # every token: nothing is left
-    rows, order = decompose.rows_of(dictionary), overlap.use(dictionary, difference).order[:2]
+    rows, order = decompose.rows_of(dictionary), saes.evaluate(dictionary, difference).order[:2]
     codes = decompose.codes_of(dictionary, change.rows)
     few = base.kl(target, change.laid(codes[:, order] @ rows[order] + dictionary.b_dec))
     turned = torch.linalg.qr(torch.randn(48, 48)).Q

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -367,7 +368,7 @@ class Known:
     class cfg:
         d_in, d_sae = 2, 3
 
-    device = "cpu"
+    device, W_dec = "cpu", torch.ones(3, 1)
 
     def encode(self, x):
         return torch.stack([x[:, 0].relu(), x[:, 1].relu(), torch.zeros(len(x))], 1)
@@ -389,11 +390,37 @@ def test_evaluation_in_parts_is_the_definition():
         class cfg:
             d_in, d_sae = 48, 96
 
+        W_dec = w.W_dec
         encode = staticmethod(lambda x: topk.encode(x, w, 8).dense(96))
         decode = staticmethod(lambda z: z @ w.W_dec + w.b_dec)
 
     assert saes.evaluate(Ours(), Array(x), batch=77).explained_variance == pytest.approx(expected, rel=1e-3)
     assert saes.evaluate(Ours(), Array(x), limit=100).error.shape == (100,)
+
+
+def test_latents_are_ordered_by_what_they_contribute_and_the_dead_left_out():
+    class Sae:
+        cfg, device = SimpleNamespace(d_in=4, d_sae=4), "cpu"
+        W_dec = torch.diag(torch.tensor([1.0, 1.0, 10.0, 1.0]))
+        encode = staticmethod(torch.relu)
+        decode = staticmethod(lambda z: z)
+
+    found = saes.evaluate(Sae(), Array(torch.tensor([[1.0, 0, 0, 0], [1.0, 2.0, 0, 0], [1.0, 0, 0.5, 0]])), batch=2)
+    torch.testing.assert_close(found.frequency, torch.tensor([1, 1 / 3, 1 / 3, 0], dtype=torch.float64))
+    torch.testing.assert_close(found.energy, torch.tensor([1, 4 / 3, 25 / 3, 0], dtype=torch.float64))
+    assert found.order.tolist() == [2, 1, 0]
+
+
+def test_a_fit_is_kept_with_its_sae_and_its_samples(cache, monkeypatch):
+    x = torch.randn(400, 10)
+    one, other = saes.Principal(x, 3), saes.Principal(x, 4)
+    found = saes.evaluate(one, Array(x))
+    assert saes.fingerprint(one) != saes.fingerprint(other) and not saes.fingerprint(Copy())
+    monkeypatch.setattr(saes, "_fit", lambda *_: pytest.fail("computed again"))
+    assert torch.equal(saes.evaluate(saes.Principal(x, 3), Array(x)).error, found.error)
+    for sae, rows, limit in ((other, x, 0), (one, x + 1, 0), (one, x, 100)):
+        with pytest.raises(pytest.fail.Exception):
+            saes.evaluate(sae, Array(rows), limit)
 
 
 def test_principal_components_explain_their_eigenvalues():
