@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
 REPORT_FLAGS := $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only $(ONLY)) $(if $(FAST),--fast) $(if $(COMMIT),--commit)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_COMPILE := 1  # Python compiles what is imported, which is a small part
 
 .DEFAULT_GOAL := help
 .PHONY: help report test lab pair clean
@@ -20,16 +22,21 @@ help:  ## this text
 $(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is wanted; $$($(PYTHON) --version) was found. Try make PYTHON=python3.12"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -r requirements.txt -c requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch (1 of 3): the largest download, a few minutes on a slow line"
+	@$(PIP) --upgrade pip
+	@$(PIP) torch==2.13.0
+	@echo "installing the other libraries (2 of 3): about a hundred packages"
+	@$(PIP) -r requirements.txt -c requirements.lock
+	@echo "installing this repository (3 of 3)"
+	@$(PIP) --no-deps -e .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-oracle.txt
-	$(BIN)/python -m pip install --quiet -r requirements-test.txt -c requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-oracle.txt
+	@echo "installing what the tests need (1 of 2)"
+	@$(PIP) -r requirements-test.txt -c requirements.lock
+	@echo "installing what results are compared with (2 of 2)"
+	@$(PIP) --no-deps -r requirements-oracle.txt
 	@touch $@
 
 report: $(VENV)/.installed  ## run the notebooks and render the report
@@ -41,7 +48,8 @@ test: $(VENV)/.installed-test  ## lint and tests
 	$(BIN)/python -m pytest
 
 pair: $(VENV)/.installed  ## train data/aligned_pair anew
-	$(BIN)/python -m pip install --quiet -r requirements-pair.txt -c requirements.lock
+	@echo "installing what training the pair needs (1 of 1)"
+	@$(PIP) -r requirements-pair.txt -c requirements.lock
 	$(BIN)/python data/aligned_pair/recipe.py
 
 lab: $(VENV)/.installed  ## JupyterLab

@@ -187,6 +187,7 @@ def _batch(folder: Path, plan: dict[str, Any], chosen: int) -> int:
     return batch
 
 
+@store.spent("harvest")
 def run(
     model: LM,
     source: text.Source,
@@ -216,6 +217,7 @@ def run(
     finished, (rank, world) = folder / "sidecar.json", _ranks()
     if note := store.read_json(finished):
         if all(activations.whole(folder, i) for i in range(note["shards"])):
+            store.from_cache()
             return Samples(folder, wanted, verify=False)
         finished.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,8 +231,9 @@ def run(
     batch = store.read_json(folder / "plan.json")["batch"]
     began, count, shards, made = time.perf_counter(), Counter(), 0, 0
     name = f"harvest {'+'.join(map(str, layers))}"
+    silent = {"disable": True} if rank > 0 else {}  # else TQDM_DISABLE decides
     with (
-        tqdm(total=tokens, desc=name, unit="token", unit_scale=True, disable=rank > 0 or None) as bar,
+        tqdm(total=tokens, desc=name, unit="token", unit_scale=True, **silent) as bar,
         ThreadPoolExecutor(1) as writer,  # a shard is written while the next one is made
     ):
         written = writer.submit(lambda: None)

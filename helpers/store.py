@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers.session import ROOT, cache_dir
+from helpers.session import ROOT, cache_dir, setting
 
 FOREIGN_AGE = 24 * 3600.0  # seconds without a change after which another host's temporary is rubbish
 DISK_ERRORS = {
@@ -219,6 +220,38 @@ def write_file(path: Path, data: str | bytes) -> Path:
     return path
 
 
+_step: ContextVar[dict[str, Any] | None] = ContextVar("step", default=None)  # the innermost long step under way
+
+
+@contextmanager
+def spent(kind: str) -> Iterator[None]:
+    """Context, or decorator of a function: a long step of that kind, whose own seconds the report is told.
+
+    One JSON line (kind, seconds, cached) is appended to the file that SPENT_FILE names; where that is not set, nothing is.
+    The seconds of steps inside this one are theirs, so that the lines add up; `from_cache` marks it.
+    """
+    outer, began = _step.get(), time.perf_counter()
+    step: dict[str, Any] = {"kind": kind, "cached": False, "inside": 0.0}
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+        seconds = time.perf_counter() - began
+        if outer:
+            outer["inside"] += seconds
+        if file := setting("SPENT_FILE"):
+            line = {"kind": kind, "seconds": round(seconds - step["inside"], 4), "cached": step["cached"]}
+            with suppress(OSError), open(file, "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+
+
+def from_cache() -> None:
+    """Say that the innermost step under way is answered from the cache."""
+    if step := _step.get():
+        step["cached"] = True
+
+
 def cached(
     kind: str, parameters: dict[str, Any], compute: Callable[[], dict[str, Tensor]], code: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
@@ -226,12 +259,20 @@ def cached(
 
     An entry whose tensor file does not match the checksum in its sidecar is named, removed and made again.
     """
+    with spent(kind):
+        return _cached(kind, parameters, compute, code)
+
+
+def _cached(
+    kind: str, parameters: dict[str, Any], compute: Callable[[], dict[str, Tensor]], code: tuple[str, ...]
+) -> dict[str, Tensor]:
     parameters = {**parameters, "code": code_digest(*code), "libraries": versions()}
     path = cache_dir() / kind / digest(parameters)[:24]
     sidecar = path / "sidecar.json"
     if sidecar.exists():
         tensors = path / "tensors.safetensors"
         if tensors.exists() and file_digest(tensors) == (read_json(sidecar) or {}).get("sha256"):
+            from_cache()
             return load_file(tensors)
         print(f"cache entry {kind}/{path.name} is damaged; it is made again")
     if path.exists():

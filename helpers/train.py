@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from helpers import saes, topk
 from helpers.session import cache_dir, choose_device, choose_dtype, setting
-from helpers.store import code_digest, digest, file_digest, read_json, versions, writing
+from helpers.store import code_digest, digest, file_digest, from_cache, read_json, spent, versions, writing
 from helpers.topk import Weights
 
 CODE = ("topk", "train", "activations", "harvest")  # what the order of rows and every step depend on
@@ -322,6 +322,7 @@ def fit(
     return Result(topk.rescaled(state.weights, scale), threshold, log, frequency, scale)
 
 
+@spent("train")
 def sae(source: Source, config: Config, device: str = "cpu", wandb_project: str = "") -> Path:
     """The folder of an SAE trained on `source`, in SAELens's layout, its log in training.json; trained once, then cached.
 
@@ -331,6 +332,7 @@ def sae(source: Source, config: Config, device: str = "cpu", wandb_project: str 
     plan = {"source": about, "config": config._asdict(), "code": code_digest(*CODE, "saes")}
     folder = cache_dir() / "saes" / digest(plan)[:24]
     if saes.whole(folder):
+        from_cache()
         return folder
     if folder.exists():
         print(f"the cached SAE {folder.name} is damaged; it is trained again")

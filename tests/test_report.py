@@ -1,16 +1,24 @@
 """The report refuses, survives failures, and leaves nothing half-written; the committed notebooks are clean."""
 
 import ast
+import io
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from contextlib import redirect_stdout
 
 import nbformat
 import papermill
 import pytest
+from nbformat import v4
 
 from helpers import report
+from helpers.progress import END, START
 from helpers.session import ROOT
 
 COMMITTED = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -61,7 +69,7 @@ def notebook(folder, name, *cells, parameters="fast = False\nprofile = ''"):
     )
     made.cells = [
         nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-        *map(nbformat.v4.new_code_cell, cells),
+        *((v4.new_markdown_cell if c.startswith("#") else v4.new_code_cell)(c) for c in cells),
     ]
     nbformat.write(made, folder / f"{name}.ipynb")
 
@@ -78,10 +86,16 @@ claims.save(s, "A summary in words.", [c], {})
 def workshop(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    monkeypatch.setattr(report, "NOTEBOOKS", folder)
-    monkeypatch.setenv("REPORT_DIR", "")
-    monkeypatch.setenv("TQDM_DISABLE", "1")
+    stand_in(monkeypatch, folder)
     return folder
+
+
+def stand_in(monkeypatch, folder):
+    """The report of the notebooks in `folder`: no model to fetch, and a cache of its own."""
+    monkeypatch.setattr(report, "NOTEBOOKS", folder)
+    monkeypatch.setattr(report.text, "WHEELS", {})
+    monkeypatch.setenv("CACHE_DIR", str(folder.parent / "cache"))
+    monkeypatch.setenv("REPORT_DIR", "")
 
 
 def test_a_profile_runs_the_notebooks_it_lists_and_none_that_compares_two_models_where_it_has_one(workshop, capsys):
@@ -204,7 +218,6 @@ def test_commit_refreshes_what_is_committed_and_nothing_else(workshop, tmp_path,
     (tmp_path / "README.md").write_text("before\n<!-- claims:start -->\na stale row\n<!-- claims:end -->\nafter\n")
     monkeypatch.setattr(report, "COMMITTED", kept)
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report.text, "WHEELS", {})
     assert report.main(["--commit", "--out", str(tmp_path / "out")]) == 0
     assert [p.name for p in kept["figures"].iterdir()] == ["02_other.png"] and (
         kept["results"] / "01_good.json"
@@ -256,6 +269,131 @@ def test_ctrl_c_keeps_what_is_finished_and_nothing_half_written(workshop, tmp_pa
     assert report.main(["--out", str(out)]) == 130
     assert list(json.loads((out / "runs.json").read_text())) == ["00_good"]
     assert not (out / "01_good.ipynb").exists() and not list(out.rglob(".tmp-*"))
+    page = (out / "index.html").read_text()
+    assert "This run was stopped" in page and "http-equiv=refresh" not in page and "01_good<td>not run" in page
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from helpers import report
+report.NOTEBOOKS, report.text.WHEELS = Path({folder!r}), {{}}
+sys.exit(report.main(["--out", {out!r}]))
+"""
+
+
+def test_ctrl_c_in_the_middle_of_a_cell_ends_it_without_a_traceback(workshop, tmp_path):
+    notebook(workshop, "01_long", "## A long one", "import time\nwhile True:\n    time.sleep(60)")
+    out = tmp_path / "out"
+    code = INTERRUPTED.format(folder=str(workshop), out=str(out))
+    running = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    page, until = out / "index.html", time.monotonic() + 120
+    while not (page.exists() and "A long one, since" in page.read_text()) and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    os.killpg(running.pid, signal.SIGINT)
+    said, errors = running.communicate(timeout=60)
+    assert running.returncode == 130 and "Traceback" not in said + errors and "stopped; finished" in errors
+    assert "This run was stopped" in page.read_text() and "http-equiv=refresh" not in page.read_text()
+    assert sorted(p.name for p in out.iterdir()) == ["index.html"]
+
+
+WATCHED = """
+import os, shutil, sys, time
+from pathlib import Path
+from helpers import store
+from tqdm import tqdm
+from tqdm.auto import tqdm as automatic
+out = Path(os.environ["REPORT_DIR"])
+shutil.copy(out / "index.html", out / "seen.html")
+print("one")
+with store.spent("outer"):
+    for i in tqdm(range(3), desc="count", mininterval=0):
+        with store.spent("inner"):
+            time.sleep(0.1)
+            store.from_cache()
+        for j in automatic(range(2), desc="deep", leave=False, mininterval=0):
+            pass
+        print("a real warning", file=sys.stderr)
+print("two")
+"""
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """What a report of two notebooks leaves and says: its folder, its log, the bars it was told of, its cache."""
+    folder, bars = tmp_path_factory.mktemp("watched") / "notebooks", []
+    folder.mkdir()
+    notebook(folder, "01_watched", "# Title", "1", "## First *one*\nwords", WATCHED, "## Last")
+    notebook(folder, "02_next", "1")
+
+    class Told(report.Progress):
+        def __setattr__(self, name, value):
+            if name == "bar" and value:
+                bars.append(value)
+            super().__setattr__(name, value)
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as log:
+        stand_in(patch, folder)
+        patch.setattr(report, "Progress", Told)
+        assert report.main(["--out", str(folder.parent / "out")]) == 0
+    return folder.parent / "out", log.getvalue(), bars, folder.parent / "cache"
+
+
+def test_bars_reach_the_progress_and_not_the_notebook(watched):
+    out, _, bars, _ = watched
+    assert any(b.startswith("count: 100%") for b in bars) and any(b.startswith("deep") for b in bars)
+    raw = (out / "01_watched.ipynb").read_text()
+    assert "%|" not in raw and "\\r" not in raw and "widget" not in raw
+    outputs = nbformat.read(out / "01_watched.ipynb", 4).cells[4].outputs
+    assert [(o.name, o.text) for o in outputs] == [
+        ("stdout", "one\n"),
+        ("stderr", "a real warning\n" * 3),
+        ("stdout", "two\n"),
+    ]
+
+
+def test_a_log_without_a_terminal_says_each_section(watched):
+    out, log, _, _ = watched
+    page = str(out / "index.html")
+    assert log.index(page) < log.index("01_watched (1 of 2)") < log.index("01_watched ran in") < log.rindex(page)
+    headings = re.findall(r"^ +\d+\.\d s  (.*)$", log, re.M)
+    assert headings == [START, "First one", "Last", END, START, END] and "\r" not in log
+    assert "2 notebooks, time left unknown" in log and re.search(r"^2 notebooks in 0:\d\d$", log, re.M)
+
+
+def test_the_page_is_there_from_the_first_and_follows_the_run(watched):
+    out = watched[0]
+    seen, last = (out / "seen.html").read_text(), (out / "index.html").read_text()
+    assert "http-equiv=refresh" in seen and "http-equiv=refresh" not in last
+    assert "01_watched<td>running<td>First one, since" in seen and "02_next<td>waiting" in seen
+    assert "<b>Running</b>" in seen and "<b>Running</b>" not in last and "stopped" not in last
+
+
+def test_the_timeline_adds_up_and_counts_nothing_twice(watched):
+    out, _, _, cache = watched
+    timeline = json.loads((out / "timeline.json").read_text())
+    times = timeline["01_watched"]
+    assert times["seconds"] == pytest.approx(sum(s["seconds"] for s in times["sections"]), abs=0.01)
+    first = times["sections"][1]
+    assert first["heading"] == "First one" and set(first["kinds"]) == {"outer", "inner"}
+    inner, outer = first["kinds"]["inner"], first["kinds"]["outer"]
+    assert (inner["count"], inner["cached"], outer["count"], outer["cached"]) == (3, 3, 1, 0)
+    assert 0.3 <= inner["seconds"] < first["seconds"] and outer["seconds"] < 0.3
+    page = (out / "index.html").read_text()
+    assert "<details><summary>01_watched" in page and "<td>inner<td" in page and f"{START} " in page
+    assert [json.loads(p.read_text()) for p in cache.rglob("timelines/smollm2.json")] == [timeline]
+    assert "SPENT_FILE" not in os.environ
+
+
+def test_text_that_the_kernel_cut_in_pieces_is_one_again():
+    kinds = [("stdout", "a"), ("stdout", "b"), ("stderr", "c"), ("stdout", "d")]
+    outputs = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in kinds]
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=outputs)])
+    assert [o.text for o in report.strip(made).cells[0].outputs] == ["ab", "c", "d"]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
@@ -321,4 +459,6 @@ def test_make_is_the_whole_interface():
     text = (ROOT / "Makefile").read_text()
     for target in ("help", "report", "test", "lab"):
         assert re.search(rf"^{target}:", text, re.M)
+    steps = re.sub(r"\$\(PIP\) --upgrade pip\n\t@", "", text)
+    assert len(re.findall(r'@echo "installing .*\n\t@\$\(PIP\)', steps)) == steps.count("@$(PIP)") == 6
     assert "make test" in (ROOT / ".ci" / "run").read_text()

@@ -23,7 +23,7 @@ from helpers.lm.files import SETTING_FILES, TOKENIZER_FILES, content, packaged_n
 from helpers.lm.reading import LM, ModelError, logits_of_few
 from helpers.lm.tokens import Tokenizer
 from helpers.session import cache_dir, path, split, why
-from helpers.store import digest, file_digest, read_json, writing
+from helpers.store import digest, file_digest, read_json, spent, writing
 
 transformers_logging.disable_progress_bar()  # its widgets stay behind, dead, in saved notebooks
 CONVENTION = "raw transformers weights, no folding; residual = blocks.L.hook_resid_post"
@@ -318,6 +318,7 @@ def outline(name: str, revision: str | None = None) -> Outline:
     return Outline(tokenizer, config.hidden_size, config.num_hidden_layers)
 
 
+@spent("load")
 def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None) -> LM:
     """The model of that name, whole, frozen and in eval mode, with its own tokenizer.
 

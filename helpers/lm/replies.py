@@ -166,10 +166,12 @@ def generate(
     return [lm.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in ids]
 
 
+@store.spent("chats")
 def chats(lm: LM, questions: Sequence[str], max_new_tokens: int = 64, seed: int = 0, batch: int = 256) -> Path:
     """A .jsonl file of the model's own answers to `questions`, sampled at 0.7 from `seed`: a source of text; kept in the cache."""
     path = chats_path(lm.key, questions, max_new_tokens, seed, batch)
     if path.exists():
+        store.from_cache()
         return path
     lines = []
     with seeded(lm, seed):

