@@ -42,7 +42,19 @@ class Runs:
         self.lm, self.sequences, self.layer = lm, list(sequences), operator.index(layer)
         self.batch_size = batch_size
         reading.unhooked(lm)
-        self.residuals = reading.residuals(lm, self.sequences, layer, batch_size=batch_size)
+        key = {
+            **lm.key,
+            "layer": self.layer,
+            "batch": batch_size,
+            "sequences": store.digest([[t.ids, t.roles] for t in self.sequences]),
+        }
+
+        def read() -> dict[str, Tensor]:
+            return {"rows": torch.cat(reading.residuals(lm, self.sequences, layer, batch_size=batch_size))}
+
+        rows = store.cached("residuals", key, read, CODE)["rows"]
+        self.residuals = list(rows.split([len(t.ids) for t in self.sequences]))
+        self._key = {**key, "residuals": store.digest(rows)}
 
     def _check(self, added: Sequence[Tensor] | None) -> None:
         shapes = [
@@ -69,11 +81,7 @@ class Runs:
         reading.unhooked(self.lm)
         key = {
             "kind": kind,
-            **self.lm.key,
-            "layer": self.layer,
-            "batch": self.batch_size,
-            "sequences": store.digest([[t.ids, t.roles] for t in self.sequences]),
-            "residuals": store.digest(torch.cat(self.residuals)),
+            **self._key,
             "added": store.digest(torch.cat(list(added)).float()) if added is not None else "",
             **more,
         }
@@ -149,9 +157,7 @@ class Runs:
                     out[i] = float((p.exp() * (p - q)).sum(-1).double().mean())
             return out
 
-        return self._cached(
-            "KL", added, compute, reference=[reference.lm.key, store.digest(torch.cat(reference.residuals))]
-        )
+        return self._cached("KL", added, compute, reference=reference._key)
 
     @cached_property
     def own(self) -> list[Tensor]:
