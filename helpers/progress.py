@@ -272,7 +272,7 @@ class Progress:
             self.heading,
             brief(self.bar),
             f"{clock(now - self._notebook)} {here}",
-            f"all {clock(now - self.began)} {all_.removesuffix(' left')}",
+            f"all {clock(now - self.began)}" + f" {all_.removesuffix(' left')}" * (all_ != here),
         ]
         parts[4:] = [p.replace("about ", "~").replace("more than ", ">") for p in parts[4:]]
         for i, least in ((2, 16), (0, 2), (3, 4), (2, 8), (3, 0), (2, 0)):

@@ -58,8 +58,7 @@ class OwnKernel(AsyncKernelManager):
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
             env={  # jupyter expands $NAME in it
                 "PYTHONPATH": found.replace("$", "$$"),
-                "TQDM_DISABLE": "",
-                "TQDM_MININTERVAL": "0.5",
+                **{"TQDM_DISABLE": "", "TQDM_MININTERVAL": "0.5", "TQDM_NCOLS": "120", "TQDM_NROWS": "20"},
             },
             display_name="Python 3",
             language="python",

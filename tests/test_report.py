@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 
 import nbformat
 import papermill
@@ -273,7 +273,7 @@ def test_ctrl_c_keeps_what_is_finished_and_nothing_half_written(workshop, tmp_pa
     assert "This run was stopped" in page and "http-equiv=refresh" not in page and "01_good<td>not run" in page
 
 
-INTERRUPTED = """
+ALONE = """
 import sys
 from pathlib import Path
 from helpers import report
@@ -285,7 +285,7 @@ sys.exit(report.main(["--out", {out!r}]))
 def test_ctrl_c_in_the_middle_of_a_cell_ends_it_without_a_traceback(workshop, tmp_path):
     notebook(workshop, "01_long", "## A long one", "import time\nwhile True:\n    time.sleep(60)")
     out = tmp_path / "out"
-    code = INTERRUPTED.format(folder=str(workshop), out=str(out))
+    code = ALONE.format(folder=str(workshop), out=str(out))
     running = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -299,6 +299,34 @@ def test_ctrl_c_in_the_middle_of_a_cell_ends_it_without_a_traceback(workshop, tm
     assert running.returncode == 130 and "Traceback" not in said + errors and "stopped; finished" in errors
     assert "This run was stopped" in page.read_text() and "http-equiv=refresh" not in page.read_text()
     assert sorted(p.name for p in out.iterdir()) == ["index.html"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+@pytest.mark.parametrize("rows,columns", [(0, 0), (24, 20), (50, 200)])
+def test_a_terminal_of_any_size_shows_the_bar_and_the_notebook_does_not(workshop, tmp_path, rows, columns):
+    import pty
+    import termios
+
+    loop = "import time\nfrom tqdm import tqdm\nfor _ in tqdm(range(5), desc='wait'):\n    time.sleep(0.6)"
+    notebook(workshop, "01_bar", "## One", loop)
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (rows, columns))
+    code = ALONE.format(folder=str(workshop), out=str(tmp_path / "out"))
+    own = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=slave, stderr=slave, env=own)
+    os.close(slave)
+    said = b""
+    with suppress(OSError):  # the other end is closed
+        while piece := os.read(master, 4096):
+            said += piece
+    os.close(master)
+    assert running.wait(60) == 0
+    lines = re.findall("\r([^\r]+)", said.decode())
+    if columns == 20:
+        assert all(len(line) < 20 for line in lines if "(1/1)" in line) and any("(1/1)" in line for line in lines)
+    else:
+        assert any(re.search(r"· \d+% wait ·", line) for line in lines)
+    assert not [o for c in nbformat.read(tmp_path / "out" / "01_bar.ipynb", 4).cells for o in c.get("outputs", [])]
 
 
 WATCHED = """
