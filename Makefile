@@ -30,7 +30,7 @@ $(VENV)/.installed: requirements.txt requirements.lock pyproject.toml
 	@echo "installing the other libraries (2 of 3): about a hundred packages"
 	@$(PIP) -r requirements.txt -c requirements.lock
 	@echo "installing this repository (3 of 3)"
-	@$(PIP) --no-deps -e .
+	@$(PIP) --quiet --no-deps -e .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-oracle.txt
