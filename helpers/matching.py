@@ -89,15 +89,11 @@ def _units(rows: Tensor, lengths: Tensor, dtype: torch.dtype = torch.float64) ->
 
 
 def _on(rows: Tensor, device: str | torch.device) -> Tensor:
-    """Rows on the device, or on the CPU if it has no float64 (mps); whole numbers in float64."""
+    """Rows or scores on the device, or on the CPU if it has no float64 (mps); whole numbers in float64, less
+    than float32 in float32.
+    """
     rows = rows.detach().to("cpu" if torch.device(device).type == "mps" else device)
-    return rows if rows.is_floating_point() else rows.double()
-
-
-def _precise(scores: Tensor, device: str | torch.device) -> Tensor:
-    """Scores on the device (as `_on`), in float64 unless they are float32."""
-    scores = _on(scores, device)
-    return scores if scores.dtype in (torch.float32, torch.float64) else scores.double()
+    return rows.float() if rows.is_floating_point() and rows.dtype != torch.float64 else rows.double()
 
 
 def _moderate(rows: Tensor) -> Tensor:
@@ -137,7 +133,7 @@ def _given(scores: Tensor, rows: int, columns: int) -> Tensor:
         )
     if not _finite(scores):
         raise ValueError("a score is NaN or infinite: every row of A must have a finite one with every row of B")
-    return _precise(scores, scores.device)
+    return _on(scores, scores.device)
 
 
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows, columns, scores (edges,): each once, sorted by row
@@ -385,17 +381,6 @@ def _near(scores: Tensor, price: Tensor, tops: Tensor, within: float) -> tuple[T
     return row[:, None].expand_as(keep)[keep], column[keep]
 
 
-class _Found(NamedTuple):
-    """The column of each row (n,), the pairs' scores (n,) float64, and the certificate's part of a `Match`."""
-
-    column_of: np.ndarray
-    scores: np.ndarray
-    violation: float
-    gap: float
-    edges: int
-    rounds: int
-
-
 def _optimal(
     scores_of: Scores,
     n: int,
@@ -403,13 +388,17 @@ def _optimal(
     k: int,
     block: int,
     rounds: int,
+    free: float = 1.0,
     off: float = 0.0,
     again: Cosines | None = None,
     at_once: int = 0,
-) -> _Found:
-    """The best assignment of n rows to m >= n. Scores are off by `off` at most, as given to float64 or by
-    `again`; `at_once` rows of them can be had, `block` if not said.
+) -> Match:
+    """The best assignment of n rows to m >= n; a pair costs `free` - score. Scores are off by `off` at most,
+    as given to float64 or by `again`; `at_once` rows of them can be had, `block` if not said.
     """
+    if min(k, block, rounds) < 1:
+        raise ValueError(f"k = {k}, block = {block}, rounds = {rounds} given; each must be at least 1")
+    began = time.perf_counter()
     i, j, s = _feasible(scores_of, n, m, *_candidates(scores_of, n, m, k, at_once or block))
     shift = 0.0 if again else float(s.max())
     if not math.isfinite(4.0 * n * (shift - float(s.min()))):
@@ -432,13 +421,19 @@ def _optimal(
                 "cheaper: raise k or rounds"
             )
         i, j, s = new
-    free = np.ones(m, bool)
-    free[column_of] = False
-    gap = math.fsum(seen.slack) - math.fsum(v[free]) + seen.rounding + 2 * n * off
-    return _Found(column_of, seen.scores, violation, gap, len(i), done)
+    alone = np.ones(m, bool)
+    alone[column_of] = False
+    costs = free - seen.scores
+    gap = math.fsum(seen.slack) - math.fsum(v[alone]) + seen.rounding + 2 * n * off
+    gap += 16 * EPS * float(np.abs(costs).sum())
+    partner, back = torch.from_numpy(column_of), torch.full((m,), -1, dtype=torch.long)
+    back[partner] = torch.arange(n)
+    score = torch.from_numpy(seen.scores + (1 - free)).to(scores_of(slice(1)).dtype)
+    seconds = time.perf_counter() - began
+    return Match(partner, back, score, math.fsum(costs), violation, gap, len(i), done, seconds)
 
 
-def _by_cosine(A: Tensor, B: Tensor, k: int, block: int, rounds: int) -> _Found:
+def _by_cosine(A: Tensor, B: Tensor, k: int, block: int, rounds: int) -> Match:
     """The best assignment by cosine. Many pairs are compared in float32 first, and in float64 if that
     leaves too wide a gap.
     """
@@ -450,17 +445,18 @@ def _by_cosine(A: Tensor, B: Tensor, k: int, block: int, rounds: int) -> _Found:
         dots = torch.cat([torch.linalg.vecdot(A[x].double(), B[y].double()) for x, y in parts])
         return dots / (lengths[0][i] * lengths[1][j])
 
-    def found_in(dtype: torch.dtype, again: Cosines | None = None) -> _Found:
+    def found_in(dtype: torch.dtype, again: Cosines | None = None) -> Match:
         one, other = (_units(*pair, dtype) for pair in zip((A, B), lengths, strict=True))
         if n * m > HELD:
-            return _optimal(lambda rows: product(one[rows], other), n, m, k, block, rounds, off, again)
-        return _optimal(product(one, other).__getitem__, n, m, k, block, rounds, off, again, at_once=n)
+            return _optimal(lambda rows: product(one[rows], other), n, m, k, block, rounds, 1.0, off, again)
+        return _optimal(product(one, other).__getitem__, n, m, k, block, rounds, 1.0, off, again, at_once=n)
 
     if n * m > SMALL and _full_float32(A.device):
         found = found_in(torch.float32, again)
-        if found.gap <= CLOSE * math.fsum(1 - found.scores):
+        if found.gap <= CLOSE * found.total:
             return found
-    return found_in(torch.float64)
+    found = found_in(torch.float64)
+    return found._replace(score=found.score.float())
 
 
 def _full_float32(device: torch.device) -> bool:
@@ -497,21 +493,19 @@ def match(
         raise ValueError(
             f"dictionaries of width {A.shape[1]} and {B.shape[1]} were given: map one into the other's space first"
         )
-    _check_sizes(k, block, rounds)
     if len(A) > len(B):
         back = score and (lambda x, y: score(y, x).T)
         return turned(match(B, A, k, block, device, rounds, back))
     if not score:
         found = _by_cosine(_on(A, device), _on(B, device), k, block, rounds)
-        return _ready(found, len(B), torch.float32, began)
+        return found._replace(seconds=time.perf_counter() - began)
     one, other = A.to(device), B.to(device)
 
     def scores_of(rows: slice | Tensor) -> Tensor:
         part = one[rows]
         return _given(score(part, other).detach(), len(part), len(other))
 
-    found = _optimal(scores_of, len(A), len(B), k, block, rounds)
-    return _ready(found, len(B), scores_of(slice(1)).dtype, began)
+    return _optimal(scores_of, len(A), len(B), k, block, rounds)
 
 
 def match_costs(
@@ -522,7 +516,6 @@ def match_costs(
     if one is not finite. For costs that come from rows give `match` the rows and a score: the matrix need
     then not exist.
     """
-    began = time.perf_counter()
     costs = torch.as_tensor(costs).detach()
     if costs.ndim != 2 or not costs.numel() or costs.is_complex():
         raise ValueError(
@@ -535,33 +528,14 @@ def match_costs(
             f"{count} of {costs.numel()} costs are NaN or infinite: "
             "give every pair a finite one, a large one if it must not be"
         )
-    _check_sizes(k, block, rounds)
     n, m = costs.shape
     if n > m:
         return turned(match_costs(costs.T, k, block, device, rounds))
 
     def scores_of(rows: slice | Tensor) -> Tensor:
-        return -_precise(costs[rows], device)
+        return -_on(costs[rows], device)
 
-    found = _optimal(scores_of, n, m, k, block, rounds)
-    return _ready(found, m, scores_of(slice(1)).dtype, began, free=0.0)
-
-
-def _check_sizes(k: int, block: int, rounds: int) -> None:
-    if min(k, block, rounds) < 1:
-        raise ValueError(f"k = {k}, block = {block}, rounds = {rounds} given; each must be at least 1")
-
-
-def _ready(found: _Found, m: int, dtype: torch.dtype, began: float, free: float = 1.0) -> Match:
-    """What was found, of pairs that cost `free` - score."""
-    partner = torch.from_numpy(found.column_of)
-    back = torch.full((m,), -1, dtype=torch.long)
-    back[partner] = torch.arange(len(partner))
-    costs = free - found.scores
-    scores = torch.from_numpy(found.scores + (1 - free)).to(dtype)
-    gap = found.gap + 16 * EPS * float(np.abs(costs).sum())
-    certificate = math.fsum(costs), found.violation, gap, found.edges, found.rounds
-    return Match(partner, back, scores, *certificate, time.perf_counter() - began)
+    return _optimal(scores_of, n, m, k, block, rounds, free=0.0)
 
 
 # --- the cheaper ways, and what to hold a match against ----------------------------------------------------------------
