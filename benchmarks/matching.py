@@ -128,13 +128,14 @@ def main():
                 show(rows[-1])
     peer = "lapjv" if lapjv else "scipy"
     compared = [row for row in rows if row["ratios"]]
-    ratios = [x for row in compared for x in row["ratios"][peer]] or [float("nan")]
+    ratios = [x for row in compared for x in row["ratios"][peer]]
     worst = {name: max((row[name] for row in rows), default=0.0) for name in ("gap", "total_gap")}
     for row in rows:
         row["ratios"] = {name: [round(x, 2) for x in found] for name, found in row["ratios"].items()}
     sizes = {"sizes": o.sizes, "alone": o.alone, "d": o.d}
     extra = {"peer": peer, "certificate_gap": worst["gap"], "total_gap": worst["total_gap"], "cases": rows}
-    print(json.dumps(line("matching", ratios, sizes, o.device, **extra)))
+    nothing = {"bench": "matching", "ratio": None, "sizes": sizes, "device": o.device, **extra}
+    print(json.dumps(line("matching", ratios, sizes, o.device, **extra) if ratios else nothing))
 
 
 if __name__ == "__main__":
