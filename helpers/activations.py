@@ -105,23 +105,32 @@ class Rows:
         touches pool * batch / block places of the disk at a time and holds one batch. What does not fill a batch at the end
         of an epoch is left out. ValueError for fewer samples than a batch, or with sample and shard if one is not finite.
         """
-        per_epoch = (len(self) // block * block) // batch
+        places = self.places()
+        per_epoch = (places // block * block) // batch
         if per_epoch < 1:
             raise ValueError(
-                f"{len(self)} samples cannot fill one batch of {batch} (in blocks of {block}): harvest more or ask for less"
+                f"{places} samples cannot fill one batch of {batch} (in blocks of {block}): harvest more or ask for less"
             )
         number = start
         while True:
             epoch, within = divmod(number, per_epoch)
-            order = torch.randperm(len(self) // block, generator=seeded(seed, epoch))
+            order = torch.randperm(places // block, generator=seeded(seed, epoch))
             for first in range(within // pool * pool, per_epoch, pool):
                 n = min(pool, per_epoch - first)
                 mixed = first * batch + torch.randperm(n * batch, generator=seeded(seed, epoch, first + 1))
                 for i in range(max(within - first, 0), n):
                     at = mixed[i * batch : (i + 1) * batch]
-                    index = order[at // block] * block + at % block
+                    index = self.placed(order[at // block] * block + at % block)
                     yield self._finite(self.rows(index), index)
                     number += 1
+
+    def places(self) -> int:
+        """How many places `batches` puts in order: the samples."""
+        return len(self)
+
+    def placed(self, place: Tensor) -> Tensor:
+        """The samples (n,) that stand at places (n,)."""
+        return place
 
     def _finite(self, rows: Tensor, index: Tensor) -> Tensor:
         if not bool(torch.isfinite(rows.sum())) and not torch.isfinite(rows).all():
@@ -226,6 +235,17 @@ class Samples(Rows):
     def __len__(self) -> int:
         return len(self.used)
 
+    def places(self) -> int:
+        """All harvested tokens where no more than one in a hundred is left out, so that models whose outliers are other tokens of
+        one text still read it in one order; else the samples."""
+        return int(self.starts[-1]) if 100 * self.dropped <= len(self.used) else len(self)
+
+    def placed(self, place: Tensor) -> Tensor:
+        """The samples that stand at places; for a token that is left out the next that is not."""
+        if self.places() == len(self):
+            return place
+        return torch.searchsorted(self.used, place).clamp_max(len(self) - 1)
+
     def at(self, layer: int) -> "Samples":
         """The same harvest at another of its layers."""
         return Samples(self.folder, layer, verify=False, outlier=self.outlier)
@@ -268,6 +288,14 @@ class Difference(Rows):
     def about(self) -> dict[str, Any]:
         base, chat = self.base.about(), self.chat.about()
         return {**chat, "difference": f"{chat['model_name']} - {base['model_name']}", "base_harvest": base["harvest"]}
+
+    def places(self) -> int:
+        """As of either side."""
+        return self.base.places()
+
+    def placed(self, place: Tensor) -> Tensor:
+        """As of either side."""
+        return self.base.placed(place)
 
     def rows(self, index: Tensor) -> Tensor:
         return self.chat.rows(index) - self.base.rows(index)
