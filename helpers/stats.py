@@ -73,16 +73,6 @@ def difference(one: Interval, other: Interval) -> Interval:
     return Interval(float(value), float(value - below), float(value + above))
 
 
-def slopes(scores: np.ndarray, multipliers: Sequence[float]) -> np.ndarray:
-    """Least-squares slope of each row of `scores` (n, len(multipliers)) against the multipliers: (n,)."""
-    m = np.asarray(multipliers, dtype=np.float64)
-    y = np.asarray(scores, dtype=np.float64)
-    if y.shape[-1] != len(m) or len(m) < 2:
-        raise ValueError(f"scores of shape {y.shape} do not fit {len(m)} multipliers; two or more columns are needed")
-    centred = m - m.mean()
-    return (y - y.mean(axis=-1, keepdims=True)) @ centred / (centred @ centred)
-
-
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosine along the last axis, float64, 0 where either side is zero."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

@@ -7,19 +7,24 @@ name and renamed.
 
 import errno
 import hashlib
+import inspect
 import json
 import os
 import re
 import shutil
 import socket
+import sys
 import time
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -288,3 +293,95 @@ def _cached(
         }
         (temporary / "sidecar.json").write_text(json.dumps(note, indent=1))
     return result
+
+
+# --- any function's result -----------------------------------------------------------------------------------------------
+
+
+T = typing.TypeVar("T")
+
+
+def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
+    """f(*given, **named), kept on disk for the next time: for a slow, deterministic function of helpers, asked again in a warm run.
+
+    Its annotation says what it returns: a Tensor, an array, plain values, or NamedTuples, lists, tuples and dicts of these. The
+    entry depends on every argument, tensors and SAEs by their bits, and on the source of all helpers that `f` can reach.
+    TypeError for an argument of another kind, ValueError for a function from elsewhere.
+    """
+    if f.__module__.removeprefix("helpers.") not in _SOURCE:
+        raise ValueError(f"{f.__module__}.{f.__qualname__} was given; only functions of helpers are kept: no other's source is known")
+    bound = inspect.signature(f).bind(*given, **named)
+    bound.apply_defaults()
+    key = {"function": f"{f.__module__}.{f.__qualname__}", "given": _stated(bound.arguments)}
+
+    def compute() -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        plan = json.dumps(_apart(f(*given, **named), tensors)).encode()
+        return tensors | {"plan": torch.frombuffer(bytearray(plan), dtype=torch.uint8)}
+
+    found = cached(f.__name__.strip("_"), key, compute, _reached(f.__module__))
+    plan = json.loads(found["plan"].numpy().tobytes())
+    return typing.cast(T, _together(typing.get_type_hints(f)["return"], plan, found))
+
+
+def _stated(value: Any) -> Any:
+    """What JSON can say of an argument: the same for equal ones alone."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor):
+        return {"tensor": digest(value)}
+    if hasattr(value, "state_dict"):
+        settings = value.cfg.to_dict() if hasattr(value.cfg, "to_dict") else vars(value.cfg)
+        return [type(value).__name__, repr(sorted(settings.items())), _stated(dict(value.state_dict()))]
+    if isinstance(value, dict):
+        return {str(name): _stated(part) for name, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_stated(part) for part in value]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise TypeError(f"a {type(value).__name__} was given; a kept function takes tensors, arrays, SAEs and plain values")
+
+
+def _apart(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A result as JSON, its tensors and arrays put aside in `tensors`."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor):
+        tensors[name := f"part {len(tensors)}"] = value.detach().cpu().clone()
+        return name
+    if isinstance(value, dict):
+        return {name: _apart(part, tensors) for name, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_apart(part, tensors) for part in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _together(hint: Any, part: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `_apart` took apart, as the annotation `hint` says it is."""
+    inner = typing.get_args(hint)
+    if hint is Tensor:
+        return tensors[part]
+    if typing.get_origin(hint) is np.ndarray or hint is np.ndarray:
+        return tensors[part].numpy()
+    if isinstance(part, dict):
+        return {name: _together(inner[1], value, tensors) for name, value in part.items()}
+    if hasattr(hint, "_fields"):
+        hints = typing.get_type_hints(hint)
+        return hint(*(_together(hints[name], value, tensors) for name, value in zip(hint._fields, part, strict=True)))
+    if isinstance(part, list):
+        each = inner if len(inner) == len(part) and inner[-1] is not Ellipsis else inner[:1] * len(part)
+        return (typing.get_origin(hint) or list)(_together(h, value, tensors) for h, value in zip(each, part, strict=True))
+    return part
+
+
+def _reached(module: str) -> tuple[str, ...]:
+    """The helpers that a module of helpers can reach by its imports, itself among them."""
+    found, left = set(), [module]
+    while left:
+        name = left.pop()
+        if name in found or name.removeprefix("helpers.") not in _SOURCE:
+            continue
+        found.add(name)
+        values = vars(sys.modules[name]).values()
+        left += [v.__name__ if isinstance(v, ModuleType) else str(getattr(v, "__module__", "")) for v in values]
+    return tuple(name.removeprefix("helpers.") for name in found)

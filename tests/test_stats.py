@@ -22,14 +22,6 @@ def test_bootstrap_is_reproducible_takes_a_statistic_and_refuses_one_value():
         stats.bootstrap([1.0])
 
 
-def test_slopes_are_exact_on_lines():
-    m = [-1.0, 0.0, 2.0]
-    lines = np.array([[3 * x + 1 for x in m], [-0.5 * x for x in m]])
-    np.testing.assert_allclose(stats.slopes(lines, m), [3, -0.5])
-    with pytest.raises(ValueError, match="do not fit"):
-        stats.slopes(lines, [1.0])
-
-
 def test_cosine_of_zero_is_zero_not_nan():
     assert stats.cosine([0.0, 0], [1.0, 0]) == 0 and stats.cosine([2.0, 0], [5.0, 0]) == 1
 

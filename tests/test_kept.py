@@ -1,0 +1,73 @@
+"""store.kept: what a function of helpers returned comes back whole, and only for the same question."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import alignment, decompose, matching, overlap, store
+
+
+def test_results_of_every_kind_come_back_and_are_not_computed_again(cache, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    A, B = torch.randn(40, 16, generator=g), torch.randn(40, 16, generator=g)
+    asked = [
+        (matching.match, A, B),
+        (matching.references, A, B),
+        (decompose.pursuit, A, B[:3], 4),
+        (decompose.lasso_path, A, B[:2], [1, 3]),
+        (overlap.best, B[:3], A),
+        (alignment.ridge, A, B, (A, B)),
+    ]
+    first = [store.kept(f, *given) for f, *given in asked]
+    made = set(cache.rglob("sidecar.json"))
+    again = [store.kept(f, *given) for f, *given in asked]
+    assert set(cache.rglob("sidecar.json")) == made and len(made) == len(asked)
+    plain = [f(*given) for f, *given in asked]
+
+    def same(a, b):
+        assert type(a) is type(b), (type(a), type(b))
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+        elif isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b)
+        elif isinstance(a, dict):
+            assert list(a) == list(b)
+            for name in a:
+                same(a[name], b[name])
+        elif isinstance(a, (tuple, list)):
+            assert len(a) == len(b)
+            names = getattr(a, "_fields", range(len(a)))
+            for name, x, y in zip(names, a, b, strict=True):
+                if name != "seconds":
+                    same(x, y)
+        else:
+            assert a == b
+
+    same(first, again)
+    same(first, plain)
+
+
+def test_another_argument_or_source_is_another_question(cache, monkeypatch):
+    A = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    count = lambda: len(list(cache.rglob("sidecar.json")))
+    store.kept(decompose.pursuit, A, A[:2], 2)
+    store.kept(decompose.pursuit, A, A[:2], k=2)
+    assert count() == 1
+    store.kept(decompose.pursuit, A, A[:2], 3)
+    store.kept(decompose.pursuit, A + 1e-7, A[:2], 2)
+    assert count() == 3
+    monkeypatch.setitem(store._SOURCE, "stats", "edited")  # decompose imports it
+    store.kept(decompose.pursuit, A, A[:2], 2)
+    assert count() == 4
+    monkeypatch.setitem(store._SOURCE, "train", "edited")  # decompose does not
+    store.kept(decompose.pursuit, A, A[:2], 2)
+    assert count() == 4
+
+
+def test_what_cannot_be_named_is_refused(cache):
+    with pytest.raises(ValueError, match="only functions of helpers"):
+        store.kept(np.linalg.norm, torch.zeros(3))
+    with pytest.raises(TypeError, match="SimpleNamespace was given"):
+        store.kept(decompose.pursuit, SimpleNamespace(), torch.zeros(1, 3), 1)
