@@ -1,5 +1,6 @@
-"""Shared fixtures: a tiny random Llama with the packaged tokenizer's shape, and the packaged model in float32."""
+"""Shared fixtures, and the two tiers: `make test-fast` leaves out what asks for the packaged model or texts, and notebooks."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -15,6 +16,28 @@ CACHE = os.environ.get("CACHE_DIR", "")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what asks for `packaged`, itself or through a fixture, also one that a parameter names; notebooks go first.
+
+    Under xdist the tests of a file stay together, for what they share, and each notebook may go to another worker.
+    """
+    for item in items:
+        named = {p for p in item.callspec.params.values() if isinstance(p, str)} if hasattr(item, "callspec") else set()
+        if {"packaged", "smol"} & {*item.fixturenames, *named}:
+            item.add_marker("packaged")
+        if not item.get_closest_marker("notebooks"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: not item.get_closest_marker("notebooks"))
+
+
+@pytest.fixture(autouse=True)
+def sealed(request, tmp_path, monkeypatch):
+    """A test that does not ask for `packaged` has an empty cache and no index: it leans on nothing fetched before."""
+    if not request.node.get_closest_marker("packaged"):
+        monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+
 @pytest.fixture(autouse=True)
 def no_gradients():
     torch.manual_seed(0)
@@ -23,30 +46,69 @@ def no_gradients():
 
 
 @pytest.fixture(scope="session")
-def smol():
-    """The packaged model, float32, on the CPU: exactness is tested where rounding cannot hide an error."""
-    from helpers.lm import models
-
-    os.environ["CACHE_DIR"] = CACHE  # a test that asked for an empty cache may have been first
-    return models.load("packaged:smollm2-135m-instruct", "cpu", torch.float32)
+def packaged():
+    """The tests' own cache, with its packaged model, texts and pairs, which are fetched where they are not there yet."""
+    return Path(CACHE) if CACHE else ROOT / "data" / "cache"
 
 
 @pytest.fixture(scope="session")
-def tiny(smol):
-    """A random four-layer Llama with the packaged tokenizer: fast, exact, no meaning."""
-    return tiny_model("llama", smol.tokenizer)
+def smol(packaged):
+    """The packaged model, float32, on the CPU: exactness is tested where rounding cannot hide an error."""
+    from helpers.lm import models
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHE_DIR", str(packaged))  # a test that asked for an empty cache may have been first
+        return models.load("packaged:smollm2-135m-instruct", "cpu", torch.float32)
 
 
-def tiny_model(kind, tokenizer):
+@functools.cache
+def small_tokenizer():
+    """A byte-level BPE of 4,096 tokens, made of the committed behaviours, with the packaged model's marks and layout."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "data" / "behaviors").glob("*.jsonl"))]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=marks, initial_alphabet=alphabet, show_progress=False)
+    raw.train_from_iterator(texts, trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token=marks[0], bos_token=marks[1], eos_token=marks[2], pad_token=marks[2]
+    )
+    made.chat_template = (
+        "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return made
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    """A small tokenizer."""
+    return small_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A random four-layer Llama with a small tokenizer: fast, exact, no meaning."""
+    return tiny_model("llama")
+
+
+def tiny_model(kind):
     from helpers.lm.reading import LM
 
-    return LM.of(tiny_weights(kind, tokenizer), tokenizer, f"tiny-{kind}")
+    return LM.of(tiny_weights(kind), small_tokenizer(), f"tiny-{kind}")
 
 
-def tiny_weights(kind, tokenizer):
+def tiny_weights(kind):
     """transformers' own random model of four layers."""
     from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
+    tokenizer = small_tokenizer()
     shared = dict(
         vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=12, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
@@ -62,9 +124,9 @@ def tiny_weights(kind, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def gemma(smol):
+def gemma():
     """A random four-layer Gemma-2 (soft-capped logits, sliding windows, scaled embeddings)."""
-    return tiny_model("gemma2", smol.tokenizer)
+    return tiny_model("gemma2")
 
 
 @pytest.fixture

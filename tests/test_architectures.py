@@ -320,7 +320,7 @@ def patching(lm):
     texts, found = first_of_each(), []
     for layer in range(lm.layers):
         streams = reading.residuals(lm, texts, layer)
-        for rows, counts, predicted in scoring.resumed(lm, texts, layer, streams):
+        for rows, counts, predicted, _ in scoring.resumed(lm, texts, layer, streams):
             expected = torch.cat(
                 [alone(lm, texts[i]).logits[0, -n - 1 : -1] for i, n in zip(rows, counts, strict=True)]
             )

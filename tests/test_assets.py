@@ -136,7 +136,7 @@ def test_unknown_names_are_refused():
         text.fetch("x")
 
 
-def test_the_real_text_and_pairs_load():
+def test_the_real_text_and_pairs_load(packaged):
     assert len(text.excerpt("wiki", 2000)) == 2000 and "<doc" not in text.excerpt("wiki", 20_000)
     from helpers.behaviors import load_pairs
 

@@ -7,7 +7,7 @@ direction. All the change lies below the layer that is read, so that the true di
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_weights
+from conftest import small_tokenizer, tiny_weights
 
 from helpers import caa, decompose, directions, harvest, overlap, patching, saes, steer, train
 from helpers.behaviors import AnswerPair, Item
@@ -19,14 +19,14 @@ LAYER = 1
 
 
 @pytest.fixture(scope="module")
-def planted(smol):
+def planted():
     """(base, chat, direction, ids of the class): the two models, the unit direction written."""
     with torch.no_grad():
-        return make_planted(smol.tokenizer)
+        return make_planted(small_tokenizer())
 
 
 def make_planted(tokenizer):
-    both, d = [tiny_weights("llama", tokenizer) for _ in range(2)], 48
+    both, d = [tiny_weights("llama") for _ in range(2)], 48
     g = torch.Generator().manual_seed(5)
     marked = torch.tensor([i for i in range(len(tokenizer)) if tokenizer.decode([i]).strip()[:1].isupper()])
     key, direction = (torch.nn.functional.normalize(torch.randn(d, generator=g), dim=0) for _ in range(2))

@@ -100,7 +100,7 @@ def test_only_chosen_positions_are_edited(tiny, sae, sequences):
 
 @pytest.mark.parametrize("error_term", [True, False])
 def test_the_splice_is_sae_lens_own_with_and_without_its_error_term(sae, tiny, error_term):
-    weights = tiny_model("llama", tiny.tokenizer).weights  # the same weights; a bridge takes a model apart
+    weights = tiny_model("llama").weights  # the same weights; a bridge takes a model apart
     theirs = SAETransformerBridge.boot_transformers("llama", hf_model=weights, tokenizer=tiny.tokenizer)
     ids = torch.tensor([tokens.chat(tiny.tokenizer, "Where do rivers begin?").ids])
     with theirs.saes([sae], use_error_term=error_term):
