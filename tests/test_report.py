@@ -288,7 +288,7 @@ def test_ctrl_c_in_the_middle_of_a_cell_ends_it_without_a_traceback(workshop, tm
     code = ALONE.format(folder=str(workshop), out=str(out))
     running = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
     )  # fmt: skip
     page, until = out / "index.html", time.monotonic() + 120
     while not (page.exists() and "A long one, since" in page.read_text()) and time.monotonic() < until:
