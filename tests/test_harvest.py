@@ -323,36 +323,22 @@ def test_a_batch_that_did_not_fit_can_be_changed_while_no_shard_is_there(model, 
 
 
 def test_two_ranks_write_what_one_writes(model, source, tmp_path, monkeypatch):
-    """torchrun with gloo on two CPU ranks, against one process."""
+    """torchrun with gloo on two CPU ranks, by the command line, against this process."""
     for part in (model.weights, model.tokenizer):
         part.save_pretrained(tmp_path / "model")
-    command = ["-m", "helpers.harvest", "--model", str(tmp_path / "model"), "--source", source, "--layers", "1", "2",
-               "--tokens", "2000", "--context", "32", "--batch", "8", "--shard-rows", "8"]  # fmt: skip
-    found = {}
-    for name, run in (
-        ("one", [sys.executable]),
-        ("two", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]),
-    ):
-        environment = {
-            **os.environ,
-            "CACHE_DIR": str(tmp_path / name),
-            "DTYPE": "float32",
-            "OMP_NUM_THREADS": "1",
-            "TQDM_DISABLE": "1",
-        }
-        done = subprocess.run(
-            [*run, *command],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "samples at layer(s) [1, 2]" in done.stdout
-        (folder,) = (tmp_path / name / "harvest").iterdir()
-        found[name] = every_byte(folder)
-    assert found["one"] == found["two"] and len(found["one"]) >= 14
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "one"))
+    one = harvest.run(models.load(str(tmp_path / "model")), source, [1, 2], 2000, 32, shard_rows=8, batch=8).folder
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", "-m", "helpers.harvest",
+               "--model", str(tmp_path / "model"), "--source", source, "--layers", "1", "2", "--tokens", "2000",
+               "--context", "32", "--shard-rows", "8", "--batch", "8"]  # fmt: skip
+    own = {"CACHE_DIR": str(tmp_path / "two"), "DTYPE": "float32", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "samples at layer(s) [1, 2]" in done.stdout
+    (two,) = (tmp_path / "two" / "harvest").iterdir()
+    assert every_byte(one) == every_byte(two) and len(every_byte(one)) >= 14
 
 
 def test_memory_that_runs_out_is_said(model, source, cache, monkeypatch):

@@ -225,7 +225,7 @@ def test_an_adapter_that_changes_nothing_is_refused(made, tmp_path):
 def test_merging_changes_only_what_the_adapter_changes(tiny, tmp_path, cache, tied, targets):
     base = folder(tiny.tokenizer, tmp_path / "mine", tie_word_embeddings=tied)
     expected = adapter(base, tmp_path / "tuned", targets)(input_ids=IDS).logits
-    assert (logits(base) - expected).abs().max() > 0.1
+    assert (logits(base) - expected).abs().max() > 0.05
     torch.testing.assert_close(logits(f"{base} + {tmp_path}/tuned"), expected, atol=1e-3, rtol=1e-3)
 
 

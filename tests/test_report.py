@@ -22,6 +22,7 @@ from helpers.progress import END, START
 from helpers.session import ROOT
 
 COMMITTED = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+LONGEST_FIRST = sorted(COMMITTED, key=lambda path: path.stem[:2] not in ("00", "05", "06"))  # 00 trains what 03 reads
 
 
 @pytest.mark.parametrize(
@@ -425,7 +426,7 @@ def test_text_that_the_kernel_cut_in_pieces_is_one_again():
 
 
 @pytest.mark.notebooks
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LONGEST_FIRST, ids=lambda p: p.stem)
 def test_every_notebook_runs_at_its_fast_setting(path, packaged, tmp_path):
     assert report.main(["--fast", "--only", path.stem, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "results" / f"{path.stem}.json").read_text())

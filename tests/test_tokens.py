@@ -110,9 +110,9 @@ def test_bad_positions_are_refused(tokenizer):
 
 
 def test_provenance_marks_the_chosen_tokens(tokenizer):
-    batch = tokens.pad([tokens.chat(tokenizer, "Why?", answer="So it goes.")], tokenizer.pad_token_id)
+    batch = tokens.pad([tokens.chat(tokenizer, "Why?", answer="It is so.")], tokenizer.pad_token_id)
     shown = tokens.provenance(tokenizer, batch, tokens.positions(batch, "answer"))
-    assert shown.count("«") == 4 and "«So»« it»« goes»«.»" in shown and shown.endswith("«.»")
+    assert shown.count("«") == 4 and "«It»« is»« so»«.»" in shown and shown.endswith("«.»")
     later = tokens.provenance(tokenizer, batch, tokens.positions(batch, "response"))
     assert later.endswith("and every generated token")
 
