@@ -1,86 +1,141 @@
-"""Certified optimal matching of two dictionaries against scipy's dense `linear_sum_assignment`, by cosine; same total.
+"""Certified optimal matching of two dictionaries by cosine, against lapjv (float32) and scipy's dense solver.
 
-    python -m benchmarks.matching [--n 16384] [--d 576] [--kind independent|planted|real] [--rounds 3] [--alone] [--device cpu]
+    python -m benchmarks.matching [--sizes 4096 8192 16384] [--kinds independent planted real] [--d 576]
+        [--A folder ...] [--B folder ...] [--alone 32768 65536] [--rounds 3] [--device cpu]
 
-`independent`: two sets of random rows, the hardest case; `planted`: three tenths of the rows shared, with noise, in another order; `real`: decoders of two SAEs of the packaged model, n latents each, that differ in their seed (trained on first use).
-`--alone` leaves scipy out, for sizes at which its dense float64 cost does not fit. The peak of memory is the process's.
+`independent`: two sets of random rows; `planted`: three tenths of the rows shared, with noise, in another order; `real`: decoder rows of saved SAEs, those of A's folders under each other and those of B's, the first n of each.
+Each contender is timed from unit rows in float32 to the assignment. Both peers get the same float32 product that ours uses, of A and -B, as their costs, and prove nothing; lapjv (`pip install lapjv==1.3.29`) and ours go in turn, scipy goes once. `--alone`: sizes for ours only; the peak of memory is the process's so far.
 """
 
 import argparse
 import json
 import resource
+import statistics
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks import clock, line
-from helpers import harvest, matching, saes, session, train
-from helpers.lm import models
+from helpers import matching
+from helpers.topk import product
+
+try:
+    from lapjv import lapjv
+except ImportError:
+    lapjv = None
 
 
-def dictionaries(n, d, kind):
+def dictionaries(kind, n, o):
+    """Unit rows of A and of B, (n, d) each; fewer if the saved SAEs have no more."""
+    if kind == "real":
+        both = [torch.cat([load_file(x / "sae_weights.safetensors")["W_dec"] for x in side]) for side in (o.A, o.B)]
+        n = min(n, *map(len, both))
+        return tuple(matching.unit_rows(rows[:n]) for rows in both)
     g = torch.Generator().manual_seed(0)
-    A, B = (torch.randn(n, d, generator=g) for _ in range(2))
+    A, B = (torch.randn(n, o.d, generator=g) for _ in range(2))
     if kind == "planted":
         shared = 3 * n // 10
-        B[:shared] = A[:shared] + 0.3 * torch.randn(shared, d, generator=g)
+        B[:shared] = A[:shared] + 0.3 * torch.randn(shared, o.d, generator=g)
         B = B[torch.randperm(n, generator=g)]
     return matching.unit_rows(A), matching.unit_rows(B)
 
 
-def decoders(n, device):
-    profile = session.load_profile("smollm2")
-    bare = models.load(profile["chat"], *session.device_and_dtype(profile))
-    samples = harvest.of_profile(bare, profile)
-    out = []
-    for seed in (0, 1):
-        config = train.of_profile(profile, samples.d_model, seed)._replace(latents=n)
-        out.append(saes.load(train.sae(samples, config, device)).sae.W_dec.detach())
-    return tuple(map(matching.unit_rows, out))
+def contenders(A, B, device):
+    """{name: a call that gives the column of each row, and the match if it is ours}."""
+
+    def ours():
+        found = matching.match(A, B, device=device)
+        return found.B_for_A, found
+
+    calls = {
+        "scipy": lambda: (torch.from_numpy(linear_sum_assignment(product(A, -B).numpy())[1]), None),
+        "lapjv": lambda: (torch.from_numpy(lapjv(product(A, -B).numpy())[0]).long(), None),
+        "ours": ours,
+    }
+    return calls if lapjv else {name: call for name, call in calls.items() if name != "lapjv"}
+
+
+def timed(kind, n, o, alone=False):
+    """One row of the table: the seconds of each contender, ratios, totals and the certificate."""
+    A, B = dictionaries(kind, n, o)
+    calls = contenders(A, B, o.device)
+    seconds, total = {name: [] for name in calls}, {}
+    for number in range(o.rounds):
+        for name, call in calls.items():
+            if name != "ours" and alone or name == "scipy" and number and lapjv:
+                continue
+            seconds[name].append(clock(lambda: total.__setitem__(name, call()), o.device))  # noqa: B023
+    (_, match), others = total.pop("ours"), {}
+    for name, (columns, _) in total.items():
+        others[name] = float((1 - torch.cosine_similarity(A.double(), B.double()[columns])).sum())
+        assert match.total - others[name] <= match.gap + 1e-12 * len(A), f"{name} beats the certificate"
+    ratios = {
+        name: [theirs / own for theirs, own in zip(seconds[name], seconds["ours"], strict=False)] for name in total
+    }
+    return {
+        "kind": kind,
+        "n": len(A),
+        "seconds": {name: round(statistics.median(times), 3) for name, times in seconds.items() if times},
+        "ratios": ratios,
+        "total": match.total,
+        "gap": match.gap,
+        "total_gap": max([abs(match.total - x) / match.total for x in others.values()], default=0.0),
+        "rounds": match.rounds,
+        "edges": match.edges,
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1),
+    }
+
+
+def show(row):
+    def times(name):
+        return f"{row['seconds'][name]:8.2f}" if name in row["seconds"] else "       -"
+
+    def ratio(name):
+        found = row["ratios"].get(name)
+        return f"{statistics.median(found):5.2f} ({min(found):.2f} to {max(found):.2f})" if found else "-"
+
+    print(
+        f"{row['kind']:<12}{row['n']:>7}{times('scipy')}{times('lapjv')}{times('ours')}   {ratio('lapjv'):<22}"
+        f"{ratio('scipy'):<22}{row['total']:11.4f}  {row['gap']:8.1e}  {row['rounds']}  {row['edges']:>10,}  {row['peak_gb']}",
+        flush=True,
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    for name, default in (("n", 16_384), ("d", 576), ("rounds", 3)):
+    parser.add_argument("--sizes", type=int, nargs="*", default=[4096, 8192, 16_384])
+    parser.add_argument("--alone", type=int, nargs="*", default=[])
+    parser.add_argument("--kinds", nargs="*", choices=("independent", "planted", "real"), default=["independent"])
+    for side in "AB":
+        parser.add_argument(f"--{side}", type=Path, nargs="*", default=[])
+    for name, default in (("d", 576), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--kind", choices=("independent", "planted", "real"), default="independent")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--alone", action="store_true")
     o = parser.parse_args()
-    A, B = decoders(o.n, o.device) if o.kind == "real" else dictionaries(o.n, o.d, o.kind)
-    o.d = A.shape[1]
-    ours, theirs, totals = [], [], {}
-
-    def certified():
-        found = matching.match(A, B, device=o.device)
-        totals["ours"], totals["certificate"] = found.total, (found.violation, found.gap, found.rounds, found.edges)
-
-    def dense():
-        costs = (1 - A @ B.T).numpy()
-        i, j = linear_sum_assignment(costs)
-        totals["scipy"] = float(costs[i, j].astype(float).sum())
-
-    for _ in range(o.rounds):
-        ours.append(clock(certified, o.device))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        if not o.alone:
-            theirs.append(clock(dense, o.device))
-    violation, gap, rounds, edges = totals["certificate"]
+    if "real" in o.kinds and not (o.A and o.B):
+        parser.error("--kinds real wants --A and --B: folders of saved SAEs")
     print(
-        f"ours   {min(ours):7.1f} s   total {totals['ours']:.4f}, proven to {gap:.1e} ({rounds} round(s), {edges:,} edges, violation {violation:.1e})"
+        f"{'kind':<12}{'rows':>7}{'scipy s':>8}{'lapjv s':>8}{'ours s':>8}   {'lapjv / ours':<22}{'scipy / ours':<22}"
+        f"{'total':>11}  {'proven':>8}  {'rounds, edges, peak GB'}"
     )
-    extra = {"seconds": round(min(ours), 1), "certificate_gap": gap, "rounds": rounds}
-    if theirs:
-        print(f"scipy  {min(theirs):7.1f} s   total {totals['scipy']:.4f}")
-        extra["total_gap"] = abs(totals["ours"] - totals["scipy"]) / totals["scipy"]
-    else:
-        extra["peak_gb"] = round(peak, 1)
-        print(f"peak memory {peak:.1f} GB")
-    sizes = {"n": o.n, "d": o.d, "kind": o.kind}
-    if o.alone:
-        print(json.dumps({"bench": "matching", "ratio": None, "sizes": sizes, "device": o.device, **extra}))
-        return
-    print(json.dumps(line("matching", [b / a for a, b in zip(ours, theirs, strict=True)], sizes, o.device, **extra)))
+    rows = []
+    for alone, sizes in ((False, o.sizes), (True, o.alone)):
+        for n in sizes:
+            for kind in o.kinds:
+                rows.append(timed(kind, n, o, alone))
+                show(rows[-1])
+    peer = "lapjv" if lapjv else "scipy"
+    compared = [row for row in rows if row["ratios"]]
+    ratios = [x for row in compared for x in row["ratios"][peer]]
+    worst = {name: max((row[name] for row in rows), default=0.0) for name in ("gap", "total_gap")}
+    for row in rows:
+        row["ratios"] = {name: [round(x, 2) for x in found] for name, found in row["ratios"].items()}
+    sizes = {"sizes": o.sizes, "alone": o.alone, "d": o.d}
+    extra = {"peer": peer, "certificate_gap": worst["gap"], "total_gap": worst["total_gap"], "cases": rows}
+    nothing = {"bench": "matching", "ratio": None, "sizes": sizes, "device": o.device, **extra}
+    print(json.dumps(line("matching", ratios, sizes, o.device, **extra) if ratios else nothing))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """One-to-one matching of two dictionaries' rows: optimal with a proof, and the cheaper ways beside it.
 
-Pure: tensors in, tensors out. `match` finds the assignment of least total cost (1 - cosine) without ever
-holding the dense cost: it solves on candidate edges, the nearest few of each row and column (scipy's sparse
-Jonker-Volgenant), takes prices from shortest paths on them, and asks *every* pair, block by block, whether
-it would beat them. Pairs that do join the candidates until there are none: by linear-programming duality
-the assignment is then optimal (Burkard, Dell'Amico & Martello 2009, ch. 4). Whatever the prices are, they
-bound the optimum, so `gap` holds for any costs; it counts the rounding of float64. Large dictionaries are
-compared in float32, and every pair that this rounding could hide is computed again in float64. Another
-score than the cosine, or a matrix of costs, may be given. Direction, by construction: row i of A goes with
-row `B_for_A[i]` of B.
+Pure: tensors in, tensors out. `match` finds the assignment of least total cost (1 - cosine): it solves on
+candidate edges, the nearest few of each row and column (scipy's sparse Jonker-Volgenant), takes prices from
+shortest paths on them, and asks *every* pair, block by block, whether it would beat them. Pairs that do join
+the candidates until there are none: by linear-programming duality the assignment is then optimal (Burkard,
+Dell'Amico & Martello 2009, ch. 4). Whatever the prices are, they bound the optimum, so `gap` holds for any
+costs; it counts the rounding of float64. All cosines are held if they fit, and computed block by block, once
+for the candidates and once a proof, if not. Large dictionaries are compared in float32, and every pair that
+this rounding could hide is computed again in float64. Another score than the cosine, or a matrix of costs,
+may be given. Direction, by construction: row i of A goes with row `B_for_A[i]` of B.
 """
 
 import math
@@ -29,16 +29,21 @@ from helpers.topk import product
 
 TOLERANCE = 2e-6  # of a cosine in float32: its rounding is about 1e-7 times the root of the rows' length
 CLOSE = 1e-5  # of the total: a larger gap is not left to float32
-SMALL = 2048 * 2048  # pairs that are compared in float64 from the start
+SMALL = 512 * 512  # pairs that are compared in float64 from the start
 # Steps between a row's best and worst candidate in scipy's fast solver, which can loop forever on finer ones.
 GRID = 2.0**26
 LEAST = np.nextafter(0, 1)  # for a cost of zero, which scipy would drop
 EPS = np.finfo(float).eps
-PART = 8192  # rows that go through float64 at once
+PART = 512  # rows that go through float64 at once
+CHUNK = 2**21  # numbers that a pass works on at once: they stay in the cache
+GROUP = 64  # columns of which only the largest is looked at first
+HELD = 2**28  # cosines that are held at once: 1 GB in float32
 
 
 # Rows (r, ...) of A and all of B (m, ...) -> (r, m), larger is more alike.
 Likeness = Callable[[Tensor, Tensor], Tensor]
+# Rows of A, a slice or indices -> their scores (rows, m) with all of B.
+Scores = Callable[[slice | Tensor], Tensor]
 
 
 class Match(NamedTuple):
@@ -84,9 +89,11 @@ def _units(rows: Tensor, lengths: Tensor, dtype: torch.dtype = torch.float64) ->
 
 
 def _on(rows: Tensor, device: str | torch.device) -> Tensor:
-    """Rows on the device, or on the CPU if it has no float64 (mps); whole numbers in float64."""
+    """Rows or scores on the device, or on the CPU if it has no float64 (mps); whole numbers in float64, less
+    than float32 in float32.
+    """
     rows = rows.detach().to("cpu" if torch.device(device).type == "mps" else device)
-    return rows if rows.is_floating_point() else rows.double()
+    return rows.float() if rows.is_floating_point() and rows.dtype != torch.float64 else rows.double()
 
 
 def _moderate(rows: Tensor) -> Tensor:
@@ -105,15 +112,10 @@ def unit_rows(rows: Tensor, device: str | torch.device = "cpu") -> Tensor:
     return _units(rows, _lengths(rows), torch.float32)
 
 
-def _blocks(A: Tensor, B: Tensor, rows: int, what: str, likeness: Likeness = product) -> Iterator[tuple[int, Tensor]]:
-    """(first row, scores (block, m)), block by block; of unit rows the cosines."""
-    for first in tqdm(range(0, len(A), rows), desc=what, leave=False):
-        yield first, likeness(A[first : first + rows], B)
-
-
-def _back(likeness: Likeness) -> Likeness:
-    """The same likeness asked from B's side: one that is given need not be symmetric."""
-    return lambda x, rows: likeness(rows, x).T
+def _blocks(scores_of: Scores, n: int, block: int, what: str) -> Iterator[tuple[int, Tensor]]:
+    """(first row, scores (block, m)), block by block."""
+    for first in tqdm(range(0, n, block), desc=what, leave=False):
+        yield first, scores_of(slice(first, first + block))
 
 
 def _finite(values: Tensor) -> bool:
@@ -121,45 +123,71 @@ def _finite(values: Tensor) -> bool:
     return all(bool(torch.isfinite(x)) for x in values.aminmax())
 
 
-def _given(likeness: Likeness) -> Likeness:
-    """A user's score, with what it returns looked at: the shape, every number finite, and a float on a
-    device with float64.
+def _given(scores: Tensor, rows: int, columns: int) -> Tensor:
+    """What a user's score returned, looked at: the shape, every number finite, and a float on a device with
+    float64.
     """
-
-    def ask(x: Tensor, rows: Tensor) -> Tensor:
-        scores = likeness(x, rows).detach()
-        if scores.shape != (len(x), len(rows)):
-            raise ValueError(
-                f"the score gave {tuple(scores.shape)}"
-                f" for {len(x)} rows of A and {len(rows)} of B: one for each pair is wanted"
-            )
-        if not _finite(scores):
-            raise ValueError("a score is NaN or infinite: every row of A must have a finite one with every row of B")
-        scores = _on(scores, scores.device)
-        return scores if scores.dtype in (torch.float32, torch.float64) else scores.double()
-
-    return ask
-
-
-Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows, columns and scores (edges,), each pair once, sorted by row
-
-
-def _candidates(A: Tensor, B: Tensor, k: int, rows: int, likeness: Likeness = product) -> Edges:
-    """The k nearest of each row and of each column."""
-    found = []
-    other_way = product if likeness is product else _back(likeness)
-    for swap, one, other, ask in ((False, A, B, likeness), (True, B, A, other_way)):
-        near = [
-            scores.topk(min(k, len(other)), dim=1, sorted=False)
-            for _, scores in _blocks(one, other, rows, "candidates", ask)
-        ]
-        indices, values = (torch.cat([getattr(x, name) for x in near]).cpu() for name in ("indices", "values"))
-        own = torch.arange(len(one))[:, None].expand_as(indices)
-        found.append(
-            [x.flatten().numpy() for x in ((indices, own) if swap else (own, indices))]
-            + [values.flatten().double().numpy()]
+    if scores.shape != (rows, columns):
+        raise ValueError(
+            f"the score gave {tuple(scores.shape)} for {rows} rows of A and {columns} of B: one for each pair is wanted"
         )
-    return _once(*(np.concatenate(x) for x in zip(*found, strict=True)), len(B))
+    if not _finite(scores):
+        raise ValueError("a score is NaN or infinite: every row of A must have a finite one with every row of B")
+    return _on(scores, scores.device)
+
+
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows, columns, scores (edges,): each once, sorted by row
+
+
+def _tops(values: Tensor) -> Tensor:
+    """The largest of every GROUP columns of each row: (rows, m) to (rows, m / GROUP rounded up)."""
+    full = values.shape[1] // GROUP
+    whole, rest = values[:, : full * GROUP], values[:, full * GROUP :]
+    if values.stride(0) == 1:  # a transposed view: twenty times as fast the way its memory lies
+        tops = whole.T.unflatten(0, (full, GROUP)).amax(1).T
+    else:
+        tops = whole.unflatten(1, (full, GROUP)).amax(2)
+    return torch.cat([tops, rest.amax(1, keepdim=True)], 1) if rest.shape[1] else tops
+
+
+def _columns(groups: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The columns (..., GROUP) of some groups (...), and whether each exists; the last of m where not."""
+    columns = groups[..., None] * GROUP + torch.arange(GROUP, device=groups.device)
+    return columns.clamp_max(m - 1), columns < m
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Columns and values, (rows, k) each, of the k largest of each row of values (rows, m), in the k groups
+    with the largest tops.
+    """
+    m, found = values.shape[1], []
+    if m < 4 * GROUP * k:
+        best = values.contiguous().topk(min(k, m), dim=1, sorted=False)
+        return best.indices, best.values
+    few = max(CHUNK // (GROUP * k), 1)
+    for part, tops in zip(values.split(few), _tops(values).split(few), strict=True):
+        columns, inside = (x.flatten(1) for x in _columns(tops.topk(k, dim=1, sorted=False).indices, m))
+        best = part.gather(1, columns).masked_fill_(~inside, -math.inf).topk(k, dim=1, sorted=False)
+        found.append((columns.gather(1, best.indices), best.values))
+    return tuple(torch.cat(x) for x in zip(*found, strict=True))
+
+
+def _candidates(scores_of: Scores, n: int, m: int, k: int, block: int) -> Edges:
+    """The k nearest of each row and of each column, in one pass."""
+    found, rows, values = [], torch.empty(m, 0, dtype=torch.long), torch.empty(m, 0)
+    for first, scores in _blocks(scores_of, n, block, "candidates"):
+        columns, best = _largest(scores, k)
+        own = torch.arange(first, first + len(scores), device=scores.device)
+        found.append((own[:, None].expand_as(columns), columns, best))
+        near = _largest(scores.T, k)
+        rows, values = (
+            torch.cat(x, 1) for x in ((rows.to(own.device), near[0] + first), (values.to(own.device), near[1]))
+        )
+        values, kept = values.topk(min(k, values.shape[1]), dim=1, sorted=False)
+        rows = rows.gather(1, kept)
+    found.append((rows, torch.arange(m, device=rows.device)[:, None].expand_as(rows), values))
+    i, j, s = (torch.cat([x.flatten() for x in part]).cpu().numpy() for part in zip(*found, strict=True))
+    return _once(i, j, s.astype(float), m)
 
 
 def _once(i: np.ndarray, j: np.ndarray, s: np.ndarray, m: int) -> Edges:
@@ -168,16 +196,15 @@ def _once(i: np.ndarray, j: np.ndarray, s: np.ndarray, m: int) -> Edges:
     return i[first], j[first], s[first]
 
 
-def _feasible(A: Tensor, B: Tensor, i: np.ndarray, j: np.ndarray, s: np.ndarray, likeness: Likeness = product) -> Edges:
+def _feasible(scores_of: Scores, n: int, m: int, i: np.ndarray, j: np.ndarray, s: np.ndarray) -> Edges:
     """The candidates, with every column for the rows that no matching within them can serve: a full
     matching then exists.
     """
-    n, m = len(A), len(B)
     graph = csr_matrix((np.ones(len(i)), (i, j)), shape=(n, m))
     alone = np.flatnonzero(maximum_bipartite_matching(graph, perm_type="column") < 0)
     if not len(alone):
         return i, j, s
-    scores = likeness(A[torch.from_numpy(alone).to(A.device)], B).double().cpu().numpy()
+    scores = scores_of(torch.from_numpy(alone)).double().cpu().numpy()
     every = np.repeat(alone, m), np.tile(np.arange(m), len(alone)), scores.ravel()
     return _once(*(np.concatenate(pair) for pair in zip((i, j, s), every, strict=True)), m)
 
@@ -228,25 +255,26 @@ def _prices(i: np.ndarray, j: np.ndarray, c: np.ndarray, column_of: np.ndarray, 
     """Dual prices v (m,) <= 0 of the columns: c_ij - v_j >= c_i,match(i) - v_match(i) on all candidate
     edges.
 
-    Shortest paths on the residual graph (Bellman-Ford, all edges at once): v_j <= v_match(i) + c_ij -
-    c_i,match(i). No path is shorter than minus the matched costs' sum, to whose rounding the prices are
-    found.
+    Shortest paths on the residual graph (Bellman-Ford): v_j <= v_match(i) + c_ij - c_i,match(i). Only rows
+    whose price fell are looked at again. No path is shorter than minus the matched costs' sum, to whose
+    rounding the prices are found.
     """
-    order = np.lexsort((i, j))
-    i, j, c = i[order], j[order], c[order]
-    starts = np.flatnonzero(np.r_[True, j[1:] != j[:-1]])
-    touched = j[starts]
-    own = np.empty(len(column_of))
+    own, row_of = np.empty(len(column_of)), np.full(m, -1)
     matched = j == column_of[i]
     own[i[matched]] = c[matched]
+    row_of[column_of] = np.arange(len(column_of))
     slack, rounding = c - own[i], own.sum() * 2.0**-48
-    v = np.zeros(m)
+    v, again = np.zeros(m), np.ones(len(column_of), bool)
     for _ in range(len(column_of) + 1):
-        reach = np.minimum.reduceat(v[column_of][i] + slack, starts)
-        new = np.minimum(v[touched], reach)
-        if (new >= v[touched] - rounding).all():
+        edges = np.flatnonzero(again[i])
+        new = v.copy()
+        np.minimum.at(new, j[edges], v[column_of[i[edges]]] + slack[edges])
+        fell = row_of[new < v - rounding]
+        v = new
+        again[:] = False
+        again[fell[fell >= 0]] = True
+        if not again.any():
             break
-        v[touched] = new
     return v
 
 
@@ -258,7 +286,8 @@ class _Seen(NamedTuple):
     """What a pass over all pairs shows of an assignment and its prices.
 
     `edges`: the matched ones, then those that beat them. `scores` (n,): the matched pairs', as given.
-    `slack` (n,): by how much each row's best pair beats its own. `rounding` of all slacks together.
+    `slack` (n,): by how much each row's best pair beats its own, infinite where that was left open.
+    `rounding` of all slacks together.
     """
 
     edges: Edges
@@ -268,114 +297,109 @@ class _Seen(NamedTuple):
 
 
 def _check(
-    A: Tensor,
-    B: Tensor,
+    scores_of: Scores,
     column_of: np.ndarray,
     v: np.ndarray,
-    rows: int,
+    block: int,
     most: int = 64,
-    likeness: Likeness = product,
     shift: float = 0.0,
+    off: float = 0.0,
     again: Cosines | None = None,
 ) -> _Seen:
     """Every pair against the prices v (m,); of those that beat the match at most `most` edges a row. Scores
     of edges are less `shift`.
 
-    `again`: A and B are unit rows in float32, their cosines rounded, and this gives a pair's in float64.
+    `again`: the scores are cosines of unit rows in float32, and this gives a pair's in float64, off by
+    `off` at most. Once a pair beats the match the slack is left open: prices will change anyway.
     """
-    high, rounding = float(np.abs(v).max()), 0.0
-    found, scores_of, slack_of = [], [], []
-    for first, scores in _blocks(A, B, rows, "certificate", likeness):
+    high, rounding, beaten = float(np.abs(v).max()), 0.0, False
+    found, matched_of, slack_of = [], [], []
+    for first, scores in _blocks(scores_of, len(column_of), block, "certificate"):
         at = torch.arange(first, first + len(scores), device=scores.device)
         column = torch.from_numpy(column_of[first : first + len(scores)]).to(scores.device)
-        price = torch.from_numpy(v).to(scores.device)
+        exact = torch.from_numpy(v).to(scores.device)
+        price = exact.float() if again else exact
+        matched = scores.gather(1, column[:, None])[:, 0]
+        own = _raised(matched, price[column], shift)
+        parts = scores.split(max(CHUNK // len(v), 1))
+        tops = torch.cat([_tops(_raised(part, price, shift)) for part in parts])
+        best = tops.amax(1)
+        tolerance = 1e-13 * (own.abs() + best.abs() + price[column].abs())
         if again:
-            matched = again(at, column)
-            own = matched + price[column]
-            raised = scores.add_(price.float())  # bound by memory: in place
-            best = _best(raised, own, column, price, at, again, 2.0**-24 * (A.shape[1] + 4 + 4 * high))
             tolerance = torch.full_like(own, TOLERANCE)
-        else:
-            matched = scores.gather(1, column[:, None])[:, 0].double()
-            own = matched - shift + price[column]
-            raised = (scores.double() - shift).add_(price)
-            best = raised.amax(1)
-            tolerance = 1e-13 * (own.abs() + best.abs() + price[column].abs())
-        slack = (best - own).clamp_min(0.0)
-        rounding += 4 * EPS * float((own.abs() + best.abs() + 2 * high).sum())
-        scores_of.append(matched)
-        slack_of.append(slack)
-        found.append((at, column, matched - shift))
-        bad = (slack > tolerance).nonzero()[:, 0]
+        found.append((at, column, matched.double() - shift))
+        bad = (best - own > tolerance).nonzero()[:, 0]
         if len(bad):
-            near = raised[bad].double().topk(min(most, raised.shape[1]), dim=1)
-            keep = near.values - own[bad, None] > tolerance[bad, None]
-            j = near.indices[keep]
-            found.append((at[bad, None].expand_as(keep)[keep], j, near.values[keep] - price[j]))
+            beaten = True
+            near = _raised(scores[bad], price, shift).topk(min(most, len(v)), dim=1)
+            row, place = (near.values - own[bad, None] > tolerance[bad, None]).nonzero(as_tuple=True)
+            row, j = bad[row], near.indices[row, place]
+            found.append((at[row], j, scores[row, j].double() - shift))
+        if again and beaten:
+            best = torch.full_like(best, math.inf)
+        elif again:
+            within = 2.0**29 * (off + 4 * EPS * high)
+            matched, own, best = _exactly(_near(scores, price, tops, within), at, column, exact, again)
+        rounding += 4 * EPS * float((own.abs() + best.abs() + 2 * high).sum())
+        matched_of.append(matched.double())
+        slack_of.append((best - own).double().clamp_min(0.0))
     edges = tuple(torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
-    return _Seen(edges, *(torch.cat(part).cpu().numpy() for part in (scores_of, slack_of)), rounding)
+    return _Seen(edges, *(torch.cat(part).cpu().numpy() for part in (matched_of, slack_of)), rounding)
 
 
-def _best(raised: Tensor, own: Tensor, column: Tensor, price: Tensor, at: Tensor, again: Cosines, off: float) -> Tensor:
-    """Each row's largest cosine + price in float64, found among the pairs that are in question where
-    `raised` is off by `off` at most.
+def _raised(scores: Tensor, price: Tensor, shift: float) -> Tensor:
+    """Scores less `shift`, and prices, in the prices' dtype."""
+    return (scores.to(price.dtype) - shift).add_(price)
 
-    `own` is that of the matched `column`. Infinite if too many are in question: then all had better be
-    computed in float64.
+
+def _exactly(
+    near: tuple[Tensor, Tensor] | None, at: Tensor, column: Tensor, price: Tensor, again: Cosines
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64, of some rows `at`: the scores of the matched `column`, those + price, and the largest score
+    + price, which is among the `near` pairs; infinite if those are too many.
     """
-    found = _near(raised, 2 * off, raised.numel() // 64 + 64 * len(raised))
-    if found is None:
-        return torch.full_like(own, math.inf)
-    row, j = (x[found[1] != column[found[0]]] for x in found)
-    return own.scatter_reduce(0, row, again(at[row], j) + price[j], "amax")
+    matched = again(at, column)
+    own = matched + price[column]
+    if near is None:
+        return matched, own, torch.full_like(own, math.inf)
+    row, j = (x[near[1] != column[near[0]]] for x in near)
+    return matched, own, own.scatter_reduce(0, row, again(at[row], j) + price[j], "amax")
 
 
-def _near(values: Tensor, within: float, most: int) -> tuple[Tensor, Tensor] | None:
-    """(row, column) of all values within so much of their row's largest; None if more than `most`.
-
-    One pass over memory: the largest of every 64 columns, and then only those 64 that hold one.
+def _near(scores: Tensor, price: Tensor, tops: Tensor, within: float) -> tuple[Tensor, Tensor] | None:
+    """(row, column) of all scores + price within so much of their row's largest; `tops` are theirs. None if
+    there are so many that all had better be computed in float64.
     """
-    whole = values.shape[1] // 64 * 64
-    tops = [values[:, :whole].unflatten(1, (-1, 64)).amax(2)] if whole else []
-    if whole < values.shape[1]:
-        tops.append(values[:, whole:].amax(1, keepdim=True))
-    groups = torch.cat(tops, 1)
-    least = groups.amax(1) - within
-    row, group = (groups >= least[:, None]).nonzero(as_tuple=True)
+    most, least = len(scores) * (scores.shape[1] // 64 + 64), tops.amax(1) - within
+    row, group = (tops >= least[:, None]).nonzero(as_tuple=True)
     if len(row) > most:
         return None
-    column = group[:, None] * 64 + torch.arange(64, device=values.device)
-    inside, column = column < values.shape[1], column.clamp_max(values.shape[1] - 1)
-    keep = inside & (values[row[:, None], column] >= least[row, None])
+    column, inside = _columns(group, scores.shape[1])
+    keep = inside & (scores[row[:, None], column] + price[column] >= least[row, None])
     if int(keep.count_nonzero()) > most:
         return None
     return row[:, None].expand_as(keep)[keep], column[keep]
 
 
-class _Found(NamedTuple):
-    """The column of each row (n,), the pairs' scores (n,) float64, and the certificate's part of a `Match`."""
-
-    column_of: np.ndarray
-    scores: np.ndarray
-    violation: float
-    gap: float
-    edges: int
-    rounds: int
-
-
 def _optimal(
-    A: Tensor,
-    B: Tensor,
+    scores_of: Scores,
+    n: int,
+    m: int,
     k: int,
     block: int,
     rounds: int,
-    likeness: Likeness = product,
-    again: Cosines | None = None,
+    free: float = 1.0,
     off: float = 0.0,
-) -> _Found:
-    """The best assignment of n rows to m >= n. Scores are off by `off` at most, as given to float64 or by `again`."""
-    n, m = len(A), len(B)
-    i, j, s = _feasible(A, B, *_candidates(A, B, k, block, likeness), likeness)
+    again: Cosines | None = None,
+    at_once: int = 0,
+) -> Match:
+    """The best assignment of n rows to m >= n; a pair costs `free` - score. Scores are off by `off` at most,
+    as given to float64 or by `again`; `at_once` rows of them can be had, `block` if not said.
+    """
+    if min(k, block, rounds) < 1:
+        raise ValueError(f"k = {k}, block = {block}, rounds = {rounds} given; each must be at least 1")
+    began = time.perf_counter()
+    i, j, s = _feasible(scores_of, n, m, *_candidates(scores_of, n, m, k, at_once or block))
     shift = 0.0 if again else float(s.max())
     if not math.isfinite(4.0 * n * (shift - float(s.min()))):
         raise ValueError("the scores or costs lie so far apart that their sum overflows: divide them by a constant")
@@ -385,28 +409,35 @@ def _optimal(
         done += 1
         column_of, v = _solve(i, j, s, n, m, exact=again is None)
         # Each round may add four times as many edges a row: a few at a time took dozens of rounds.
-        seen = _check(A, B, column_of, v, block, 64 * 4 ** (done - 1), likeness, shift, again)
+        seen = _check(scores_of, column_of, v, block, 64 * 4 ** (done - 1), shift, off, again)
         new = _once(*(np.concatenate(pair) for pair in zip(seen.edges, (i, j, s), strict=True)), m)
         settled = len(new[0]) == len(i) and np.array_equal(new[2], s)  # what is left is rounding, and in the gap
         violation = float(seen.slack.max())
-        if len(seen.edges[0]) == n or settled or math.isinf(violation):
+        if len(seen.edges[0]) == n or settled:
             break
         if done == rounds:
             raise RuntimeError(
-                f"no proof of optimality after {rounds} rounds (violation {violation:.1e}): raise k or rounds"
+                f"no proof of optimality after {rounds} rounds, {len(seen.edges[0]) - n} pairs would still be "
+                "cheaper: raise k or rounds"
             )
         i, j, s = new
-    free = np.ones(m, bool)
-    free[column_of] = False
-    gap = math.fsum(seen.slack) - math.fsum(v[free]) + seen.rounding + 2 * n * off
-    return _Found(column_of, seen.scores, violation, gap, len(i), done)
+    alone = np.ones(m, bool)
+    alone[column_of] = False
+    costs = free - seen.scores
+    gap = math.fsum(seen.slack) - math.fsum(v[alone]) + seen.rounding + 2 * n * off
+    gap += 16 * EPS * float(np.abs(costs).sum())
+    partner, back = torch.from_numpy(column_of), torch.full((m,), -1, dtype=torch.long)
+    back[partner] = torch.arange(n)
+    score = torch.from_numpy(seen.scores + (1 - free)).to(scores_of(slice(1)).dtype)
+    seconds = time.perf_counter() - began
+    return Match(partner, back, score, math.fsum(costs), violation, gap, len(i), done, seconds)
 
 
-def _by_cosine(A: Tensor, B: Tensor, k: int, block: int, rounds: int) -> _Found:
+def _by_cosine(A: Tensor, B: Tensor, k: int, block: int, rounds: int) -> Match:
     """The best assignment by cosine. Many pairs are compared in float32 first, and in float64 if that
     leaves too wide a gap.
     """
-    A, B = _moderate(A), _moderate(B)
+    n, m, A, B = len(A), len(B), _moderate(A), _moderate(B)
     lengths, off = (_lengths(A), _lengths(B)), (A.shape[1] + 4) * EPS
 
     def again(i: Tensor, j: Tensor) -> Tensor:
@@ -414,12 +445,18 @@ def _by_cosine(A: Tensor, B: Tensor, k: int, block: int, rounds: int) -> _Found:
         dots = torch.cat([torch.linalg.vecdot(A[x].double(), B[y].double()) for x, y in parts])
         return dots / (lengths[0][i] * lengths[1][j])
 
-    if len(A) * len(B) > SMALL and _full_float32(A.device):
-        units = [_units(rows, length, torch.float32) for rows, length in zip((A, B), lengths, strict=True)]
-        found = _optimal(*units, k, block, rounds, again=again, off=off)
-        if found.gap <= CLOSE * math.fsum(1 - found.scores):
+    def found_in(dtype: torch.dtype, again: Cosines | None = None) -> Match:
+        one, other = (_units(*pair, dtype) for pair in zip((A, B), lengths, strict=True))
+        if n * m > HELD:
+            return _optimal(lambda rows: product(one[rows], other), n, m, k, block, rounds, 1.0, off, again)
+        return _optimal(product(one, other).__getitem__, n, m, k, block, rounds, 1.0, off, again, at_once=n)
+
+    if n * m > SMALL and _full_float32(A.device):
+        found = found_in(torch.float32, again)
+        if found.gap <= CLOSE * found.total:
             return found
-    return _optimal(*(_units(*pair) for pair in zip((A, B), lengths, strict=True)), k, block, rounds, off=off)
+    found = found_in(torch.float64)
+    return found._replace(score=found.score.float())
 
 
 def _full_float32(device: torch.device) -> bool:
@@ -431,7 +468,7 @@ def _full_float32(device: torch.device) -> bool:
 def match(
     A: Tensor,
     B: Tensor,
-    k: int = 64,
+    k: int = 32,
     block: int = 2048,
     device: str | torch.device = "cpu",
     rounds: int = 20,
@@ -448,20 +485,6 @@ def match(
     is the optimum, to `gap`. ValueError for rows or scores that are not finite, RuntimeError if no proof is
     found within `rounds`.
     """
-    return _match(A, B, 1.0, k, block, device, rounds, score)
-
-
-def _match(
-    A: Tensor,
-    B: Tensor,
-    free: float,
-    k: int = 64,
-    block: int = 2048,
-    device: str | torch.device = "cpu",
-    rounds: int = 20,
-    score: Likeness | None = None,
-) -> Match:
-    """`match`; a pair costs `free` - score."""
     began = time.perf_counter()
     for rows in (A, B):
         if not rows.ndim or not len(rows):
@@ -470,32 +493,28 @@ def _match(
         raise ValueError(
             f"dictionaries of width {A.shape[1]} and {B.shape[1]} were given: map one into the other's space first"
         )
-    if min(k, block, rounds) < 1:
-        raise ValueError(f"k = {k}, block = {block}, rounds = {rounds} given; each must be at least 1")
     if len(A) > len(B):
-        return turned(_match(B, A, free, k, block, device, rounds, score and _back(score)))
-    dtype = torch.float32
-    if score:
-        one, other, likeness = A.to(device), B.to(device), _given(score)
-        dtype = likeness(one[:1], other).dtype
-        found = _optimal(one, other, k, block, rounds, likeness)
-    else:
+        back = score and (lambda x, y: score(y, x).T)
+        return turned(match(B, A, k, block, device, rounds, back))
+    if not score:
         found = _by_cosine(_on(A, device), _on(B, device), k, block, rounds)
-    partner = torch.from_numpy(found.column_of)
-    back = torch.full((len(B),), -1, dtype=torch.long)
-    back[partner] = torch.arange(len(A))
-    costs = free - found.scores
-    scores = torch.from_numpy(found.scores + (1 - free)).to(dtype)
-    gap = found.gap + 16 * EPS * float(np.abs(costs).sum())
-    certificate = math.fsum(costs), found.violation, gap, found.edges, found.rounds
-    return Match(partner, back, scores, *certificate, time.perf_counter() - began)
+        return found._replace(seconds=time.perf_counter() - began)
+    one, other = A.to(device), B.to(device)
+
+    def scores_of(rows: slice | Tensor) -> Tensor:
+        part = one[rows]
+        return _given(score(part, other).detach(), len(part), len(other))
+
+    return _optimal(scores_of, len(A), len(B), k, block, rounds)
 
 
-def match_costs(costs: Tensor, **how: Any) -> Match:
+def match_costs(
+    costs: Tensor, k: int = 32, block: int = 2048, device: str | torch.device = "cpu", rounds: int = 20
+) -> Match:
     """The assignment of least total cost for a matrix of costs (n, m), with its certificate; `score` there
-    is 1 - cost. `how` as for `match`. Costs are taken as they are, in float64. ValueError if one is not
-    finite. For costs that come from rows give `match` the rows and a score: the matrix need then not
-    exist.
+    is 1 - cost. `k`, `block`, `rounds` as for `match`. Costs are taken as they are, in float64. ValueError
+    if one is not finite. For costs that come from rows give `match` the rows and a score: the matrix need
+    then not exist.
     """
     costs = torch.as_tensor(costs).detach()
     if costs.ndim != 2 or not costs.numel() or costs.is_complex():
@@ -509,16 +528,14 @@ def match_costs(costs: Tensor, **how: Any) -> Match:
             f"{count} of {costs.numel()} costs are NaN or infinite: "
             "give every pair a finite one, a large one if it must not be"
         )
+    n, m = costs.shape
+    if n > m:
+        return turned(match_costs(costs.T, k, block, device, rounds))
 
-    def score(x: Tensor, y: Tensor) -> Tensor:
-        part = costs
-        for dim, rows in enumerate((x, y)):
-            if len(rows) < costs.shape[dim]:  # else all of them, in order
-                part = part.index_select(dim, rows[:, 0].to(costs.device))
-        part = part.to(x.device)
-        return -(part if part.dtype in (torch.float32, torch.float64) else part.double())
+    def scores_of(rows: slice | Tensor) -> Tensor:
+        return -_on(costs[rows], device)
 
-    return _match(*(torch.arange(n)[:, None] for n in costs.shape), 0.0, score=score, **how)
+    return _optimal(scores_of, n, m, k, block, rounds, free=0.0)
 
 
 # --- the cheaper ways, and what to hold a match against ----------------------------------------------------------------
@@ -544,7 +561,7 @@ def nearest(A: Tensor, B: Tensor, block: int = 2048, device: str | torch.device 
         torch.full((len(other),), -2.0, device=other.device),
         torch.zeros(len(other), dtype=torch.long, device=other.device),
     )
-    for first, cosines in _blocks(one, other, block, "nearest"):
+    for first, cosines in _blocks(lambda rows: product(one[rows], other), len(one), block, "nearest"):
         row, column = cosines.max(1), cosines.max(0)
         partner.append(row.indices), cosine.append(row.values)
         better = column.values > best

@@ -16,7 +16,7 @@ from helpers.session import ROOT
         ("benchmarks.topk_step --d 32 --latents 64 --k 4 --batch 64 --steps 3 --rounds 1", {"ratio_bfloat16", "step_over_addmm", "loss_gaps"}),
         ("benchmarks.harvest --tokens 600 --context 64 --rounds 1", {"ratio_activations_store"}),
         ("benchmarks.pursuit --d 24 --latents 48 --k 3 --vectors 4 --rounds 1", {"ratio_matching", "code_gap"}),
-        ("benchmarks.matching --n 64 --d 8 --rounds 1", {"certificate_gap", "total_gap"}),
+        ("benchmarks.matching --sizes 64 --d 8 --rounds 1 --alone 80", {"certificate_gap", "total_gap"}),
         ("benchmarks.diff_sae --device cpu --d 32 --latents 64 --batch 256 --seconds 1 --rounds 1", {"hours", "peak_gb", "budget_gb"}),
     ],
 )  # fmt: skip

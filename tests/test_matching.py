@@ -1,8 +1,8 @@
 """Optimal matches against scipy's dense solver, planted permutations both ways, and certificates that
 notice a worse match.
 
-`large=True` sends small problems the way of large ones: float32 first, and a grid of whole numbers in the
-solver.
+`large=True` sends small problems the way of large ones: float32 first, cosines computed block by block, and a
+grid of whole numbers in the solver.
 """
 
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ def dense_optimum(A, B):
 def large(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(matching, "SMALL", 0)
+        monkeypatch.setattr(matching, "HELD", 0)
     return request.param
 
 
@@ -184,21 +185,31 @@ def test_many_rows_that_want_few_columns_end(large):
 
 
 def test_any_prices_bound_the_optimum(large):
-    """The pass over all pairs against a naive one: random prices and assignments, in float64 and in float32."""
+    """The pass over all pairs against a naive one, in float64 and in float32: random prices and assignments,
+    and the best ones. In float32 the slack is left open once a pair is found that beats the match.
+    """
     g = np.random.default_rng(0)
-    for _ in range(300):
+    for trial in range(300):
         n = int(g.integers(1, 9))
         m = n + int(g.integers(0, 4))
         A, B = torch.randn(n, 5), torch.randn(m, 5)
         one, other = (torch.from_numpy(unit64(x)) for x in (A, B))
         cosines = (one @ other.T).numpy()
         column_of, v = g.permutation(m)[:n], -g.random(m) * g.integers(0, 2, m)
+        if trial % 2:
+            column_of = linear_sum_assignment(-cosines)[1]
+            v = matching._prices(*np.divmod(np.arange(n * m), m), 1 - cosines.ravel(), column_of, m)
         slack = (cosines + v).max(1) - (cosines[np.arange(n), column_of] + v[column_of])
         again = lambda i, j: torch.linalg.vecdot(one[i], other[j])  # noqa: B023, E731
         rows = (matching.unit_rows(A), matching.unit_rows(B)) if large else (one, other)
-        seen = matching._check(*rows, column_of, v, 3, again=again if large else None)
-        assert np.allclose(seen.slack, slack, rtol=0, atol=1e-14)
-        assert np.allclose(seen.scores, cosines[np.arange(n), column_of], rtol=0, atol=1e-14)
+        scores_of, off = (rows[0] @ rows[1].T).__getitem__, 9 * np.finfo(float).eps
+        seen = matching._check(scores_of, column_of, v, 3, off=off, again=again if large else None)
+        open_from = int((slack > matching.TOLERANCE).argmax()) // 3 * 3 if large and slack.max() > 1e-5 else n
+        assert np.allclose(seen.slack[:open_from], slack[:open_from], rtol=0, atol=1e-14)
+        assert np.isinf(seen.slack[open_from:]).all() and (open_from == n or not trial % 2)
+        matched = cosines[np.arange(n), column_of]
+        assert np.allclose(seen.scores[:open_from], matched[:open_from], rtol=0, atol=1e-14)
+        assert np.allclose(seen.scores, matched, rtol=0, atol=1e-6)
         left = np.setdiff1d(np.arange(m), column_of)
         gap = seen.slack.sum() - v[left].sum() + seen.rounding
         assert gap >= cosines[linear_sum_assignment(-cosines)].sum() - seen.scores.sum()
@@ -285,25 +296,51 @@ def test_a_given_cost_takes_the_place_of_the_cosine(shape):
     assert uneven.total == pytest.approx(len(i) - float((A[i, 0] * B[j, 1]).sum()), rel=1e-4)
 
 
-@pytest.mark.parametrize("m", [1, 5, 63, 64, 65, 200])
+@pytest.mark.parametrize("m", [1, 5, 63, 64, 65, 200, 1000])
 def test_what_is_near_the_largest_is_all_found(m):
-    values = torch.randn(9, m)
-    for within in (0.0, 0.1, 1.0, 50.0):
+    scores, price = torch.randn(9, m), torch.randn(m)
+    values = scores + price
+    for within in (0.0, 0.1, 1.0):
         expected = (values >= (values.amax(1) - within)[:, None]).nonzero().tolist()
-        row, column = matching._near(values, within, len(expected) + 9 * m)
+        row, column = matching._near(scores, price, matching._tops(values), within)
         assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == [tuple(x) for x in expected]
-        assert matching._near(values, within, len(expected) - 1) is None
+    assert (matching._near(scores, price, matching._tops(values), 99.0) is None) == (m > 65)
+
+
+@pytest.mark.parametrize("m", [1, 63, 256, 300, 1000])
+@pytest.mark.parametrize("k", [1, 2, 70])
+def test_the_largest_of_each_row_are_found_also_in_a_transposed_view(m, k, monkeypatch):
+    monkeypatch.setattr(matching, "CHUNK", 3 * k * matching.GROUP)
+    values = torch.randn(7, m)
+    for given in (values, values.T.contiguous().T, -values.abs()):
+        columns, found = matching._largest(given, k)
+        best = given.topk(min(k, m), dim=1)
+        assert torch.equal(found.sort(1, descending=True).values, best.values)
+        assert torch.equal(columns.sort(1).values, best.indices.sort(1).values)
+        assert torch.equal(given.gather(1, columns), found)
+
+
+@pytest.mark.parametrize("k", [1, 4, 99])
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_candidates_are_the_nearest_of_each_row_and_each_column(k, block):
+    scores = torch.randn(23, 31)
+    near = [(r, c) for r in range(23) for c in scores[r].topk(min(k, 31)).indices.tolist()]
+    near += [(r, c) for c in range(31) for r in scores[:, c].topk(min(k, 23)).indices.tolist()]
+    i, j, s = matching._candidates(scores.__getitem__, 23, 31, k, block)
+    assert list(zip(i.tolist(), j.tolist(), strict=True)) == sorted(set(near))
+    assert np.array_equal(s, scores.double().numpy()[i, j])
 
 
 def test_the_certificate_notices_a_worse_assignment():
     A, B = (matching.unit_rows(torch.randn(40, 6)).double() for _ in range(2))
-    edges = matching._candidates(A, B, 40, 16)
+    scores_of = (A @ B.T).__getitem__
+    edges = matching._candidates(scores_of, 40, 40, 40, 16)
     best, _ = matching._solve(*edges, 40, 40)
     worse = best.copy()
     worse[[0, 1]] = best[[1, 0]]
     for columns, fine in ((best, True), (worse, False)):
         v = matching._prices(edges[0], edges[1], 1 - edges[2], columns, 40)
-        assert (matching._check(A, B, columns, v, 16).slack.max() <= matching.TOLERANCE) == fine
+        assert (matching._check(scores_of, columns, v, 16).slack.max() <= matching.TOLERANCE) == fine
 
 
 def test_nearest_counts_collisions_and_greedy_takes_the_best_pair_first():
