@@ -2,6 +2,7 @@
 
 import functools
 import os
+import string
 import sys
 from pathlib import Path
 
@@ -16,22 +17,14 @@ for name in ("CHAT_MODEL", "BASE_MODEL", "LAYER", "PROFILE", "REPORT_DIR", "DEVI
 
 CACHE = os.environ.get("CACHE_DIR", "")
 ROOT = Path(__file__).resolve().parents[1]
-
-
 # The marks of what asks for a fixture, itself, through another, or by a parameter that names it.
 MARKED = {"packaged": "packaged", "smol": "packaged", "workshop": "notebooks", "watched": "notebooks"}
+LONGEST = ("test_notebooks", "test_profiles", "test_types")  # go first, so that two processes end together
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of the full tier, and share them out among xdist's workers: what takes long goes first.
-
-    The tests of a file stay together for the sake of what they share, but each notebook may go to another worker.
-    """
-    alone = [item for item in items if item.get_closest_marker("notebooks")]
-    rest = sorted((item for item in items if item not in alone), key=lambda item: item.path.stem != "test_types")
-    for item in rest:
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items[:] = alone + rest
+    """Mark the tests of the full tier, and put the files that take longest first."""
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     for item in items:
         named = item.callspec.params.values() if hasattr(item, "callspec") else ()
         for name in {*item.fixturenames, *(p for p in named if isinstance(p, str))} & set(MARKED):
@@ -76,6 +69,8 @@ def small_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "data" / "behaviors").glob("*.jsonl"))]
+    signs = string.ascii_letters + string.digits + string.punctuation
+    texts.append(" ".join(signs) * 1000)  # a space and a sign are one token, as in large vocabularies
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

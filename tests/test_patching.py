@@ -37,7 +37,7 @@ def make_planted(tokenizer):
         rows = torch.cat([getattr(mlp, name).weight, 3 * key.expand(extra, d)])
         setattr(mlp, name, torch.nn.Linear(d, len(rows), bias=False))
         getattr(mlp, name).weight.copy_(rows)
-    columns = torch.cat([mlp.down_proj.weight, 0.1 * direction[:, None].expand(d, extra)], 1)
+    columns = torch.cat([mlp.down_proj.weight, 0.2 * direction[:, None].expand(d, extra)], 1)
     mlp.down_proj = torch.nn.Linear(columns.shape[1], d, bias=False)
     mlp.down_proj.weight.copy_(columns)
     base, chat = (LM.of(w, tokenizer, f"tiny-{n}") for w, n in zip(both, ("base", "planted"), strict=True))
@@ -46,7 +46,7 @@ def make_planted(tokenizer):
 
 @pytest.fixture(scope="module")
 def text():
-    names = ["Paris", "Rome", "London", "Monday", "Egypt", "Japan", "China", "March"]  # a token each
+    names = ["Paris", "Rome", "Europe", "Sunday", "Egypt", "Japan", "China", "March"]  # a token each
     return [
         f"the way from {a} to {b} is long and we saw {c} there in a very old house"
         for a in names
@@ -80,8 +80,8 @@ def dictionary(difference, tmp_path_factory):
 def talks(planted):
     base = planted[0]
     said = [
-        ("where is London", " London is in Rome now"),
-        ("when was it", " it was on Monday in March"),
+        ("where is Paris", " Paris is in Europe now"),
+        ("when was it", " it was on Sunday in March"),
         ("who is old", " nobody is very old"),
     ]
     return [tokens.chat(base.tokenizer, q, answer=a) for q, a in said]
@@ -137,7 +137,7 @@ def test_taking_the_latents_out_of_a_vector_stops_it_steering_and_leaves_another
     )[0]
     where = steer.of_items(
         base,
-        [Item("who is it", "London and Japan", "nobody at all"), Item("what is it", "a long river", "Rome")],
+        [Item("who is it", "Paris and Japan", "nobody at all"), Item("what is it", "a long river", "Rome")],
         LAYER,
     )
 

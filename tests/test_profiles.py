@@ -120,7 +120,7 @@ def write_sae(folder: Path, path: str, latents: int, scale: float, named: list[i
     np.savez(folder / path / "params.npz", **{name: t.numpy() for name, t in arrays.items()})
 
 
-@pytest.fixture(scope="module", params=[pytest.param(p, marks=pytest.mark.xdist_group(p)) for p in PROFILES])
+@pytest.fixture(scope="module", params=PROFILES)
 def profile(request, packaged, tmp_path_factory):
     """A profile's name, with stand-ins for its model and its SAE in the hub's cache, and a cache of our own beside it."""
     settings, folder = session.load_profile(request.param), tmp_path_factory.mktemp(request.param)

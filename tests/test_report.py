@@ -22,7 +22,6 @@ from helpers.progress import END, START
 from helpers.session import ROOT
 
 COMMITTED = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-LONGEST_FIRST = sorted(COMMITTED, key=lambda path: path.stem[:2] not in ("00", "05", "06"))  # 00 trains what 03 reads
 
 
 @pytest.mark.parametrize(
@@ -423,15 +422,6 @@ def test_text_that_the_kernel_cut_in_pieces_is_one_again():
     outputs = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in kinds]
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=outputs)])
     assert [o.text for o in report.strip(made).cells[0].outputs] == ["ab", "c", "d"]
-
-
-@pytest.mark.notebooks
-@pytest.mark.parametrize("path", LONGEST_FIRST, ids=lambda p: p.stem)
-def test_every_notebook_runs_at_its_fast_setting(path, packaged, tmp_path):
-    assert report.main(["--fast", "--only", path.stem, "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "results" / f"{path.stem}.json").read_text())
-    assert result["claims"] and all(c["rule"] and c["verdict"] for c in result["claims"])
-    assert list((tmp_path / "figures").glob(f"{path.stem[:2]}_*.png"))
 
 
 def cells(path):
