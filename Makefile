@@ -1,21 +1,25 @@
-# make report [PROFILE=smollm2] [ONLY=01,02] [FAST=1] [COMMIT=1] · make test · make lab · make help
+# make report [PROFILE=smollm2] [ONLY=01,02] [FAST=1] [COMMIT=1] · make test · make test-fast · make lab · make help
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 REPORT_FLAGS := $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only $(ONLY)) $(if $(FAST),--fast) $(if $(COMMIT),--commit)
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Python compiles what is imported, which is a small part.
 export PIP_NO_COMPILE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help report test lab pair clean
+.PHONY: help report lint test test-fast lab pair clean
 
 help:  ## this text
 	@echo "make report [PROFILE=smollm2] [ONLY=01,02] [FAST=1] [COMMIT=1]"
 	@echo "            run the notebooks, write reports/<profile>/index.html"
 	@echo "            (COMMIT=1 also refreshes the committed notebooks, results, figures and README)"
-	@echo "make test   lint, tests, every notebook at its fast setting"
+	@echo "make test   lint, all tests, every notebook at its fast setting (in two processes; WORKERS=4 for more)"
+	@echo "make test-fast"
+	@echo "            lint, and the tests that need no packaged model, no notebook and no network"
 	@echo "make pair   train the adapters of data/aligned_pair anew and measure their card (about 20 minutes)"
 	@echo "make lab    open JupyterLab on the notebooks"
 	@echo "make clean  remove .venv and reports (data/cache stays)"
@@ -43,10 +47,15 @@ $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-o
 report: $(VENV)/.installed  ## run the notebooks and render the report
 	$(BIN)/python -m helpers.report $(REPORT_FLAGS)
 
-test: $(VENV)/.installed-test  ## lint and tests
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check helpers tests benchmarks data/aligned_pair
-	$(BIN)/python -m pytest
+
+test: lint  ## lint and all tests
+	$(PYTEST)
+
+test-fast: lint  ## lint and the tests of the code alone
+	$(PYTEST) -m "not packaged and not notebooks"
 
 pair: $(VENV)/.installed  ## train data/aligned_pair anew
 	@echo "installing what training the pair needs (1 of 1)"

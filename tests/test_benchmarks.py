@@ -20,7 +20,7 @@ from helpers.session import ROOT
         ("benchmarks.diff_sae --device cpu --d 32 --latents 64 --batch 256 --seconds 1 --rounds 1", {"hours", "peak_gb", "budget_gb"}),
     ],
 )  # fmt: skip
-def test_a_benchmark_runs_to_its_last_line(command, wanted):
+def test_a_benchmark_runs_to_its_last_line(command, wanted, packaged):
     done = subprocess.run(
         [sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "TQDM_DISABLE": "1"},

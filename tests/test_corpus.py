@@ -18,21 +18,21 @@ def write(path, *lines):
     return str(path)
 
 
-def test_packing_loses_no_token_and_marks_separators(smol, tmp_path):
+def test_packing_loses_no_token_and_marks_separators(bpe, tmp_path):
     texts = [f"Document {i} speaks of {'rivers and ' * (i % 7)}hills." for i in range(60)]
     source = write(tmp_path / "a.jsonl", *(json.dumps({"text": t}) for t in texts))
     count = Counter()
-    rows = list(text.rows(smol.tokenizer, source, 32, count=count))
-    stream = [i for t in texts for i in [*smol.tokenizer(t)["input_ids"], smol.tokenizer.eos_token_id]]
+    rows = list(text.rows(bpe, source, 32, count=count))
+    stream = [i for t in texts for i in [*bpe(t)["input_ids"], bpe.eos_token_id]]
     ids = np.concatenate([r.ids for r in rows])
     assert ids.tolist() == stream[: len(ids)] and count["left over"] == len(stream) - len(ids) < 32
     kept = np.concatenate([r.kept for r in rows])
-    special = np.isin(ids, list(tokens.special_ids(smol.tokenizer)))
+    special = np.isin(ids, list(tokens.special_ids(bpe)))
     assert not kept[::32].any() and not (kept & special).any()
     assert kept.sum() == count["kept"] == len(ids) - special.sum() - count["first"]
     assert count["special"] == special.sum() and count["padding"] == 0
     of = np.concatenate([r.documents for r in rows])
-    assert (np.diff(of) >= 0).all() and smol.tokenizer.decode(ids[of == 3][:-1]) == texts[3]
+    assert (np.diff(of) >= 0).all() and bpe.decode(ids[of == 3][:-1]) == texts[3]
 
 
 def test_a_tokenizer_with_a_first_token_puts_it_before_every_row(tmp_path):
@@ -48,12 +48,12 @@ def test_a_tokenizer_with_a_first_token_puts_it_before_every_row(tmp_path):
     assert [r.kept.tolist() for r in rows] == [[False] + [True] * 4] * 2 + [[False, False, True, True, True]]
 
 
-def test_a_conversation_has_a_row_of_its_own_with_user_and_answer_kept(smol, tmp_path):
+def test_a_conversation_has_a_row_of_its_own_with_user_and_answer_kept(bpe, tmp_path):
     source = write(tmp_path / "c.jsonl", json.dumps({"question": "Who are you?", "answer": "A small model."}))
     count = Counter()
-    (row,) = text.rows(smol.tokenizer, source, 64, count=count)
-    assert smol.tokenizer.decode(row.ids[row.kept]) == "Who are you?A small model."
-    assert count["padding"] == 64 - len(tokens.chat(smol.tokenizer, "Who are you?", answer="A small model.").ids)
+    (row,) = text.rows(bpe, source, 64, count=count)
+    assert bpe.decode(row.ids[row.kept]) == "Who are you?A small model."
+    assert count["padding"] == 64 - len(tokens.chat(bpe, "Who are you?", answer="A small model.").ids)
     assert (
         count["template"] > 0
         and count["special"] > 0
@@ -61,19 +61,19 @@ def test_a_conversation_has_a_row_of_its_own_with_user_and_answer_kept(smol, tmp
     )
 
 
-def test_a_conversation_longer_than_a_row_is_cut_and_counted_or_left_out(smol, tmp_path):
+def test_a_conversation_longer_than_a_row_is_cut_and_counted_or_left_out(bpe, tmp_path):
     long = {"question": "Why?", "answer": "Because of the wind. " * 30}
     hopeless = {"question": "Why is that so? " * 30, "answer": "No."}
     source = write(tmp_path / "c.jsonl", json.dumps(long), json.dumps(hopeless))
     count = Counter()
-    rows = list(text.rows(smol.tokenizer, source, 64, count=count))
-    whole = [len(tokens.chat(smol.tokenizer, c["question"], answer=c["answer"]).ids) for c in (long, hopeless)]
+    rows = list(text.rows(bpe, source, 64, count=count))
+    whole = [len(tokens.chat(bpe, c["question"], answer=c["answer"]).ids) for c in (long, hopeless)]
     assert len(rows) == 1 and count["truncated"] == sum(whole) - 2 * 64 and count["padding"] == 0
     with pytest.raises(DataError, match="less than one row"):
-        list(text.rows(smol.tokenizer, write(tmp_path / "h.jsonl", json.dumps(hopeless)), 64))
+        list(text.rows(bpe, write(tmp_path / "h.jsonl", json.dumps(hopeless)), 64))
 
 
-def test_parts_divide_documents_and_do_not_depend_on_order(smol, tmp_path):
+def test_parts_divide_documents_and_do_not_depend_on_order(bpe, tmp_path):
     texts = [f"Text number {i} about nothing in particular, word {i * i}." for i in range(300)]
     forward = write(tmp_path / "a.jsonl", *(json.dumps({"text": t}) for t in texts))
     train = {t for t in texts if not text.held_out(t)}
@@ -81,8 +81,8 @@ def test_parts_divide_documents_and_do_not_depend_on_order(smol, tmp_path):
     count = {part: Counter() for part in text.PARTS}
     decoded = {}
     for part in text.PARTS:
-        rows = text.rows(smol.tokenizer, forward, 16, part, count[part])
-        decoded[part] = smol.tokenizer.decode(np.concatenate([r.ids for r in rows]), skip_special_tokens=True)
+        rows = text.rows(bpe, forward, 16, part, count[part])
+        decoded[part] = bpe.decode(np.concatenate([r.ids for r in rows]), skip_special_tokens=True)
     assert count["train"]["rows"] + count["held-out"]["rows"] in (count["all"]["rows"], count["all"]["rows"] - 1)
     kept_out = next(t for t in texts if t not in train)
     assert kept_out in decoded["held-out"] and kept_out not in decoded["train"] and kept_out in decoded["all"]
@@ -94,7 +94,7 @@ def test_several_sources_are_taken_in_turn(tmp_path):
     assert list(text.documents([a, b])) == ["one", "uno", "two", "three"]
 
 
-def test_packaged_text_is_many_documents_in_a_fixed_order():
+def test_packaged_text_is_many_documents_in_a_fixed_order(packaged):
     first, again = (list(text.documents("packaged:wiki+stories")) for _ in range(2))
     assert first == again and len(first) > 500 and not any("<doc" in d for d in first)
     assert len(set(map(len, first[:20]))) > 5
@@ -114,9 +114,9 @@ def test_the_fingerprint_of_a_local_file_is_its_content(tmp_path):
     [("a.txt", "", "empty"), ("a.txt", "too short", "less than one row of 64"), ("a.jsonl", '{"text": "x"}\nnot json', "line 2"),
      ("a.jsonl", '{"body": "x"}', "line 1.*body"), ("a.jsonl", '["x"]', "list"), ("a.jsonl", '{"question": "x", "answer": 3}', "question and answer")],
 )  # fmt: skip
-def test_bad_files_are_refused(smol, tmp_path, name, content, word):
+def test_bad_files_are_refused(bpe, tmp_path, name, content, word):
     with pytest.raises(DataError, match=word):
-        list(text.rows(smol.tokenizer, write(tmp_path / name, content), 64))
+        list(text.rows(bpe, write(tmp_path / name, content), 64))
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
@@ -126,17 +126,17 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
             list(text.documents(str(tmp_path / name)))
 
 
-def test_bad_names_are_refused(smol):
+def test_bad_names_are_refused(bpe, packaged):
     for source, word in (("nowhere.txt", "existing"), ("packaged:poems", "wiki"), ("FineWeb", "hub:OWNER")):
         with pytest.raises(DataError, match=word):
-            list(text.rows(smol.tokenizer, source, 64))
+            list(text.rows(bpe, source, 64))
     with pytest.raises(ValueError, match="part"):
-        next(text.rows(smol.tokenizer, "packaged:wiki", 64, "test"))
+        next(text.rows(bpe, "packaged:wiki", 64, "test"))
     with pytest.raises(ValueError, match="context"):
-        next(text.rows(smol.tokenizer, "packaged:wiki", 1))
+        next(text.rows(bpe, "packaged:wiki", 1))
 
 
-def test_a_hub_data_set_is_pinned_and_streamed_with_its_subset_and_revision(monkeypatch, smol):
+def test_a_hub_data_set_is_pinned_and_streamed_with_its_subset_and_revision(monkeypatch, bpe):
     import datasets
     import huggingface_hub
 
@@ -159,7 +159,7 @@ def test_a_hub_data_set_is_pinned_and_streamed_with_its_subset_and_revision(monk
     monkeypatch.setenv("HF_TOKEN", "not-to-be-shown")
     pinned = text.resolved(["packaged:wiki", "hub:HuggingFaceFW/fineweb:sample-10BT@v1.0.0"])
     assert pinned == ["packaged:wiki", "hub:HuggingFaceFW/fineweb:sample-10BT@c0ffee"]
-    rows = list(text.rows(smol.tokenizer, pinned[1], 16))
+    rows = list(text.rows(bpe, pinned[1], 16))
     assert len(rows) > 5 and asked["streaming"] and asked["split"] == "train"
     assert (asked["name"], asked["subset"], asked["revision"]) == ("HuggingFaceFW/fineweb", "sample-10BT", "c0ffee")
 
@@ -208,7 +208,7 @@ def test_all_answers_to_one_question_are_on_one_side():
     assert {text.held_out(text.Chat(f"What is {i}?", "this")) for i in range(40)} == {True, False}
 
 
-def test_a_path_is_a_source_like_its_name(smol, tmp_path):
+def test_a_path_is_a_source_like_its_name(bpe, tmp_path):
     name = write(tmp_path / "a.txt", "one and two and three and four", "", "five")
     other = write(tmp_path / "b.jsonl", '{"text": "uno"}')
     for source, path in (
@@ -219,7 +219,7 @@ def test_a_path_is_a_source_like_its_name(smol, tmp_path):
         assert list(text.documents(path)) == list(text.documents(source))
         assert text.fingerprint(path) == text.fingerprint(source)
         assert text.resolved(path) == text.resolved(source) and json.dumps(text.resolved(path))
-        ours, theirs = (list(text.rows(smol.tokenizer, s, 4)) for s in (path, source))
+        ours, theirs = (list(text.rows(bpe, s, 4)) for s in (path, source))
         assert [r.ids.tolist() for r in ours] == [r.ids.tolist() for r in theirs]
     with pytest.raises(DataError, match="no source '.*nowhere.txt'"):
         next(text.documents(tmp_path / "nowhere.txt"))

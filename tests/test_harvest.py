@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import errno
-import functools
 import gc
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CACHE
+from conftest import small_tokenizer
 
 from helpers import activations, harvest, store, train
 from helpers.activations import Array, HarvestError
@@ -25,7 +24,6 @@ from helpers.lm import models, reading, replies, text
 from helpers.lm.reading import LM
 from helpers.session import ROOT
 
-MODEL = models.packaged_names()[0]
 HOW = dict(context=32, shard_rows=8, batch=4)
 
 
@@ -61,20 +59,11 @@ def source(tmp_path_factory):
     return str(path)
 
 
-@functools.cache
-def packaged_tokenizer():
-    """The packaged tokenizer out of the real cache, whatever cache a test has."""
-    with pytest.MonkeyPatch.context() as patch:
-        if CACHE or "PYTEST_CURRENT_TEST" in os.environ:
-            patch.setenv("CACHE_DIR", CACHE)
-        return models.outline(MODEL).tokenizer
-
-
 def small(seed=1, width=48, layers=4, kind="llama"):
-    """A bare random transformers model with the packaged tokenizer."""
+    """A bare random transformers model with a small tokenizer."""
     from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-    tokenizer = packaged_tokenizer()
+    tokenizer = small_tokenizer()
     shared = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=96, num_hidden_layers=layers,
                   num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, max_position_embeddings=512)  # fmt: skip
     config = {
@@ -109,7 +98,7 @@ def every_byte(folder):
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "neox"])
 def test_residuals_are_transformers_own_and_nothing_above_runs(kind):
     model = small(kind=kind)
-    ids = torch.randint(100, 5000, (3, 20))
+    ids = torch.randint(100, 4000, (3, 20))
     whole = model.weights(ids, output_hidden_states=True).hidden_states
     ran = []
     handles = [b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(model.blocks)]
@@ -203,7 +192,6 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(model, source, tmp_pat
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "whole"))
     whole = every_byte(harvest.run(model, source, [1], 1500, **HOW).folder)
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "killed"))
-    store_packaged(tmp_path / "killed")
     code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), shard=shard, when=when, source=source)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "TQDM_DISABLE": "1"})
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
@@ -215,15 +203,6 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(model, source, tmp_pat
     kept = int(shard[6:11]) if shard.startswith("shard") else len(whole) // 2 if shard == "sidecar.json" else 0
     assert len(calls) == len(whole) // 2 - kept
     assert not list(resumed.folder.glob(".tmp*"))
-
-
-def store_packaged(cache):
-    """The packaged model of the real cache, seen from another one."""
-    real = Path(CACHE) if CACHE else ROOT / "data" / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    for kind in ("models", "assets"):
-        if not (cache / kind).exists():
-            (cache / kind).symlink_to(real / kind)
 
 
 def test_a_damaged_shard_is_named_and_made_again(model, source, cache, capsys):
@@ -344,48 +323,22 @@ def test_a_batch_that_did_not_fit_can_be_changed_while_no_shard_is_there(model, 
 
 
 def test_two_ranks_write_what_one_writes(model, source, tmp_path, monkeypatch):
-    """torchrun with gloo on two CPU ranks, against one process, on the packaged model."""
-    command = [
-        "-m",
-        "helpers.harvest",
-        "--source",
-        source,
-        "--layers",
-        "1",
-        "2",
-        "--tokens",
-        "2000",
-        "--context",
-        "32",
-        "--batch",
-        "8",
-    ]
-    found = {}
-    for name, run in (
-        ("one", [sys.executable]),
-        ("two", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]),
-    ):
-        store_packaged(tmp_path / name)
-        environment = {
-            **os.environ,
-            "CACHE_DIR": str(tmp_path / name),
-            "DTYPE": "float32",
-            "OMP_NUM_THREADS": "1",
-            "TQDM_DISABLE": "1",
-        }
-        done = subprocess.run(
-            [*run, *command, "--shard-rows", "8"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "samples at layer(s) [1, 2]" in done.stdout
-        (folder,) = (tmp_path / name / "harvest").iterdir()
-        found[name] = every_byte(folder)
-    assert found["one"] == found["two"] and len(found["one"]) >= 14
+    """torchrun with gloo on two CPU ranks, by the command line, against this process."""
+    for part in (model.weights, model.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "one"))
+    one = harvest.run(models.load(str(tmp_path / "model")), source, [1, 2], 2000, 32, shard_rows=8, batch=8).folder
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", "-m", "helpers.harvest",
+               "--model", str(tmp_path / "model"), "--source", source, "--layers", "1", "2", "--tokens", "2000",
+               "--context", "32", "--shard-rows", "8", "--batch", "8"]  # fmt: skip
+    own = {"CACHE_DIR": str(tmp_path / "two"), "DTYPE": "float32", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "samples at layer(s) [1, 2]" in done.stdout
+    (two,) = (tmp_path / "two" / "harvest").iterdir()
+    assert every_byte(one) == every_byte(two) and len(every_byte(one)) >= 14
 
 
 def test_memory_that_runs_out_is_said(model, source, cache, monkeypatch):

@@ -98,7 +98,7 @@ def test_a_copied_folder_is_the_same_model_and_is_hashed_once(made, tmp_path, mo
 
 
 def test_a_missing_or_damaged_shard_is_named(tiny, tmp_path, cache):
-    place = folder(tiny.tokenizer, tmp_path / "mine", shard="1MB", tie_word_embeddings=False)
+    place = folder(tiny.tokenizer, tmp_path / "mine", shard="200KB", tie_word_embeddings=False)
     shards = sorted(place.glob("model-*.safetensors"))
     assert len(shards) > 1 and models.load(str(place)).layers == 2
     whole = shards[0].read_bytes()
@@ -225,7 +225,7 @@ def test_an_adapter_that_changes_nothing_is_refused(made, tmp_path):
 def test_merging_changes_only_what_the_adapter_changes(tiny, tmp_path, cache, tied, targets):
     base = folder(tiny.tokenizer, tmp_path / "mine", tie_word_embeddings=tied)
     expected = adapter(base, tmp_path / "tuned", targets)(input_ids=IDS).logits
-    assert (logits(base) - expected).abs().max() > 0.1
+    assert (logits(base) - expected).abs().max() > 0.05
     torch.testing.assert_close(logits(f"{base} + {tmp_path}/tuned"), expected, atol=1e-3, rtol=1e-3)
 
 
@@ -300,9 +300,9 @@ def test_an_adapter_of_one_rare_token_is_not_taken_for_none(made, tmp_path):
     state = load_file(file)
     for key in state:
         if "embedding_A" in key:
-            state[key][:, :40_000] = 0
+            state[key][:, :3000] = 0
     save_file(state, file)
-    rare = torch.tensor([[41_000, 42_000]])
+    rare = torch.tensor([[3500, 4000]])
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(made, attn_implementation="eager")

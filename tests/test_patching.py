@@ -7,7 +7,7 @@ direction. All the change lies below the layer that is read, so that the true di
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_weights
+from conftest import small_tokenizer, tiny_weights
 
 from helpers import caa, decompose, directions, harvest, overlap, patching, saes, steer, train
 from helpers.behaviors import AnswerPair, Item
@@ -19,15 +19,15 @@ LAYER = 1
 
 
 @pytest.fixture(scope="module")
-def planted(smol):
+def planted():
     """(base, chat, direction, ids of the class): the two models, the unit direction written."""
     with torch.no_grad():
-        return make_planted(smol.tokenizer)
+        return make_planted(small_tokenizer())
 
 
 def make_planted(tokenizer):
-    both, d = [tiny_weights("llama", tokenizer) for _ in range(2)], 48
-    g = torch.Generator().manual_seed(5)
+    both, d = [tiny_weights("llama") for _ in range(2)], 48
+    g = torch.Generator().manual_seed(8)
     marked = torch.tensor([i for i in range(len(tokenizer)) if tokenizer.decode([i]).strip()[:1].isupper()])
     key, direction = (torch.nn.functional.normalize(torch.randn(d, generator=g), dim=0) for _ in range(2))
     for weights in both:  # both know the class; only the copy acts on it
@@ -37,7 +37,7 @@ def make_planted(tokenizer):
         rows = torch.cat([getattr(mlp, name).weight, 3 * key.expand(extra, d)])
         setattr(mlp, name, torch.nn.Linear(d, len(rows), bias=False))
         getattr(mlp, name).weight.copy_(rows)
-    columns = torch.cat([mlp.down_proj.weight, 0.1 * direction[:, None].expand(d, extra)], 1)
+    columns = torch.cat([mlp.down_proj.weight, 0.2 * direction[:, None].expand(d, extra)], 1)
     mlp.down_proj = torch.nn.Linear(columns.shape[1], d, bias=False)
     mlp.down_proj.weight.copy_(columns)
     base, chat = (LM.of(w, tokenizer, f"tiny-{n}") for w, n in zip(both, ("base", "planted"), strict=True))
@@ -46,7 +46,7 @@ def make_planted(tokenizer):
 
 @pytest.fixture(scope="module")
 def text():
-    names = ["Paris", "Rome", "Anna", "Monday", "Texas", "Otto", "Spain", "July"]
+    names = ["Paris", "Rome", "Europe", "Sunday", "Egypt", "Japan", "China", "March"]  # a token each
     return [
         f"the way from {a} to {b} is long and we saw {c} there in a very old house"
         for a in names
@@ -80,8 +80,8 @@ def dictionary(difference, tmp_path_factory):
 def talks(planted):
     base = planted[0]
     said = [
-        ("where is Anna", " Anna is in Rome now"),
-        ("when was it", " it was on Monday in July"),
+        ("where is Paris", " Paris is in Europe now"),
+        ("when was it", " it was on Sunday in March"),
         ("who is old", " nobody is very old"),
     ]
     return [tokens.chat(base.tokenizer, q, answer=a) for q, a in said]
@@ -136,7 +136,9 @@ def test_taking_the_latents_out_of_a_vector_stops_it_steering_and_leaves_another
         torch.randn(1, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), direction[None]
     )[0]
     where = steer.of_items(
-        base, [Item("who is it", "Anna and Otto", "nobody at all"), Item("what is it", "a long river", "Rome")], LAYER
+        base,
+        [Item("who is it", "Paris and Japan", "nobody at all"), Item("what is it", "a long river", "Rome")],
+        LAYER,
     )
 
     def effect(v):
@@ -260,7 +262,7 @@ def test_recovered_is_one_minus_the_ratio_of_sums():
 def test_vectors_of_the_planted_pair_need_no_answer_pairs_to_be_read(planted, cache):
     """caa reads the copy as it reads any model: the difference of the two models on the class is the direction."""
     base, chat, direction, _ = planted
-    pairs = [AnswerPair("who is it", "Anna", "nobody"), AnswerPair("where is it", "Rome", "somewhere")]
+    pairs = [AnswerPair("who is it", "Japan", "nobody"), AnswerPair("where is it", "Rome", "somewhere")]
     gap = caa.extract(chat, pairs, [LAYER]).pos - caa.extract(base, pairs, [LAYER]).pos
     assert overlap.energy(gap[:, 0], direction[None]).max() > 0.9
 

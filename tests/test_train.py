@@ -294,7 +294,7 @@ def test_wandb_is_asked_for_by_name_and_missed_with_a_sentence(monkeypatch):
         train.fit(Array(planted(samples=5000)[0]), SMALL, wandb_project="test")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_planted_dictionary_is_recovered_at_least_as_well_as_by_saelens(seed):
     """sae_lens.synthetic makes the data; both trainers get the same rows, start, budget and learning rate."""
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig

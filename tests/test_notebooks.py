@@ -1,0 +1,19 @@
+"""Every notebook runs at its fast setting, judges its claims and draws its figures."""
+
+import json
+
+import pytest
+
+from helpers import report
+from helpers.session import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_notebook_runs_at_its_fast_setting(path, packaged, tmp_path):
+    assert report.main(["--fast", "--only", path.stem, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "results" / f"{path.stem}.json").read_text())
+    assert result["claims"] and all(c["rule"] and c["verdict"] for c in result["claims"])
+    assert list((tmp_path / "figures").glob(f"{path.stem[:2]}_*.png"))
