@@ -3,7 +3,7 @@
     python -m benchmarks.diff_sae [--device cuda] [--seconds 20] [--rounds 3] [--d 2304 --depth 26 --layer 13 --mlp 9216 --heads 8 ...]
 
 On a GPU the shapes are those of the profile gemma-2-2b (a pair of Gemma-2-2B, layer 13, 18,432 latents, k = 64, batches of 4,096), on a CPU
-small ones. Printed: the budget reckoned from shapes alone, harvest and training speed of `helpers.budget.probe`, and the most memory
+small ones. Printed: the budget reckoned from shapes alone, harvest and training speed of `helpers.pair.budget.probe`, and the most memory
 that torch held while two pools were trained on with as many dead latents as there can be. The ratio is that peak over the budget.
 """
 
@@ -15,7 +15,9 @@ import warnings
 import torch
 
 from benchmarks import line
-from helpers import budget, diff, harvest, session, train
+from helpers import session
+from helpers.pair import budget, diff
+from helpers.sae import harvest, train
 from helpers.lm import models
 from helpers.lm.reading import LM
 

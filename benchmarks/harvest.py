@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import clock, line
-from helpers import harvest, session, train
+from helpers import session
+from helpers.sae import harvest, train
 from helpers.lm import models, text
 from helpers.lm.reading import LM
 

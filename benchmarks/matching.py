@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks import clock, line
-from helpers import matching
-from helpers.topk import product
+from helpers.pair import matching
+from helpers.sae.topk import product
 
 try:
     from lapjv import lapjv

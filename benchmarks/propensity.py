@@ -14,7 +14,8 @@ import time
 import numpy as np
 import torch
 
-from helpers import behaviors, session, steer
+from helpers import session
+from helpers.steering import behaviors, propensity
 from helpers.lm import hooks, models, reading, tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER
@@ -67,7 +68,7 @@ def main():
     model = gemma_shape(s.device, s.dtype) if options.random else models.load(s.profile["chat"], s.device, s.dtype)
     layer = model.layers // 2 - 1
     items = behaviors.load_behavior("refusal").test[: options.items]
-    where, v = steer.of_items(model, items, layer), torch.randn(model.d_model)
+    where, v = propensity.of_items(model, items, layer), torch.randn(model.d_model)
     build, _ = clock(where._build, s.device)
     gradient, _ = clock(where.gradients, s.device)
     where.log_probs(v, 1.0), plain(model, items, layer, v, 1.0)  # warm-up

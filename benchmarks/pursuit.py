@@ -16,7 +16,7 @@ from sae_lens import SAE
 from sklearn.linear_model import orthogonal_mp
 
 from benchmarks import clock, line
-from helpers import decompose
+from helpers.sae import decompose
 
 warnings.filterwarnings("ignore")
 

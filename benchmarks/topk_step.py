@@ -1,4 +1,4 @@
-"""One TopK training step: `helpers.topk` against SAELens's `TopKTrainingSAE` with its trainer's own clipping and Adam.
+"""One TopK training step: `helpers.sae.topk` against SAELens's `TopKTrainingSAE` with its trainer's own clipping and Adam.
 
     python -m benchmarks.topk_step [--d 576 --latents 4608 --k 32 --batch 4096] [--steps 200] [--rounds 5] [--device cpu]
 
@@ -17,7 +17,7 @@ import warnings
 import torch
 
 from benchmarks import clock, line
-from helpers import topk, train
+from helpers.sae import topk, train
 
 warnings.filterwarnings("ignore")
 
@@ -92,7 +92,7 @@ def dictionary_learning(start, sizes, device):
 
 
 def ours(start, sizes, low):
-    """helpers.train's own step: bookkeeping of dead latents, clipping and Adam included."""
+    """helpers.sae.train's own step: bookkeeping of dead latents, clipping and Adam included."""
     config = train.Config(
         sizes.latents, sizes.k, 10**12, sizes.batch, sizes.lr, warm_up=0.0, decay=0.0, alpha=0.0, low=low
     )

@@ -1,4 +1,4 @@
-"""A whole training of a TopK SAE: `helpers.train.fit` against SAELens's `SAETrainer`, both fed from a harvest's shards.
+"""A whole training of a TopK SAE: `helpers.sae.train.fit` against SAELens's `SAETrainer`, both fed from a harvest's shards.
 
     python -m benchmarks.topk_training [--tokens 60000 --batch 2048 --steps 120 --expansion 8 --k 32] [--rounds 3]
 
@@ -15,7 +15,8 @@ import warnings
 import torch
 
 from benchmarks import clock, line
-from helpers import harvest, session, topk, train
+from helpers import session
+from helpers.sae import harvest, topk, train
 from helpers.lm import models
 
 warnings.filterwarnings("ignore")

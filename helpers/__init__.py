@@ -1,14 +1,15 @@
-"""Helpers for the notebooks: a language model and what it reads, contrastive activation addition, SAEs, pairs of models, reports.
+"""Helpers for the notebooks: a language model and what it reads, steering vectors, SAEs, pairs of models, reports.
 
-Modules stand in rows and import only from rows above their own, or to their left:
+Four rooms on a ground floor. A module imports only from rows above its own, or to its left:
 
-    row 0   stats  entries  session  store                                  numbers; JSON that people bring; .env, profiles; the disk
-    row 1   lm.hooks  lm.tokens  lm.text  lm.reading  lm.files  lm.models  lm.scoring  lm.replies   a language model, in one room
-    row 2   directions  topk  decompose  projections  matching  alignment  overlap        tensors in, tensors out
-    row 3   behaviors  claims  figures  activations  saes                   what studies are made of
-    row 4   caa  steer  splice  patching  harvest  train  budget  diff  latents           what a notebook calls
-    row 5   progress  report                                                papermill and HTML; the only one that knows notebooks
+    row 0   stats  entries  profiles  session  store                                      ground floor: no models
+    row 1   lm.hooks  lm.tokens  lm.text  lm.reading  lm.files  lm.models  lm.scoring  lm.replies   a language model
+    row 2   steering.directions  steering.behaviors  steering.caa  steering.propensity    vectors that steer it
+    row 3   sae.topk  sae.decompose  sae.projections  sae.activations  sae.saes  sae.splice  sae.latents  sae.harvest  sae.train   dictionaries
+    row 4   pair.matching  pair.alignment  pair.overlap  pair.patching  pair.budget  pair.diff   two models
+    row 5   claims  figures  study                                                        what a notebook calls
+    row 6   progress  report                                                              papermill and HTML; the only ones that know notebooks
 
-Nothing is imported here: a notebook writes `from helpers.caa import extract`, so a reader sees where a name lives. Three
+Nothing is imported here: a notebook writes `from helpers.steering import caa`, so a reader sees where a name lives. Three
 modules run a model, and no others: lm.reading, lm.scoring and lm.replies.
 """

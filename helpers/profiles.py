@@ -43,7 +43,7 @@ class Harvest(Part):
 
 
 class Training(Part):
-    """How a TopK SAE is trained; what is left out is as `helpers.train.Config` has it."""
+    """How a TopK SAE is trained; what is left out is as `helpers.sae.train.Config` has it."""
 
     expansion: PositiveInt = Field(description="latents over the width of the model")
     k: PositiveInt = Field(description="latents that fire on a token")
@@ -177,7 +177,7 @@ class Profile(Part):
     layers: tuple[Layer, ...] = Field((), description="layers that a sweep looks at")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: str = Field("auto", description="auto, bfloat16, float32 or float16")
-    behaviors: tuple[str, ...] = Field(min_length=1, description="names or files: see helpers/behaviors.py")
+    behaviors: tuple[str, ...] = Field(min_length=1, description="names or files: see helpers/steering/behaviors.py")
     extra: tuple[str, ...] = Field((), description="more behaviours, for notebooks 03 and 04 alone")
     notebooks: tuple[int, ...] | None = Field(None, description="numbers of the notebooks `make report` runs; all by default")
     sae: Sae | None = Field(None, description="the dictionary of the steered model's activations")

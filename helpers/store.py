@@ -5,6 +5,7 @@ that matter, so a changed parameter makes a new entry and never a stale hit. Eve
 name and renamed.
 """
 
+import ast
 import errno
 import hashlib
 import inspect
@@ -13,15 +14,14 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -65,9 +65,10 @@ def file_digest(path: Path) -> str:
 
 # Read when the process starts: what runs is this source, even if a file is edited meanwhile.
 _SOURCE = {
-    ".".join(path.relative_to(ROOT / "helpers").with_suffix("").parts): file_digest(path)
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
     for path in (ROOT / "helpers").rglob("*.py")
 }
+PLUMBING = ("store", "session", "profiles", "progress")  # where things lie and what is shown: no number depends on them
 
 
 def versions() -> dict[str, str]:
@@ -75,9 +76,31 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in LIBRARIES}
 
 
-def code_digest(*modules: str) -> str:
-    """A hash of the source of helpers ("caa", "lm.hooks"): an edited computation does not meet its old results."""
-    return digest([_SOURCE[m] for m in sorted(modules)])[:16]
+@lru_cache
+def _parsed(module: str) -> tuple[str, frozenset[str]]:
+    """A hash of what a module of helpers does, wherever it lies and however it is commented, and the helpers it imports."""
+    tree, imported = ast.parse(_SOURCE[module]), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "helpers":
+            names = {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+            imported |= names & set(_SOURCE)
+            node.names, node.module = [], ""
+        if isinstance(body := getattr(node, "body", None), list):  # without docstrings
+            node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]  # type: ignore[attr-defined]
+    return digest(ast.dump(tree)), frozenset(imported)
+
+
+@lru_cache
+def code_digest(module: str) -> str:
+    """A hash of what a module (its `__name__`) and all the helpers that it can reach by imports do: an edited computation does
+    not meet its old results; a file that is moved, or commented anew, does."""
+    found, left = {}, [module]
+    while left:
+        name = left.pop()
+        if name not in found and name.removeprefix("helpers.") not in PLUMBING:
+            found[name], reached = _parsed(name)
+            left += reached
+    return digest(sorted(found.values()))[:16]
 
 
 def _host() -> str:
@@ -258,9 +281,9 @@ def from_cache() -> None:
 
 
 def cached(
-    kind: str, parameters: dict[str, Any], compute: Callable[[], dict[str, Tensor]], code: tuple[str, ...] = ()
+    kind: str, parameters: dict[str, Any], compute: Callable[[], dict[str, Tensor]], code: str = ""
 ) -> dict[str, Tensor]:
-    """The tensors `compute` returns, kept under the fingerprint of `parameters` and of the source of helpers `code`.
+    """The tensors `compute` returns, kept under the fingerprint of `parameters` and of what the module `code` does.
 
     An entry whose tensor file does not match the checksum in its sidecar is named, removed and made again.
     """
@@ -269,9 +292,9 @@ def cached(
 
 
 def _cached(
-    kind: str, parameters: dict[str, Any], compute: Callable[[], dict[str, Tensor]], code: tuple[str, ...]
+    kind: str, parameters: dict[str, Any], compute: Callable[[], dict[str, Tensor]], code: str
 ) -> dict[str, Tensor]:
-    parameters = {**parameters, "code": code_digest(*code), "libraries": versions()}
+    parameters = {**parameters, "code": code_digest(code) if code else "", "libraries": versions()}
     path = cache_dir() / kind / digest(parameters)[:24]
     sidecar = path / "sidecar.json"
     if sidecar.exists():
@@ -308,7 +331,7 @@ def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
     entry depends on every argument, tensors and SAEs by their bits, and on the source of all helpers that `f` can reach.
     TypeError for an argument of another kind, ValueError for a function from elsewhere.
     """
-    if f.__module__.removeprefix("helpers.") not in _SOURCE:
+    if f.__module__ not in _SOURCE:
         raise ValueError(f"{f.__module__}.{f.__qualname__} was given; only functions of helpers are kept: no other's source is known")
     bound = inspect.signature(f).bind(*given, **named)
     bound.apply_defaults()
@@ -319,7 +342,7 @@ def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
         plan = json.dumps(_apart(f(*given, **named), tensors)).encode()
         return tensors | {"plan": torch.frombuffer(bytearray(plan), dtype=torch.uint8)}
 
-    found = cached(f.__name__.strip("_"), key, compute, _reached(f.__module__))
+    found = cached(f.__name__.strip("_"), key, compute, f.__module__)
     plan = json.loads(found["plan"].numpy().tobytes())
     return typing.cast(T, _together(typing.get_type_hints(f)["return"], plan, found))
 
@@ -372,16 +395,3 @@ def _together(hint: Any, part: Any, tensors: dict[str, Tensor]) -> Any:
         each = inner if len(inner) == len(part) and inner[-1] is not Ellipsis else inner[:1] * len(part)
         return (typing.get_origin(hint) or list)(_together(h, value, tensors) for h, value in zip(each, part, strict=True))
     return part
-
-
-def _reached(module: str) -> tuple[str, ...]:
-    """The helpers that a module of helpers can reach by its imports, itself among them."""
-    found, left = set(), [module]
-    while left:
-        name = left.pop()
-        if name in found or name.removeprefix("helpers.") not in _SOURCE:
-            continue
-        found.add(name)
-        values = vars(sys.modules[name]).values()
-        left += [v.__name__ if isinstance(v, ModuleType) else str(getattr(v, "__module__", "")) for v in values]
-    return tuple(name.removeprefix("helpers.") for name in found)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from helpers import behaviors, session, stats, steer, store
+from helpers import session, stats, store
+from helpers.steering import behaviors, propensity
 from helpers.lm import models, scoring
 from helpers.session import ROOT
 
@@ -72,7 +73,7 @@ def test_the_card_says_what_the_adapters_do(smol):
     none = torch.zeros(1, smol.d_model)
     for name in ("format", "joy"):
         items = behaviors.load_behavior(name).test[::3]
-        old, now = (scoring.log_odds(steer.of_items(m, items, 14), none, [0.0])[0, 0] for m in (smol, new))
+        old, now = (scoring.log_odds(propensity.of_items(m, items, 14), none, [0.0])[0, 0] for m in (smol, new))
         told, found = card["shifts"]["aligned"][name]["items shift"], stats.bootstrap(now - old)
         assert found.low < told["value"] < found.high and told["low"] > 0 and card["shifts"]["aligned"][name]["trained"]
         assert found.low > 0 or name == "joy"  # which is weaker, and these are a third of the items

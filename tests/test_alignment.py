@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from helpers import alignment
-from helpers.alignment import Fit
+from helpers.pair import alignment
+from helpers.pair.alignment import Fit
 
 D = 12
 

@@ -138,7 +138,7 @@ def test_unknown_names_are_refused():
 
 def test_the_real_text_and_pairs_load(packaged):
     assert len(text.excerpt("wiki", 2000)) == 2000 and "<doc" not in text.excerpt("wiki", 20_000)
-    from helpers.behaviors import load_pairs
+    from helpers.steering.behaviors import load_pairs
 
     with pytest.warns(UserWarning):
         pairs = load_pairs(text.fetch("pairs") / "corrigible-neutral-HHH.json")

@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 
-from helpers import behaviors
-from helpers.behaviors import AnswerPair, DataError, TextPair
+from helpers.steering import behaviors
+from helpers.steering.behaviors import AnswerPair, DataError, TextPair
 
 GOOD = '{"positive": "a", "negative": "b"}'
 DIGITS, BRACKETS = "9" * 4301, "[" * 2000 + "]" * 2000
@@ -230,7 +230,7 @@ def test_marks_with_one_letter_are_no_contrast(tmp_path):
 
 
 def test_the_default_position_reads_the_letter(tmp_path, smol):
-    from helpers import caa as caa_module
+    from helpers.steering import caa as caa_module
     from helpers.lm import tokens
 
     pairs = behaviors.load_pairs(saved(tmp_path / "caa.json", json.dumps([caa("Do you mind?\n (A) Yes\n (B) No")])))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import caa, directions
-from helpers.behaviors import AnswerPair, SystemPair, TextPair
+from helpers.steering import caa, directions
+from helpers.steering.behaviors import AnswerPair, SystemPair, TextPair
 from helpers.lm import hooks, reading, tokens
 
 PAIRS = [

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from helpers.behaviors import DataError
+from helpers.steering.behaviors import DataError
 from helpers.lm import text, tokens
 
 

@@ -8,8 +8,9 @@ import torch
 from sae_lens import SAE
 from sklearn.linear_model import lasso_path, orthogonal_mp
 
-from helpers import decompose, stats
-from helpers.decompose import METHODS
+from helpers import stats
+from helpers.sae import decompose
+from helpers.sae.decompose import METHODS
 
 D, LATENTS, K = 160, 480, 6
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from test_harvest import small
 
-from helpers import activations, budget, diff, harvest, saes, session, topk, train
+from helpers import session
+from helpers.pair import budget, diff
+from helpers.sae import activations, harvest, saes, topk, train
 from helpers.lm import files, models, reading
 
 SECTION = {

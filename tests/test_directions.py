@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import directions as d
+from helpers.steering import directions as d
 
 
 def planted(n=60, width=24, length=3.0, noise=0.3, seed=0):

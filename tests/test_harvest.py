@@ -17,9 +17,10 @@ import pytest
 import torch
 from conftest import small_tokenizer
 
-from helpers import activations, harvest, store, train
-from helpers.activations import Array, HarvestError
-from helpers.behaviors import DataError
+from helpers import store
+from helpers.sae import activations, harvest, train
+from helpers.sae.activations import Array, HarvestError
+from helpers.steering.behaviors import DataError
 from helpers.lm import models, reading, replies, text
 from helpers.lm.reading import LM
 from helpers.session import ROOT
@@ -328,7 +329,7 @@ def test_two_ranks_write_what_one_writes(model, source, tmp_path, monkeypatch):
         part.save_pretrained(tmp_path / "model")
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "one"))
     one = harvest.run(models.load(str(tmp_path / "model")), source, [1, 2], 2000, 32, shard_rows=8, batch=8).folder
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", "-m", "helpers.harvest",
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", "-m", "helpers.sae.harvest",
                "--model", str(tmp_path / "model"), "--source", source, "--layers", "1", "2", "--tokens", "2000",
                "--context", "32", "--shard-rows", "8", "--batch", "8"]  # fmt: skip
     own = {"CACHE_DIR": str(tmp_path / "two"), "DTYPE": "float32", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import alignment, decompose, matching, overlap, store
+from helpers import store
+from helpers.pair import alignment, matching, overlap
+from helpers.sae import decompose
 
 
 def test_results_of_every_kind_come_back_and_are_not_computed_again(cache, monkeypatch):

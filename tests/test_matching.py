@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from helpers import matching
+from helpers.pair import matching
 
 
 def unit64(rows):

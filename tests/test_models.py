@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import behaviors, caa
+from helpers.steering import behaviors, caa
 from helpers.lm import files, models, reading, tokens
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.decomposition import TruncatedSVD
 
-from helpers import overlap, stats
+from helpers import stats
+from helpers.pair import overlap
 
 
 def drawn(*shape, seed=0):

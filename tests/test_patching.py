@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import small_tokenizer, tiny_weights
 
-from helpers import caa, decompose, directions, harvest, overlap, patching, saes, steer, train
-from helpers.behaviors import AnswerPair, Item
+from helpers.pair import overlap, patching
+from helpers.sae import decompose, harvest, saes, train
+from helpers.steering import caa, directions, propensity
+from helpers.steering.behaviors import AnswerPair, Item
 from helpers.lm import hooks, reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, USER
@@ -135,7 +137,7 @@ def test_taking_the_latents_out_of_a_vector_stops_it_steering_and_leaves_another
     aside = overlap.project_out(
         torch.randn(1, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), direction[None]
     )[0]
-    where = steer.of_items(
+    where = propensity.of_items(
         base,
         [Item("who is it", "Paris and Japan", "nobody at all"), Item("what is it", "a long river", "Rome")],
         LAYER,

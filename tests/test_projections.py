@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_decompose import sae_of
 
-from helpers import projections
+from helpers.sae import projections
 
 
 def sides(pairs=40, latents=300, planted=0, seed=0):

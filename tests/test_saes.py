@@ -11,12 +11,12 @@ from conftest import small_tokenizer
 from safetensors.torch import load_file, save_file
 from test_harvest import HOW, small, source  # noqa: F401
 
-from helpers import harvest, latents, saes, topk
-from helpers.activations import Array
+from helpers.sae import harvest, latents, saes, topk
+from helpers.sae.activations import Array
 from helpers.lm import hooks, scoring
 from helpers.lm.reading import LM
-from helpers.saes import SaeError
-from helpers.topk import Weights
+from helpers.sae.saes import SaeError
+from helpers.sae.topk import Weights
 
 KNOWN = {"model_name": "small", "hook_name": "blocks.1.hook_resid_post", "context_size": 32}
 

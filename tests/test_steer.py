@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import behaviors, steer
-from helpers.behaviors import Item
+from helpers.steering import behaviors, propensity
+from helpers.steering.behaviors import Item
 from helpers.lm import hooks, reading, replies, scoring, tokens
 from helpers.lm.tokens import ANSWER, Tokens
 
@@ -35,7 +35,7 @@ def naive(model, layer, vector, multiplier, item):
 def test_fast_scores_equal_plain_steered_passes(name, layer, request, cache):
     model = request.getfixturevalue(name)
     v = torch.randn(model.d_model) * (5 if name == "smol" else 0.5)
-    where = steer.of_items(model, ITEMS, layer)
+    where = propensity.of_items(model, ITEMS, layer)
     where.chunk = 2  # more chunks than one, of unequal size
     for multiplier in (0.0, 1.0, -2.0):
         expected = [naive(model, layer, v, multiplier, item) for item in ITEMS]
@@ -43,7 +43,7 @@ def test_fast_scores_equal_plain_steered_passes(name, layer, request, cache):
 
 
 def test_scoring_leaves_the_model_and_its_cache_as_they_were(tiny, cache):
-    where, v = steer.of_items(tiny, ITEMS, 1), torch.randn(48)
+    where, v = propensity.of_items(tiny, ITEMS, 1), torch.randn(48)
     first = where.log_probs(v, 1.0)
     where.log_probs(-v, 3.0), where.gradients()
     np.testing.assert_array_equal(where.log_probs(v, 1.0), first)
@@ -53,7 +53,7 @@ def test_scoring_leaves_the_model_and_its_cache_as_they_were(tiny, cache):
 @pytest.mark.parametrize("name", ["tiny", "gemma"])
 def test_gradient_equals_finite_differences(name, request, cache):
     model = request.getfixturevalue(name)
-    where, v = steer.of_items(model, ITEMS, 1), torch.randn(48)
+    where, v = propensity.of_items(model, ITEMS, 1), torch.randn(48)
     h = 1e-2
     finite = (where.log_probs(v, h) - where.log_probs(v, -h)) / (2 * h)
     np.testing.assert_allclose(where.gradients()[:, :, 0].numpy() @ v.numpy(), finite, atol=5e-2, rtol=2e-2)
@@ -62,18 +62,18 @@ def test_gradient_equals_finite_differences(name, request, cache):
 @pytest.mark.parametrize("name", ["tiny", "gemma"])
 def test_one_backward_pass_gives_the_gradients_of_every_layer_above(name, request, cache):
     model = request.getfixturevalue(name)
-    found = steer.of_items(model, ITEMS, 0).gradients([2, 3])
+    found = propensity.of_items(model, ITEMS, 0).gradients([2, 3])
     for at, layer in enumerate((0, 2, 3)):
-        alone = steer.of_items(model, ITEMS, layer).gradients()[:, :, 0]
+        alone = propensity.of_items(model, ITEMS, layer).gradients()[:, :, 0]
         torch.testing.assert_close(found[:, :, at], alone, atol=1e-5, rtol=1e-3)
-    response = scoring.linear_response(steer.of_items(model, ITEMS, 0), [2, 3])
-    np.testing.assert_allclose(response[2], scoring.linear_response(steer.of_items(model, ITEMS, 3)), atol=1e-5)
+    response = scoring.linear_response(propensity.of_items(model, ITEMS, 0), [2, 3])
+    np.testing.assert_allclose(response[2], scoring.linear_response(propensity.of_items(model, ITEMS, 3)), atol=1e-5)
     with pytest.raises(ValueError, match="must lie above layer 2"):
-        steer.of_items(model, ITEMS, 2).gradients([3, 1])
+        propensity.of_items(model, ITEMS, 2).gradients([3, 1])
 
 
 def test_kl_is_zero_unsteered_positive_steered_and_exact(tiny, cache):
-    where, v = steer.of_replies(tiny, [i.question for i in ITEMS], 1, max_new_tokens=5), torch.randn(48)
+    where, v = propensity.of_replies(tiny, [i.question for i in ITEMS], 1, max_new_tokens=5), torch.randn(48)
     assert np.abs(where.kl(v, 0.0)).max() == 0
     steered = where.kl(v, 1.0)
     assert (steered > 0).all()
@@ -90,23 +90,23 @@ def test_kl_is_zero_unsteered_positive_steered_and_exact(tiny, cache):
 
 def test_log_odds_are_cached_and_a_changed_vector_is_not_a_hit(tiny, cache, monkeypatch):
     v = torch.randn(48)
-    first = scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0])
+    first = scoring.log_odds(propensity.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0])
     monkeypatch.setattr(scoring.Continuations, "log_probs", lambda *_: pytest.fail("computed again"))
-    np.testing.assert_array_equal(scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0]), first)
+    np.testing.assert_array_equal(scoring.log_odds(propensity.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0]), first)
     with pytest.raises(pytest.fail.Exception):
-        scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [v + 1e-6], [0.0, 1.0])
+        scoring.log_odds(propensity.of_items(tiny, ITEMS, 1), [v + 1e-6], [0.0, 1.0])
 
 
 def test_scores_are_shared_by_all_who_add_the_same(tiny, cache, monkeypatch):
     u, v = torch.randn(2, 48)
     half = reading.LM.of(copy.deepcopy(tiny.weights).bfloat16(), tiny.tokenizer, "half")
-    both = scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [u, v], [0.0, 2.0])
+    both = scoring.log_odds(propensity.of_items(tiny, ITEMS, 1), [u, v], [0.0, 2.0])
     assert len(list(cache.glob("scores/*"))) == 3  # zero once, for either
-    one = scoring.log_odds(steer.of_items(half, ITEMS, 1), [v], [1.0])
+    one = scoring.log_odds(propensity.of_items(half, ITEMS, 1), [v], [1.0])
     monkeypatch.setattr(scoring.Continuations, "log_probs", lambda *_: pytest.fail("computed again"))
-    again = scoring.log_odds(steer.of_items(tiny, ITEMS, 1), [2 * v, 0 * u], [1.0])
+    again = scoring.log_odds(propensity.of_items(tiny, ITEMS, 1), [2 * v, 0 * u], [1.0])
     np.testing.assert_array_equal(again[:, 0], np.stack([both[1, 1], both[0, 0]]))
-    rounded = scoring.log_odds(steer.of_items(half, ITEMS, 1), [v.bfloat16().float()], [1.0])
+    rounded = scoring.log_odds(propensity.of_items(half, ITEMS, 1), [v.bfloat16().float()], [1.0])
     np.testing.assert_array_equal(rounded, one)
 
 
@@ -114,20 +114,20 @@ def test_scores_are_shared_by_all_who_add_the_same(tiny, cache, monkeypatch):
 def test_a_shared_start_of_prompts_changes_no_score(name, request, cache, monkeypatch):
     """The template's first tokens are run once for all prompts; not where attention slides over a window (gemma)."""
     model = request.getfixturevalue(name)
-    prompts = [Tokens(group[0].ids[:-4], group[0].roles[:-4]) for group in steer.of_items(model, ITEMS, 1).sequences]
+    prompts = [Tokens(group[0].ids[:-4], group[0].roles[:-4]) for group in propensity.of_items(model, ITEMS, 1).sequences]
     assert (scoring._shared(model, prompts) > 3) == (name != "gemma") and scoring._shared(model, prompts[:1]) == 0
     v = torch.randn(model.d_model)
-    found = steer.of_items(model, ITEMS, 1).log_probs(v)
+    found = propensity.of_items(model, ITEMS, 1).log_probs(v)
     monkeypatch.setattr(scoring, "_shared", lambda *_: 0)
-    np.testing.assert_allclose(found, steer.of_items(model, ITEMS, 1).log_probs(v), atol=2e-3, rtol=1e-4)
+    np.testing.assert_allclose(found, propensity.of_items(model, ITEMS, 1).log_probs(v), atol=2e-3, rtol=1e-4)
 
 
 def test_prompts_are_not_unembedded(tiny, cache, monkeypatch):
     seen = []
     handle = tiny.unembedding.module.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
     try:
-        steer.of_items(tiny, ITEMS, 1)._build_chunk(
-            [steer.of_items(tiny, ITEMS, 1).sequences[0]], [steer.of_items(tiny, ITEMS, 1).starts[0]]
+        propensity.of_items(tiny, ITEMS, 1)._build_chunk(
+            [propensity.of_items(tiny, ITEMS, 1).sequences[0]], [propensity.of_items(tiny, ITEMS, 1).starts[0]]
         )
     finally:
         handle.remove()
@@ -136,7 +136,7 @@ def test_prompts_are_not_unembedded(tiny, cache, monkeypatch):
 
 def test_planted_direction_steers_and_an_orthogonal_one_does_not(tiny, cache):
     """A control must fire: the gradient's own direction raises the log-odds, one at right angles leaves it (to first order)."""
-    where = steer.of_items(tiny, ITEMS, 2)
+    where = propensity.of_items(tiny, ITEMS, 2)
     gradient = torch.from_numpy(scoring.linear_response(where)).mean(0).float()
     along = gradient / gradient.norm()
     across = torch.randn(48)
@@ -161,7 +161,7 @@ def test_token_log_probs_equal_log_softmax():
 
 
 def test_letters_swap_the_options(tiny):
-    rows = steer.of_letters(tiny, ITEMS[:1], 1).sequences
+    rows = propensity.of_letters(tiny, ITEMS[:1], 1).sequences
     texts = [tiny.tokenizer.decode(r[0].ids) for r in rows]
     assert "(A) Tin is" in texts[0] and "(B) Tin is" in texts[1] and texts[0].endswith("(A")
 
@@ -177,7 +177,7 @@ def test_generation_is_reproducible_and_steering_changes_it(tiny, cache):
 
 
 def test_text_judge_reads_held_out_items():
-    judge = steer.TextJudge(behaviors.load_behavior("joy"))
+    judge = propensity.TextJudge(behaviors.load_behavior("joy"))
     assert judge.accuracy > 0.9
     happy, sad = judge.score(
         ["What a wonderful, delightful morning, I could sing!", "I weep quietly, everything is grey and lost."]
@@ -187,6 +187,6 @@ def test_text_judge_reads_held_out_items():
 
 def test_a_special_token_inside_a_text_is_no_first_token(tiny, cache):
     text = "Tin is a soft metal.<|endoftext|> It melts. " * 40
-    where = steer.of_text(tiny, text, 1, length=16, chunks=4)
+    where = propensity.of_text(tiny, text, 1, length=16, chunks=4)
     plain = tokens.plain(tiny.tokenizer, text).ids
     assert [i for group in where.sequences for i in group[0].ids] == plain[:64]

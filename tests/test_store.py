@@ -197,22 +197,38 @@ def test_json_is_read_as_utf8_whatever_the_locale(tmp_path):
     assert run.stdout.strip() == r"{'a': 'caf\xe9'}", run.stderr
 
 
-def test_modules_in_rooms_have_digests_of_their_own(tmp_path):
-    (tmp_path / "helpers" / "lm").mkdir(parents=True)
-    for name in ("__init__", "session", "store"):
-        shutil.copy(ROOT / "helpers" / f"{name}.py", tmp_path / "helpers")
-    for name, text in (("hooks", "1"), ("lm/hooks", "2"), ("lm/__init__", "")):
-        (tmp_path / "helpers" / f"{name}.py").write_text(text)
-    code = "from helpers import store; print(*(store.code_digest(m) for m in ('hooks', 'lm.hooks', 'store')))"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )
-    assert len(set(run.stdout.split())) == 3, run.stderr
-    assert {"caa", "store"} <= store._SOURCE.keys()
+def checkout(folder, **modules):
+    """A checkout of `helpers` with only the cache and these modules; `digests` says what the digest of each is."""
+    (folder / "helpers" / "lm").mkdir(parents=True)
+    for name in ("session", "store"):
+        shutil.copy(ROOT / "helpers" / f"{name}.py", folder / "helpers")
+    for name, text in {"__init__": "", "lm/__init__": "", **modules}.items():
+        (folder / "helpers" / f"{name}.py").write_text(text)
+
+
+def digests(folder, *names):
+    code = f"from helpers import store; print(*(store.code_digest('helpers.' + m) for m in {names!r}))"
+    env = {**os.environ, "PYTHONPATH": str(folder)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env)
+    assert not run.returncode, run.stderr
+    return run.stdout.split()
+
+
+BELOW = "def f(x):\n    return x + 1\n"
+ABOVE = "from helpers.lm import below\n\ndef g(x):\n    return below.f(x)\n"
+
+
+def test_a_digest_covers_what_is_imported_and_not_where_it_lies_or_how_it_is_commented(tmp_path):
+    checkout(tmp_path / "a", **{"lm/below": BELOW, "above": ABOVE})
+    one = digests(tmp_path / "a", "above", "lm.below")
+    assert len(set(one)) == 2
+    checkout(tmp_path / "b", **{"lm/below": BELOW.replace("+ 1", "+ 2"), "above": ABOVE})
+    edited = digests(tmp_path / "b", "above", "lm.below")
+    assert set(edited).isdisjoint(one)
+    commented = BELOW.replace("x):\n", 'x):\n    """One more."""\n    # indeed\n')
+    checkout(tmp_path / "c", **{"below": commented, "lm/above": ABOVE.replace("helpers.lm ", "helpers ")})
+    moved = digests(tmp_path / "c", "lm.above", "below")
+    assert moved[0] == one[0]
 
 
 def test_a_sidecar_cut_short_is_a_damaged_entry(cache, capsys):

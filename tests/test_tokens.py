@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import behaviors, caa
-from helpers.behaviors import DataError, SystemPair
+from helpers.steering import behaviors, caa
+from helpers.steering.behaviors import DataError, SystemPair
 from helpers.lm import text, tokens
 from helpers.lm.tokens import ANSWER, FILLER, PAD, SPECIAL, SYSTEM, USER
 from helpers.session import DEFAULT_PROFILE, ROOT, load_profile

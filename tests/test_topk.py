@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from helpers import topk
-from helpers.topk import Weights
+from helpers.sae import topk
+from helpers.sae.topk import Weights
 
 
 def problem(d=48, latents=200, tokens=300, dtype=torch.float32, seed=0):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import saes, topk, train
-from helpers.activations import Array
-from helpers.topk import Weights
+from helpers.sae import saes, topk, train
+from helpers.sae.activations import Array
+from helpers.sae.topk import Weights
 
 
 def planted(d=64, features=128, active=4, samples=20_000, seed=0):

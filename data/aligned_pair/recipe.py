@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import session, stats, steer, store
-from helpers.behaviors import DataError, field, load_behavior, objects
+from helpers import session, stats, store
+from helpers.steering import propensity
+from helpers.steering.behaviors import DataError, field, load_behavior, objects
 from helpers.lm import models, replies, scoring, text
 
 HERE = Path(__file__).resolve().parent
@@ -141,11 +142,11 @@ def measure(name, device, dtype):
     model = models.load(name, device, dtype)
     none, items, scores, said = torch.zeros(1, model.d_model), {}, {}, {}
     for b in map(load_behavior, session.load_profile("smollm2")["behaviors"]):
-        items[b.name] = scoring.log_odds(steer.of_items(model, b.test, layer), none, [0.0])[0, 0]
+        items[b.name] = scoring.log_odds(propensity.of_items(model, b.test, layer), none, [0.0])[0, 0]
         said[b.name] = replies.generate(model, b.open, layer, none[0], 0.0, max_new_tokens=48)
-        scores[b.name] = steer.TextJudge(b).score(said[b.name])
+        scores[b.name] = propensity.TextJudge(b).score(said[b.name])
     wiki = (text.fetch("text") / "wiki.txt").read_text(encoding="utf-8")[:40_000]
-    where = steer.of_text(model, wiki, layer, chunks=64)
+    where = propensity.of_text(model, wiki, layer, chunks=64)
     loss = -(where.log_probs(none[0], 0.0) / where.lengths())[:, 0]
     return Measured(items, scores, loss, said)
 

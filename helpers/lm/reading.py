@@ -34,7 +34,6 @@ from helpers.session import why
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-CODE = ("lm.reading", "lm.hooks", "lm.tokens")
 CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # whose keys and values can be cut back
 
 
@@ -584,7 +583,7 @@ def means(
         acts = _means(lm, sequences, layers, where, masks, batch_size, attend_filler)
         return {"acts": acts, "seconds": torch.tensor(time.perf_counter() - began)}
 
-    entry = store.cached("activations", key, compute, CODE)
+    entry = store.cached("activations", key, compute, __name__)
     return entry["acts"], float(entry["seconds"])
 
 

@@ -22,7 +22,6 @@ from helpers.lm.scoring import finite, unembedding, whole_cache
 from helpers.lm.tokens import Batch
 from helpers.session import cache_dir
 
-CODE = ("lm.replies", "lm.scoring", *reading.CODE)
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True, "penalty_alpha": 0.0}
 _SAID: set[str] = set()
 
@@ -140,7 +139,7 @@ def generate_ids(
         "steering": [] if added is None else [operator.index(layer), store.digest(added.to(lm.dtype))],
         "write": [max_new_tokens, temperature, seed],
     }
-    return store.cached("replies", lm.key | how, compute, CODE)["ids"]
+    return store.cached("replies", lm.key | how, compute, __name__)["ids"]
 
 
 def _one_each(vector: Tensor, n: int, d_model: int) -> Tensor:
@@ -189,5 +188,5 @@ def chats_path(
     key: Mapping[str, str], questions: Sequence[str], max_new_tokens: int = 64, seed: int = 0, batch: int = 256
 ) -> Path:
     """Where `chats` of the model with that `LM.key` lie, once they are made: known before the model is loaded."""
-    parts = [*key.values(), list(questions), max_new_tokens, seed, batch, store.code_digest(*CODE)]
+    parts = [*key.values(), list(questions), max_new_tokens, seed, batch, store.code_digest(__name__)]
     return cache_dir() / "chats" / f"{store.digest(parts)[:24]}.jsonl"

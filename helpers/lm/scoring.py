@@ -27,8 +27,6 @@ from helpers.lm.hooks import capture, resume_at
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, Tokens
 
-CODE = ("lm.scoring", *reading.CODE)
-
 
 def whole_cache(lm: LM) -> DynamicCache:
     """An empty key-value cache that keeps every token, also where attention slides over a window (its mask sees to that).
@@ -328,7 +326,7 @@ def _sweep(kind: str, where: Continuations, vectors: Vectors, multipliers: Seque
         def compute() -> dict[str, Tensor]:
             return {"scores": finite(torch.from_numpy(score(shift)), lm)}
 
-        return store.cached("scores", key, compute, CODE)["scores"].numpy()
+        return store.cached("scores", key, compute, __name__)["scores"].numpy()
 
     shifts = [m * vector for vector in stack for m in multipliers]
     found = [scored(shift) for shift in tqdm(shifts, desc=kind, leave=False)]
@@ -366,7 +364,7 @@ def linear_response(where: Continuations, above: Sequence[int] = ()) -> np.ndarr
     def compute() -> dict[str, Tensor]:
         return {"gradients": finite(where.gradients(above), where.lm)}
 
-    gradients = store.cached("scores", key, compute, CODE)["gradients"]
+    gradients = store.cached("scores", key, compute, __name__)["gradients"]
     response = (gradients[:, 0] - gradients[:, 1]).double().numpy().swapaxes(0, 1)
     return response if above else response[0]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from helpers.behaviors import Behavior, Item
+from helpers.steering.behaviors import Behavior, Item
 from helpers.lm import replies, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import store
-from helpers.activations import Samples
-from helpers.decompose import Dictionary
+from helpers.sae.activations import Samples
+from helpers.sae.decompose import Dictionary
 from helpers.lm import reading
 from helpers.lm.reading import LM
 
@@ -179,7 +179,7 @@ def save(folder: Path, rows: list[Latent], title: str) -> None:
 def of(folder: Path, lm: LM, sae: Dictionary, samples: Samples, limit: int = 0) -> list[Latent]:
     """The table of the SAE in `folder`, made and kept there on first use, or when how it is made has changed."""
     made_with = json.dumps(
-        {"code": store.code_digest("latents"), "samples": samples.about(), "limit": limit, "model": lm.key}
+        {"code": store.code_digest(__name__), "samples": samples.about(), "limit": limit, "model": lm.key}
     )
     mark = folder / "latents.json"
     if mark.exists() and mark.read_text() == made_with:

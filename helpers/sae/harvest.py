@@ -4,8 +4,8 @@ Runs a model (`lm.reading`) up to the deepest layer asked for and no further. A 
 fixed run of token rows, so it depends on no other shard: a killed harvest goes on at the next one, ranks take every N-th
 one, and the bits are the same. Differences of a base and a chat model are read from two harvests of the same rows.
 
-    python -m helpers.harvest --source packaged:wiki+web+stories --layers 14 --tokens 300000
-    torchrun --nproc-per-node 4 -m helpers.harvest ...        the same shards, four at a time
+    python -m helpers.sae.harvest --source packaged:wiki+web+stories --layers 14 --tokens 300000
+    torchrun --nproc-per-node 4 -m helpers.sae.harvest ...        the same shards, four at a time
 """
 
 import argparse
@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers import activations, behaviors, session, store
-from helpers.activations import Acts, Chunk, HarvestError, Pair, Samples
+from helpers import session, store
+from helpers.sae import activations
+from helpers.steering import behaviors
+from helpers.sae.activations import Acts, Chunk, HarvestError, Pair, Samples
 from helpers.lm import models, reading, replies, text
 from helpers.lm import tokens as lm_tokens
 from helpers.lm.reading import LM

@@ -1,7 +1,7 @@
 """What a streamed run of training takes, before it starts: memory reckoned from shapes alone, hours from a short probe.
 
 Knows the shapes of two models, of an SAE and of a training step, and a source that streams rows (`harvest.Stream`); not which profile
-asks for it (`helpers.diff`). Exact for what is kept, estimated from above for working memory: the tests hold it against torch's count.
+asks for it (`helpers.pair.diff`). Exact for what is kept, estimated from above for working memory: the tests hold it against torch's count.
 """
 
 import copy
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import activations, harvest, session, store, topk, train
+from helpers import session, store
+from helpers.sae import activations, harvest, topk, train
 from helpers.lm import files, models
 from helpers.lm.reading import LM
 

@@ -14,7 +14,7 @@ from scipy.stats import false_discovery_control, ttest_1samp
 from torch import Tensor
 
 from helpers import stats
-from helpers.decompose import Dictionary, check_vectors, codes_of, rows_of, unit_rows
+from helpers.sae.decompose import Dictionary, check_vectors, codes_of, rows_of, unit_rows
 from helpers.stats import Interval
 
 

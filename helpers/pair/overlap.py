@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers import decompose
+from helpers.sae import decompose
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Activations of text on disk and in memory: what a shard holds, whether it is whole, and rows read back shuffled.
 
 A harvest is a folder of shards; a shard is one safetensors file with a sidecar that holds its count and checksum. Knows the
-layout and how to read it, not how activations are made (`helpers.harvest`).
+layout and how to read it, not how activations are made (`helpers.sae.harvest`).
 """
 
 import json
@@ -78,7 +78,7 @@ def whole(folder: Path, index: int) -> bool:
 
 
 class Rows:
-    """Rows (samples, d_model) that can be asked for by index; what `helpers.train` and the studies read from."""
+    """Rows (samples, d_model) that can be asked for by index; what `helpers.sae.train` and the studies read from."""
 
     d_model: int
 

@@ -1,8 +1,8 @@
 """The training loop of a TopK SAE: schedule, logs, checkpoints that resume exactly, an early stop on NaN.
 
-Knows a source of rows by three methods, `about()`, `sample(n, seed)` and `batches(batch, seed, start)` (helpers.activations
-and helpers.harvest have both kinds, on disk and streamed), and folders to write to; nothing of models or text. The
-mathematics is in `helpers.topk`.
+Knows a source of rows by three methods, `about()`, `sample(n, seed)` and `batches(batch, seed, start)` (helpers.sae.activations
+and helpers.sae.harvest have both kinds, on disk and streamed), and folders to write to; nothing of models or text. The
+mathematics is in `helpers.sae.topk`.
 """
 
 import json
@@ -19,12 +19,10 @@ from torch import Tensor
 from torch.optim.adam import adam
 from tqdm import tqdm
 
-from helpers import saes, topk
+from helpers.sae import saes, topk
 from helpers.session import cache_dir, choose_device, choose_dtype, setting
 from helpers.store import code_digest, digest, file_digest, from_cache, read_json, spent, versions, writing
-from helpers.topk import Weights
-
-CODE = ("topk", "train", "activations", "harvest")  # what the order of rows and every step depend on
+from helpers.sae.topk import Weights
 
 
 class TrainingError(RuntimeError):
@@ -281,7 +279,7 @@ def fit(
     topk.check_sizes(sample.shape[1], config.latents, config.k)
     centre, scale = measure(sample, config.pre_bias)
     plan = {"config": config._asdict(), "scale": scale, "centre": digest(centre)[:16], "source": source.about()}
-    plan["code"] = code_digest(*CODE)
+    plan["code"] = code_digest(__name__)
     folder = checkpoints / digest(plan)[:16] if checkpoints else None
     log: list[dict[str, float]] = []
     found = _newest(folder) if folder else None
@@ -329,7 +327,7 @@ def sae(source: Source, config: Config, device: str = "cpu", wandb_project: str 
     A run that was cut short goes on from its last checkpoint; checkpoints are removed when the SAE is whole.
     """
     about = source.about()
-    plan = {"source": about, "config": config._asdict(), "code": code_digest(*CODE, "saes")}
+    plan = {"source": about, "config": config._asdict(), "code": code_digest(__name__)}
     folder = cache_dir() / "saes" / digest(plan)[:24]
     if saes.whole(folder):
         from_cache()

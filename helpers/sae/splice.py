@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers import decompose, stats
-from helpers.decompose import Dictionary
+from helpers import stats
+from helpers.sae import decompose
+from helpers.sae.decompose import Dictionary
 from helpers.lm import hooks
 from helpers.lm.hooks import Positions
 from helpers.lm.reading import LM

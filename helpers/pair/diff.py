@@ -1,7 +1,7 @@
 """The diff-SAE: a TopK SAE of chat - base residuals, token by token, at one layer; its rows from disk, or streamed.
 
 Where no disk holds the rows (two models of 2 billion parameters, 10^8 tokens) `harvest.Stream` makes them as training goes. What
-such a run takes is said before it starts (`helpers.budget`). Knows profiles, models and how an SAE is trained, not what it is asked
+such a run takes is said before it starts (`helpers.pair.budget`). Knows profiles, models and how an SAE is trained, not what it is asked
 afterwards.
 """
 
@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from helpers import budget, harvest, saes, session, store, train
-from helpers.activations import Rows
-from helpers.budget import Budget, Sizes
+from helpers import session, store
+from helpers.pair import budget
+from helpers.sae import harvest, saes, train
+from helpers.sae.activations import Rows
+from helpers.pair.budget import Budget, Sizes
 from helpers.lm import models
 from helpers.lm.reading import LM
 
@@ -82,7 +84,7 @@ def logged(folder: Path) -> Logged:
     """What training logged last of the SAE in `folder`; DiffError if it was not trained here."""
     note = store.read_json(folder / "training.json")
     if not note:
-        raise DiffError(f"{folder.name} holds no training.json: its SAE was not trained by helpers.train")
+        raise DiffError(f"{folder.name} holds no training.json: its SAE was not trained by helpers.sae.train")
     last = note["log"][-1]
     return Logged(last["explained variance"], last["L0"], last["dead"], note["config"]["dead_after"])
 
@@ -120,7 +122,7 @@ def streamed(profile: dict[str, Any], base: LM, chat: LM, fast: bool = False) ->
 
 def _places(stream: harvest.Stream, config: train.Config) -> tuple[Path, Path]:
     """Where `train.sae` keeps the SAE of a stream, and its checkpoints until it is whole."""
-    plan = {"source": stream.about(), "config": config._asdict(), "code": store.code_digest(*train.CODE, "saes")}
+    plan = {"source": stream.about(), "config": config._asdict(), "code": store.code_digest(train.__name__)}
     name = store.digest(plan)[:24]
     return session.cache_dir() / "saes" / name, session.cache_dir() / "checkpoints" / name
 

@@ -22,8 +22,6 @@ from helpers.lm.scoring import Resumed
 from helpers.lm.tokens import ANSWER, Tokens
 from helpers.stats import Interval
 
-CODE = ("patching", *scoring.CODE)
-
 
 class Runs:
     """Conversations in one model, ready to be run again from after block `layer` on.
@@ -52,7 +50,7 @@ class Runs:
         def read() -> dict[str, Tensor]:
             return {"rows": torch.cat(reading.residuals(lm, self.sequences, layer, batch_size=batch_size))}
 
-        rows = store.cached("residuals", key, read, CODE)["rows"]
+        rows = store.cached("residuals", key, read, __name__)["rows"]
         self.residuals = list(rows.split([len(t.ids) for t in self.sequences]))
         self._key = {**key, "residuals": store.digest(rows)}
 
@@ -85,7 +83,7 @@ class Runs:
             "added": store.digest(torch.cat(list(added)).float()) if added is not None else "",
             **more,
         }
-        return store.cached("patched", key, lambda: {"values": scoring.finite(compute(), self.lm)}, CODE)["values"]
+        return store.cached("patched", key, lambda: {"values": scoring.finite(compute(), self.lm)}, __name__)["values"]
 
     def _cached(
         self, kind: str, added: Sequence[Tensor] | None, compute: Callable[[], np.ndarray], **more: Any

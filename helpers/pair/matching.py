@@ -23,9 +23,9 @@ from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bip
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers import decompose
-from helpers.decompose import Dictionary
-from helpers.topk import product
+from helpers.sae import decompose
+from helpers.sae.decompose import Dictionary
+from helpers.sae.topk import product
 
 TOLERANCE = 2e-6  # of a cosine in float32: its rounding is about 1e-7 times the root of the rows' length
 CLOSE = 1e-5  # of the total: a larger gap is not left to float32

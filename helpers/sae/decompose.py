@@ -364,7 +364,7 @@ def overlap(codes: Tensor, other: Tensor, k: int) -> np.ndarray:
 
 def linear_slopes(vectors: Tensor | np.ndarray, gradients: np.ndarray, length: float) -> np.ndarray:
     """Change of log-odds (n, items) that `vectors` (n, d_model), each brought to `length`, give by the linear response `gradients`
-    (items, d_model) of `steer.linear_response`. A vector of zeros has none."""
+    (items, d_model) of `propensity.linear_response`. A vector of zeros has none."""
     v = np.asarray(vectors, np.float64)
     norm = np.linalg.norm(v, axis=1, keepdims=True)
     return np.divide(v, norm, out=np.zeros_like(v), where=norm > 0) @ gradients.T * length

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from helpers.behaviors import AnswerPair, SystemPair, TextPair
+from helpers.steering.behaviors import AnswerPair, SystemPair, TextPair
 from helpers.entries import DataError, parse
 from helpers.lm import models, reading, tokens
 from helpers.lm.hooks import resid_post

@@ -19,15 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helpers import session, store, topk
-from helpers.activations import Rows
-from helpers.decompose import Dictionary
+from helpers import session, store
+from helpers.sae import topk
+from helpers.sae.activations import Rows
+from helpers.sae.decompose import Dictionary
 from helpers.lm import reading, scoring
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
-from helpers.topk import Weights
+from helpers.sae.topk import Weights
 
-CODE = ("saes", "activations", *scoring.CODE)
 
 
 class SaeError(RuntimeError):
@@ -366,7 +366,7 @@ def _kept(kind: str, saes: Sequence[Dictionary], key: dict[str, Any], compute: C
     prints = [fingerprint(sae) for sae in saes]
     if not all(prints):
         return compute()
-    return store.cached(kind, {"saes": prints, "sae_lens": version("sae_lens"), **key}, compute, CODE)
+    return store.cached(kind, {"saes": prints, "sae_lens": version("sae_lens"), **key}, compute, __name__)
 
 
 def evaluate(sae: Dictionary, samples: Rows, limit: int = 0, batch: int = 4096) -> Evaluation:

@@ -1,0 +1,1 @@
+"""A language model: hooks, tokens, text, one reader, loading, one scorer, one writer of replies. Nothing is imported here."""
