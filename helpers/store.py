@@ -305,11 +305,13 @@ def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
     """f(*given, **named), kept on disk for the next time: for a slow, deterministic function of helpers, asked again in a warm run.
 
     Its annotation says what it returns: a Tensor, an array, plain values, or NamedTuples, lists, tuples and dicts of these. The
-    entry depends on every argument, tensors and SAEs by their bits, and on the source of all helpers that `f` can reach.
+    entry depends on every argument, tensors and SAEs by their bits, models and harvests by what identifies them, and on the source of all helpers that `f` can reach.
     TypeError for an argument of another kind, ValueError for a function from elsewhere.
     """
     if f.__module__.removeprefix("helpers.") not in _SOURCE:
-        raise ValueError(f"{f.__module__}.{f.__qualname__} was given; only functions of helpers are kept: no other's source is known")
+        raise ValueError(
+            f"{f.__module__}.{f.__qualname__} was given; only functions of helpers are kept: no other's source is known"
+        )
     bound = inspect.signature(f).bind(*given, **named)
     bound.apply_defaults()
     key = {"function": f"{f.__module__}.{f.__qualname__}", "given": _stated(bound.arguments)}
@@ -330,6 +332,9 @@ def _stated(value: Any) -> Any:
         value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, Tensor):
         return {"tensor": digest(value)}
+    for name in ("key", "about"):  # a language model; rows that were read from one
+        if (said := getattr(value, name, None)) is not None:
+            return said() if callable(said) else said
     if hasattr(value, "state_dict"):
         settings = value.cfg.to_dict() if hasattr(value.cfg, "to_dict") else vars(value.cfg)
         return [type(value).__name__, repr(sorted(settings.items())), _stated(dict(value.state_dict()))]
@@ -339,7 +344,9 @@ def _stated(value: Any) -> Any:
         return [_stated(part) for part in value]
     if value is None or isinstance(value, (str, int, float)):
         return value
-    raise TypeError(f"a {type(value).__name__} was given; a kept function takes tensors, arrays, SAEs and plain values")
+    raise TypeError(
+        f"a {type(value).__name__} was given; a kept function takes tensors, arrays, models, harvests, SAEs and plain values"
+    )
 
 
 def _apart(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -370,7 +377,9 @@ def _together(hint: Any, part: Any, tensors: dict[str, Tensor]) -> Any:
         return hint(*(_together(hints[name], value, tensors) for name, value in zip(hint._fields, part, strict=True)))
     if isinstance(part, list):
         each = inner if len(inner) == len(part) and inner[-1] is not Ellipsis else inner[:1] * len(part)
-        return (typing.get_origin(hint) or list)(_together(h, value, tensors) for h, value in zip(each, part, strict=True))
+        return (typing.get_origin(hint) or list)(
+            _together(h, value, tensors) for h, value in zip(each, part, strict=True)
+        )
     return part
 
 
