@@ -328,7 +328,7 @@ def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
     """f(*given, **named), kept on disk for the next time: for a slow, deterministic function of helpers, asked again in a warm run.
 
     Its annotation says what it returns: a Tensor, an array, plain values, or NamedTuples, lists, tuples and dicts of these. The
-    entry depends on every argument, tensors and SAEs by their bits, and on the source of all helpers that `f` can reach.
+    entry depends on every argument, tensors and SAEs by their bits, models and harvests by what identifies them, and on the source of all helpers that `f` can reach.
     TypeError for an argument of another kind, ValueError for a function from elsewhere.
     """
     if f.__module__ not in _SOURCE:
@@ -353,6 +353,9 @@ def _stated(value: Any) -> Any:
         value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, Tensor):
         return {"tensor": digest(value)}
+    for name in ("key", "about"):  # a language model; rows that were read from one
+        if (said := getattr(value, name, None)) is not None:
+            return said() if callable(said) else said
     if hasattr(value, "state_dict"):
         settings = value.cfg.to_dict() if hasattr(value.cfg, "to_dict") else vars(value.cfg)
         return [type(value).__name__, repr(sorted(settings.items())), _stated(dict(value.state_dict()))]
@@ -362,7 +365,7 @@ def _stated(value: Any) -> Any:
         return [_stated(part) for part in value]
     if value is None or isinstance(value, (str, int, float)):
         return value
-    raise TypeError(f"a {type(value).__name__} was given; a kept function takes tensors, arrays, SAEs and plain values")
+    raise TypeError(f"a {type(value).__name__} was given; a kept function takes tensors, arrays, models, harvests, SAEs and plain values")
 
 
 def _apart(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -53,7 +53,10 @@ def test_results_of_every_kind_come_back_and_are_not_computed_again(cache, monke
 
 def test_another_argument_or_source_is_another_question(cache, monkeypatch):
     A = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
-    count = lambda: len(list(cache.rglob("sidecar.json")))
+
+    def count():
+        return len(list(cache.rglob("sidecar.json")))
+
     store.kept(decompose.pursuit, A, A[:2], 2)
     store.kept(decompose.pursuit, A, A[:2], k=2)
     assert count() == 1

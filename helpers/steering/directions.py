@@ -151,9 +151,8 @@ def logistic(pos: Tensor, neg: Tensor, penalty: float = 1.0) -> Tensor:
 
 
 def lda(pos: Tensor, neg: Tensor) -> Tensor:
-    """Linear discriminant, S_w^-1 (mu+ - mu-), within-class covariance shrunk by Ledoit & Wolf (sklearn)."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
+    """Linear discriminant, S_w^-1 (mu+ - mu-), within-class covariance shrunk by Ledoit & Wolf, as sklearn's
+    LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto") has it, which solves by a singular value decomposition."""
     v, rounding = _mean(pos, neg), _rounding(pos, neg)
     pos, neg = _float64(pos, neg)
     if len(pos) < 2:
@@ -163,9 +162,19 @@ def lda(pos: Tensor, neg: Tensor) -> Tensor:
             f"all {len(pos)} positive activations are the same, and all negative ones: there is no within-class "
             "covariance; give pairs that differ from one another, or take the mean"
         )
-    fit = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-    fit.fit(torch.cat([pos, neg]).numpy(), [1] * len(pos) + [0] * len(neg))
-    return _oriented(torch.from_numpy(fit.coef_[0]), v)
+    within = (_shrunk(pos) + _shrunk(neg)) / 2
+    gap = (pos.mean(0) - neg.mean(0))[:, None]
+    return _oriented(torch.linalg.lstsq(within, gap, driver="gelsy").solution[:, 0], v)
+
+
+def _shrunk(rows: Tensor) -> Tensor:
+    """Covariance (d, d) of rows (n, d), shrunk by Ledoit & Wolf (sklearn) after each column is brought to unit variance."""
+    from sklearn.covariance import ledoit_wolf
+
+    scale = rows.std(0, correction=0)
+    scale[scale == 0] = 1.0
+    shrunk, _ = ledoit_wolf(((rows - rows.mean(0)) / scale).numpy())
+    return torch.from_numpy(shrunk) * torch.outer(scale, scale)
 
 
 def lat(pos: Tensor, neg: Tensor, seed: int = 0) -> Tensor:
