@@ -295,7 +295,7 @@ class Ledger:
             "notebook": s.notebook,
             "profile": s.name,
             "model": s.model,
-            "layer": s.profile["layer"],
+            "layer": s.profile.layer,
             "parameters": s.parameters,
             "device": s.device,
             "dtype": str(s.dtype).removeprefix("torch."),

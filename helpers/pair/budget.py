@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import session, store
-from helpers.sae import activations, harvest, topk, train
 from helpers.lm import files, models
 from helpers.lm.reading import LM
+from helpers.sae import activations, harvest, topk, train
 
 
 class BudgetError(RuntimeError):

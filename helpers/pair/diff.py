@@ -5,60 +5,48 @@ such a run takes is said before it starts (`helpers.pair.budget`). Knows profile
 afterwards.
 """
 
-import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from helpers import session, store
-from helpers.pair import budget
-from helpers.sae import harvest, saes, train
-from helpers.sae.activations import Rows
-from helpers.pair.budget import Budget, Sizes
+from helpers import profiles, session, store
 from helpers.lm import models
 from helpers.lm.reading import LM
+from helpers.pair import budget
+from helpers.pair.budget import Budget, Sizes
+from helpers.profiles import Diff, Profile
+from helpers.sae import harvest, saes, train
+from helpers.sae.activations import Rows
 
 POOL_TOKENS = 131_072  # tokens harvested, then trained on, in turn
-KEYS = {
-    "diff": {"layer", "harvest", "train", "stream"},
-    "harvest": {"source", "chats", "tokens", "held_out", "context"},
-    "train": {*train.Config._fields, "expansion"} - {"latents", "seed"},
-}
 
 
 class DiffError(RuntimeError):
     """A diff-SAE cannot be trained as asked; the message says why and what to do."""
 
 
-def section(profile: dict[str, Any]) -> dict[str, Any]:
+def section(profile: Profile) -> Diff:
     """A profile's section `pair: diff:`, empty where there is none."""
-    return (profile.get("pair") or {}).get("diff") or {}
+    return profile.pair and profile.pair.diff or Diff()
 
 
-def settled(profile: dict[str, Any]) -> dict[str, Any]:
-    """The profile as a diff-SAE uses it, a copy: `chat` is the pair's chat model, and where there is a section `pair: diff:`
+def settled(profile: Profile) -> Profile:
+    """The profile as a diff-SAE uses it: `chat` is the pair's chat model, and where there is a section `pair: diff:`
     `layer` is its layer, `sae` the `harvest` and `train` of the profile's own with the section's laid over them.
 
-    An SAE of a registry that `sae:` names is dropped: it belongs to another model or layer. LAYER in .env stays. ValueError
-    names keys of the section that are not known; ModelError where the profile names no pair.
+    An SAE of a registry that `sae:` names is dropped: it belongs to another model or layer. LAYER in .env stays.
+    ModelError where the profile names no pair, ProfileError where the two sections together lack something.
     """
-    how, out = section(profile), copy.deepcopy(profile)
-    out["chat"] = models.pair_names(profile)[1]
-    if not how:
-        return out
-    for part, known in KEYS.items():
-        if wrong := set(how if part == "diff" else how.get(part) or {}) - known:
-            where = "pair: diff:" if part == "diff" else f"pair: diff: {part}:"
-            raise ValueError(
-                f"profile {profile['name']}, section {where} holds {', '.join(sorted(wrong))}, which nothing reads; it may hold "
-                f"{', '.join(sorted(known))}"
-            )
-    own, how = out.get("sae") or {}, section(out)
-    out["sae"] = {part: {**(own.get(part) or {}), **(how.get(part) or {})} for part in ("harvest", "train")}
-    if not session.setting("LAYER"):
-        out["layer"] = how.get("layer", profile["layer"])
-    return out
+    how, chat = section(profile), models.pair_names(profile)[1]
+    if how == Diff():
+        return profile.model_copy(update={"chat": chat})
+    own = profile.sae.model_dump(exclude_none=True) if profile.sae else {}
+    laid = how.model_dump(exclude_none=True)
+    sae = {part: {**own.get(part, {}), **laid.get(part, {})} for part in ("harvest", "train")}
+    layer = profile.layer if session.setting("LAYER") or how.layer is None else how.layer
+    whole = profile.model_dump(exclude_none=True) | {"chat": chat, "layer": layer, "sae": sae}
+    return profiles.of(whole, f"profile {profile.name} with its section pair: diff:")
 
 
 # --- the dictionary ----------------------------------------------------------------------------------------------------
@@ -89,34 +77,34 @@ def logged(folder: Path) -> Logged:
     return Logged(last["explained variance"], last["L0"], last["dead"], note["config"]["dead_after"])
 
 
-def configured(profile: dict[str, Any], d_model: int, seed: int = 0, fast: bool = False) -> train.Config:
+def configured(profile: Profile, d_model: int, seed: int = 0, fast: bool = False) -> train.Config:
     """The training of a settled profile's diff-SAE; a fast run on a stream is forty steps on few tokens."""
     config = train.of_profile(profile, d_model, seed, fast)
-    if fast and "stream" in section(profile):
+    if fast and section(profile).stream:
         config = config._replace(batch=128, samples=40 * 128, k=min(config.k, max(config.latents // 4, 1)))
     return config
 
 
-def sizes(profile: dict[str, Any], fast: bool = False) -> Sizes:
+def sizes(profile: Profile, fast: bool = False) -> Sizes:
     """How a settled profile's stream is cut."""
-    context = profile["sae"]["harvest"]["context"]
+    context = profile.sae.harvest.context
     pool = 2048 if fast else POOL_TOKENS
     return Sizes(max(min(harvest.PASS_TOKENS, pool) // context, 1), context, pool)
 
 
-def planned(profile: dict[str, Any], dtype: torch.dtype, fast: bool = False) -> Budget:
+def planned(profile: Profile, dtype: torch.dtype, fast: bool = False) -> Budget:
     """The budget of a profile's diff-SAE before either model is loaded; of one that is not streamed it says too much."""
     profile = settled(profile)
     base, chat = (budget.shape(name) for name in models.pair_names(profile))
     return budget.reckoned(base, chat, dtype, configured(profile, chat.d_model, 0, fast), sizes(profile, fast))
 
 
-def streamed(profile: dict[str, Any], base: LM, chat: LM, fast: bool = False) -> harvest.Stream:
+def streamed(profile: Profile, base: LM, chat: LM, fast: bool = False) -> harvest.Stream:
     """The stream of differences that a settled profile names; `fast` reads the text of `harvest: source` instead, which needs no hub."""
     how = sizes(profile, fast)
-    source = profile["sae"]["harvest"]["source"] if fast else section(profile)["stream"]
+    source = list(profile.sae.harvest.source) if fast else section(profile).stream
     return harvest.Stream(
-        base, source, profile["layer"], chat, how.context, pool_tokens=how.pool_tokens, batch_rows=how.rows
+        base, source, profile.layer, chat, how.context, pool_tokens=how.pool_tokens, batch_rows=how.rows
     )
 
 
@@ -128,7 +116,7 @@ def _places(stream: harvest.Stream, config: train.Config) -> tuple[Path, Path]:
 
 
 def dictionary(
-    profile: dict[str, Any], pair_difference: Rows | None, base: LM, chat: LM, device: str = "cpu", seed: int = 0,
+    profile: Profile, pair_difference: Rows | None, base: LM, chat: LM, device: str = "cpu", seed: int = 0,
     fast: bool = False,
 ) -> tuple[saes.Loaded, Path]:  # fmt: skip
     """The diff-SAE of a profile, and the folder its table of latents belongs in; trained once, then cached.
@@ -139,16 +127,16 @@ def dictionary(
     their own root mean square (`train.measure`), so none is chosen here. BudgetError if it does not fit, DiffError if the profile does not say what to train.
     """
     profile = settled(profile)
-    if "release" in (profile.get("sae") or {}):
+    if profile.sae and profile.sae.release:
         raise DiffError(
-            f"profile {profile['name']} names an SAE of a registry, which is of one model's residuals, not of differences: write "
+            f"profile {profile.name} names an SAE of a registry, which is of one model's residuals, not of differences: write "
             "pair: diff: with train: (see notebooks/profiles/gemma-2-2b.yaml)"
         )
-    if "stream" in section(profile):
+    if section(profile).stream:
         loaded, folder = _of_stream(profile, base, chat, device, seed, fast)
     elif pair_difference is None:
         raise DiffError(
-            f"profile {profile['name']} names no text to stream (pair: diff: stream:), and no differences were given: give those of "
+            f"profile {profile.name} names no text to stream (pair: diff: stream:), and no differences were given: give those of "
             "harvest.pair_of_profile"
         )
     else:
@@ -158,7 +146,7 @@ def dictionary(
 
 
 def _of_stream(
-    profile: dict[str, Any], base: LM, chat: LM, device: str, seed: int, fast: bool
+    profile: Profile, base: LM, chat: LM, device: str, seed: int, fast: bool
 ) -> tuple[saes.Loaded, Path]:
     stream = streamed(profile, base, chat, fast)
     config = configured(profile, stream.d_model, seed, fast)
@@ -175,4 +163,4 @@ def _of_stream(
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # the probe's
     folder = train.sae(stream, config, device)
-    return saes.load(folder, device=device, d_model=stream.d_model, layer=profile["layer"]), folder
+    return saes.load(folder, device=device, d_model=stream.d_model, layer=profile.layer), folder

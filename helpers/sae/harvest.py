@@ -26,13 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import session, store
-from helpers.sae import activations
-from helpers.steering import behaviors
-from helpers.sae.activations import Acts, Chunk, HarvestError, Pair, Samples
 from helpers.lm import models, reading, replies, text
 from helpers.lm import tokens as lm_tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import Tokenizer
+from helpers.profiles import Profile
+from helpers.sae import activations
+from helpers.sae.activations import Acts, Chunk, HarvestError, Pair, Samples
+from helpers.steering import behaviors
 
 FORMAT = 2  # raised when the bits of a shard change
 SHARD_ROWS = 512
@@ -407,15 +408,13 @@ class Stream:
 # --- conversations -----------------------------------------------------------------------------------------------------
 
 
-def _answers(profile: dict[str, Any], given: Sequence[LM], length: int, fast: bool) -> list[str]:
+def _answers(profile: Profile, given: Sequence[LM], length: int, fast: bool) -> list[str]:
     """Files of the answers of every model that a profile names to its behaviours' open prompts; of models not `given` one is
     loaded only where its answers are not kept yet."""
-    pair = profile.get("pair") or {}
-    names = {profile["chat"], profile.get("base"), *(pair.get(side) for side in ("base", "chat", "unrelated"))}
-    questions = [q for name in profile["behaviors"] for q in behaviors.load_behavior(name).open]
+    questions = [q for name in profile.behaviors for q in behaviors.load_behavior(name).open]
     questions, length = (questions[:8], 8) if fast else (questions, length)
     device, dtype, found = str(given[0].device), given[0].dtype, []
-    for name in sorted(filter(None, names)):
+    for name in profile.models():
         key = models.key(name, device, dtype)
         path = replies.chats_path(key, questions, length)
         if not path.exists():
@@ -425,34 +424,34 @@ def _answers(profile: dict[str, Any], given: Sequence[LM], length: int, fast: bo
     return list(dict.fromkeys(found))
 
 
-def _described(profile: dict[str, Any], given: Sequence[LM], part: str, fast: bool) -> tuple[list[str], int, int]:
+def _described(profile: Profile, given: Sequence[LM], part: str, fast: bool) -> tuple[list[str], int, int]:
     """Source, tokens and context of a profile's `sae: harvest:` section: one text for every model and notebook."""
-    how = profile.get("sae", {}).get("harvest")
-    if not how:
+    if not profile.sae:
         raise HarvestError(
-            f"profile {profile['name']} has no section sae: harvest:; copy the one of notebooks/profiles/smollm2.yaml"
+            f"profile {profile.name} has no section sae: harvest:; copy the one of notebooks/profiles/smollm2.yaml"
         )
-    source = [how["source"]] if isinstance(how["source"], str) else list(how["source"])
-    if how.get("chats"):
-        source += _answers(profile, given, how["chats"], fast)
-    tokens = how["tokens"] if part == "train" else how["held_out"]
-    return source, min(tokens, 6000) if fast else tokens, how["context"]
+    how = profile.sae.harvest
+    source = list(how.source)
+    if how.chats:
+        source += _answers(profile, given, how.chats, fast)
+    tokens = how.tokens if part == "train" else how.held_out
+    return source, min(tokens, 6000) if fast else tokens, how.context
 
 
-def of_profile(model: LM, profile: dict[str, Any], part: str = "train", fast: bool = False) -> Samples:
+def of_profile(model: LM, profile: Profile, part: str = "train", fast: bool = False) -> Samples:
     """The harvest a profile's `sae: harvest:` section describes, at the profile's layer; `fast` takes a few thousand tokens.
 
     `source` as in helpers/lm/text.py; with `chats` (a number of new tokens) the answers of every model that the profile names
     to the behaviours' open prompts are among its sources; `tokens` of the part train, `held_out` of the part held-out.
     """
     source, tokens, context = _described(profile, [model], part, fast)
-    return run(model, source, [profile["layer"]], tokens, context, part)
+    return run(model, source, [profile.layer], tokens, context, part)
 
 
-def pair_of_profile(base: LM, chat: LM, profile: dict[str, Any], part: str = "train", fast: bool = False) -> Pair:
+def pair_of_profile(base: LM, chat: LM, profile: Profile, part: str = "train", fast: bool = False) -> Pair:
     """The harvest of `of_profile` through two models, token by token: the same rows as any other model of the profile reads."""
     source, tokens, context = _described(profile, [base, chat], part, fast)
-    return pair(base, chat, source, [profile["layer"]], tokens, context=context, part=part)
+    return pair(base, chat, source, [profile.layer], tokens, context=context, part=part)
 
 
 # --- command line ------------------------------------------------------------------------------------------------------
@@ -489,9 +488,9 @@ def main() -> None:
     with _distributed():
         if device == "cuda":
             device = f"cuda:{session.setting('LOCAL_RANK', '0')}"
-        model = models.load(o.model or profile["chat"], device, dtype)
+        model = models.load(o.model or profile.chat, device, dtype)
         source = o.source if len(o.source) > 1 else o.source[0]
-        found = run(model, source, o.layers or [profile["layer"]], o.tokens, o.context, o.part, o.shard_rows, o.batch)
+        found = run(model, source, o.layers or [profile.layer], o.tokens, o.context, o.part, o.shard_rows, o.batch)
         if _ranks()[0] == 0:
             counts = ", ".join(f"{n:,} {why}" for why, n in found.note["counts"].items())
             print(

@@ -16,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import store
-from helpers.sae.activations import Samples
-from helpers.sae.decompose import Dictionary
 from helpers.lm import reading
 from helpers.lm.reading import LM
+from helpers.sae.activations import Samples
+from helpers.sae.decompose import Dictionary
 
 
 class Context(NamedTuple):

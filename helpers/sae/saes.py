@@ -20,14 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers import session, store
-from helpers.sae import topk
-from helpers.sae.activations import Rows
-from helpers.sae.decompose import Dictionary
 from helpers.lm import reading, scoring
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
+from helpers.sae import topk
+from helpers.sae.activations import Rows
+from helpers.sae.decompose import Dictionary
 from helpers.sae.topk import Weights
-
 
 
 class SaeError(RuntimeError):

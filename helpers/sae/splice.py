@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from helpers import stats
-from helpers.sae import decompose
-from helpers.sae.decompose import Dictionary
 from helpers.lm import hooks
 from helpers.lm.hooks import Positions
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, USER, Tokens
+from helpers.sae import decompose
+from helpers.sae.decompose import Dictionary
 
 
 def errors(sae: Dictionary, rows: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.optim.adam import adam
 from tqdm import tqdm
 
+from helpers.profiles import Profile
 from helpers.sae import saes, topk
+from helpers.sae.topk import Weights
 from helpers.session import cache_dir, choose_device, choose_dtype, setting
 from helpers.store import code_digest, digest, file_digest, from_cache, read_json, spent, versions, writing
-from helpers.sae.topk import Weights
 
 
 class TrainingError(RuntimeError):
@@ -64,15 +65,11 @@ class Config(NamedTuple):
     checkpoint_every: int = 200
 
 
-def of_profile(profile: dict[str, Any], d_model: int, seed: int = 0, fast: bool = False) -> Config:
+def of_profile(profile: Profile, d_model: int, seed: int = 0, fast: bool = False) -> Config:
     """The configuration of a profile's `sae: train:` section; `expansion` there is latents over d_model. `fast`: seconds."""
-    given = dict(profile.get("sae", {}).get("train", {}))
-    known = {*Config._fields, "expansion"} - {"latents", "seed"}
-    if wrong := {"expansion", "k", "samples"} - set(given) or set(given) - known:
-        raise ValueError(
-            f"profile {profile['name']}, section sae: train: {', '.join(sorted(wrong))} is missing or not known; it needs expansion, k "
-            f"and samples, and may hold {', '.join(sorted(known))}"
-        )
+    if not profile.sae or not profile.sae.train:
+        raise ValueError(f"profile {profile.name} has no section sae: train:; it says how an SAE is trained")
+    given = profile.sae.train.settings()
     given["latents"] = d_model * given.pop("expansion")
     given.setdefault("low", choose_dtype("auto", choose_device()) == torch.bfloat16)
     if fast:
@@ -347,7 +344,7 @@ def sae(source: Source, config: Config, device: str = "cpu", wandb_project: str 
 
 
 def dictionary(
-    profile: dict[str, Any], source: Source, device: str = "cpu", seed: int = 0, fast: bool = False
+    profile: Profile, source: Source, device: str = "cpu", seed: int = 0, fast: bool = False
 ) -> tuple[saes.Loaded, Path]:
     """The SAE of a profile's `sae:` section, and the folder its table of latents belongs in.
 
@@ -355,13 +352,13 @@ def dictionary(
     it is trained on `source` as `train:` says. It must fit the width of `source` and the profile's layer. SaeError says
     what does not.
     """
-    how, layer = profile.get("sae", {}), profile["layer"]
+    how, layer = profile.sae, profile.layer
     d_model = source.sample(1, 0).shape[1]
-    if "release" not in how:
+    if not how or not how.release:
         folder = sae(source, of_profile(profile, d_model, seed, fast), device)
         return saes.load(folder, device=device, d_model=d_model, layer=layer), folder
-    loaded = saes.load(how["release"], how["id"], device, d_model, layer, how.get("norm_factor", 0.0))
-    return loaded, cache_dir() / "saes" / digest([how["release"], how["id"]])[:24]
+    loaded = saes.load(how.release, how.id, device, d_model, layer, how.norm_factor or 0.0)
+    return loaded, cache_dir() / "saes" / digest([how.release, how.id])[:24]
 
 
 class Dictionaries(NamedTuple):
@@ -373,24 +370,21 @@ class Dictionaries(NamedTuple):
 
 
 def dictionaries(
-    profile: dict[str, Any], base: Source, chat: Source, device: str = "cpu", seed: int = 0, fast: bool = False
+    profile: Profile, base: Source, chat: Source, device: str = "cpu", seed: int = 0, fast: bool = False
 ) -> Dictionaries:
     """The SAEs of a profile's pair: out of sae_lens's registry where `pair: sae:` names them (base, chat and second, each with release
     and id), else trained as `train:` says, base and chat from one seed and order of tokens, the second from the next seed."""
-    named = (profile.get("pair") or {}).get("sae")
-    if not named and "release" in profile.get("sae", {}):
+    named = profile.pair.sae if profile.pair else None
+    if not named and profile.sae and profile.sae.release:
         raise saes.SaeError(
-            f"profile {profile['name']} names one SAE of a registry for its own model, and a pair needs three: write pair: sae: with base, "
+            f"profile {profile.name} names one SAE of a registry for its own model, and a pair needs three: write pair: sae: with base, "
             "chat and second, or a section sae: train:"
         )
     if not named:
         plans = ((base, seed), (chat, seed), (base, seed + 1))
         return Dictionaries(*(dictionary(profile, source, device, s, fast)[0] for source, s in plans))
-    if missing := [name for name in Dictionaries._fields if name not in named]:
-        raise saes.SaeError(
-            f"profile {profile['name']}, section pair: sae: names no {missing[0]}; it wants base, chat and second"
-        )
-    sides = zip(Dictionaries._fields, (base, chat, base), strict=True)
-    return Dictionaries(
-        *(dictionary(profile | {"sae": named[name]}, source, device, seed, fast)[0] for name, source in sides)
-    )
+    found = []
+    for own, source in ((named.base, base), (named.chat, chat), (named.second, base)):
+        d_model = source.sample(1, 0).shape[1]
+        found.append(saes.load(own.release, own.id, device, d_model, profile.layer, own.norm_factor or 0.0))
+    return Dictionaries(*found)

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from helpers.steering.behaviors import AnswerPair, SystemPair, TextPair
 from helpers.entries import DataError, parse
 from helpers.lm import models, reading, tokens
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
 from helpers.lm.tokens import FILLER, SPECIAL, SYSTEM, Tokenizer, Tokens
+from helpers.steering.behaviors import AnswerPair, SystemPair, TextPair
 from helpers.store import digest, write_file
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from helpers.steering.behaviors import Behavior, Item
 from helpers.lm import replies, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
 from helpers.lm.tokens import ANSWER, USER, Tokens
+from helpers.steering.behaviors import Behavior, Item
 
 
 def of_items(lm: LM, items: Sequence[Item], layer: int) -> Continuations:
