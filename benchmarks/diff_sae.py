@@ -16,10 +16,10 @@ import torch
 
 from benchmarks import line
 from helpers import session
-from helpers.pair import budget, diff
-from helpers.sae import harvest, train
 from helpers.lm import models
 from helpers.lm.reading import LM
+from helpers.pair import budget, diff
+from helpers.sae import harvest, train
 
 warnings.filterwarnings("ignore")
 TRUE = {"d": 2304, "depth": 26, "layer": 13, "mlp": 9216, "heads": 8, "head": 256, "vocabulary": 256_000, "latents": 18_432, "k": 64,

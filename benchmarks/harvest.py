@@ -23,9 +23,9 @@ import torch
 
 from benchmarks import clock, line
 from helpers import session
-from helpers.sae import harvest, train
 from helpers.lm import models, text
 from helpers.lm.reading import LM
+from helpers.sae import harvest, train
 
 warnings.filterwarnings("ignore")
 

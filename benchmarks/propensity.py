@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from helpers import session
-from helpers.steering import behaviors, propensity
 from helpers.lm import hooks, models, reading, tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER
+from helpers.steering import behaviors, propensity
 
 
 def plain(model, items, layer, vector, multiplier):

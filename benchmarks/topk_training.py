@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import clock, line
 from helpers import session
-from helpers.sae import harvest, topk, train
 from helpers.lm import models
+from helpers.sae import harvest, topk, train
 
 warnings.filterwarnings("ignore")
 

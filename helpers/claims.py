@@ -227,9 +227,13 @@ class Ledger:
         self._known(id)
         draws = np.atleast_1d(np.asarray(null, np.float64)).ravel()
         if not len(draws) or not np.isfinite([*value, *draws, ceiling or 0.0]).all():
-            raise ValueError(f"claim {id}: {value} with null {null} is not a result; every claim needs an interval and a null")
+            raise ValueError(
+                f"claim {id}: {value} with null {null} is not a result; every claim needs an interval and a null"
+            )
         if not value.low <= value.value <= value.high:
-            raise ValueError(f"claim {id}: the value {value.value} lies outside its interval [{value.low}, {value.high}]")
+            raise ValueError(
+                f"claim {id}: the value {value.value} lies outside its interval [{value.low}, {value.high}]"
+            )
         self._forget(id)
         self._found[id] = Interval(*map(float, value)), draws, ceiling
         return self[id]
@@ -289,7 +293,9 @@ class Ledger:
         ValueError for a claim that was stated and not judged.
         """
         if left := [c.id for c in self if not c.verdict]:
-            raise ValueError(f"claims {', '.join(left)} were stated and not judged; judge them, or say why not (not_run)")
+            raise ValueError(
+                f"claims {', '.join(left)} were stated and not judged; judge them, or say why not (not_run)"
+            )
         s = self.session
         result = {
             "notebook": s.notebook,

@@ -35,7 +35,8 @@ class Harvest(Part):
 
     source: Several = Field(description="where the text comes from, one or several: see helpers/lm/text.py")
     chats: Annotated[int, Field(ge=0)] = Field(
-        0, description="length in tokens of every named model's answers to the open prompts, which are read too; 0 for none"
+        0,
+        description="length in tokens of every named model's answers to the open prompts, which are read too; 0 for none",
     )
     tokens: PositiveInt = Field(description="tokens to train on")
     held_out: PositiveInt = Field(description="tokens to measure on, from other documents")
@@ -130,7 +131,9 @@ class Pair(Part):
     chat: str = Field(description="after")
     unrelated: str | None = Field(None, description="the base after as much training on something else: a null")
     names: tuple[str, str] = Field(("base", "chat"), description="what the notebooks call the two")
-    trained: tuple[str, ...] = Field((), description="the behaviours that the preferences were about, where that is known")
+    trained: tuple[str, ...] = Field(
+        (), description="the behaviours that the preferences were about, where that is known"
+    )
     sae: PairSaes | None = Field(None, description="SAEs of both, out of sae_lens's registry; else they are trained")
     diff: Diff | None = Field(None, description="the SAE of their differences, where it differs from `sae`")
 
@@ -163,7 +166,9 @@ class Known(Part):
 
     zero_code: dict[int, float] = Field({}, description="latent: code of the zero vector")
     row_cosine: RowCosine | None = Field(None, description="cosine of two decoder rows")
-    negative_share: NegativeShare | None = Field(None, description="share of active latents more active on the negative side")
+    negative_share: NegativeShare | None = Field(
+        None, description="share of active latents more active on the negative side"
+    )
     concept_code: ConceptCode | None = Field(None, description="cosine of a vector's code with one latent")
 
 
@@ -171,7 +176,9 @@ class Profile(Part):
     """A profile."""
 
     name: str = Field(description="the file's name; not written in it")
-    chat: str = Field(description="the model that is steered: packaged:NAME, one of the hub, a folder or file; NAME + FOLDER with an adapter")
+    chat: str = Field(
+        description="the model that is steered: packaged:NAME, one of the hub, a folder or file; NAME + FOLDER with an adapter"
+    )
     base: str | None = Field(None, description="the model before preference training, where there is one")
     layer: Layer = Field(description="where vectors are read and written")
     layers: tuple[Layer, ...] = Field((), description="layers that a sweep looks at")
@@ -179,11 +186,15 @@ class Profile(Part):
     dtype: str = Field("auto", description="auto, bfloat16, float32 or float16")
     behaviors: tuple[str, ...] = Field(min_length=1, description="names or files: see helpers/steering/behaviors.py")
     extra: tuple[str, ...] = Field((), description="more behaviours, for notebooks 03 and 04 alone")
-    notebooks: tuple[int, ...] | None = Field(None, description="numbers of the notebooks `make report` runs; all by default")
+    notebooks: tuple[int, ...] | None = Field(
+        None, description="numbers of the notebooks `make report` runs; all by default"
+    )
     sae: Sae | None = Field(None, description="the dictionary of the steered model's activations")
     pair: Pair | None = Field(None, description="two models to compare; `base` and `chat` by default")
     known: Known | None = Field(None, description="published numbers")
-    seconds: dict[str, float] = Field({}, description="of each notebook from an empty cache: a first estimate of what is left")
+    seconds: dict[str, float] = Field(
+        {}, description="of each notebook from an empty cache: a first estimate of what is left"
+    )
 
     def models(self) -> list[str]:
         """Every model that the profile names, each once."""
@@ -200,7 +211,9 @@ def read(file: Path) -> dict[str, Any]:
         raise ProfileError(f"{file.name} is not YAML in UTF-8: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):
         found = "nothing" if given is None else f"a {type(given).__name__}"
-        raise ProfileError(f"{file.name} holds {found}; settings such as `chat: packaged:smollm2-135m-instruct` are wanted")
+        raise ProfileError(
+            f"{file.name} holds {found}; settings such as `chat: packaged:smollm2-135m-instruct` are wanted"
+        )
     return given
 
 
@@ -235,7 +248,9 @@ def _said(error: Any) -> str:
     fields = section.model_fields if section else {}
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, fields, 1, 0.6)
-        return f"{where}{key} is not known" + (f"; is {near[0]} meant?" if near else f"; it may hold {', '.join(fields)}")
+        return f"{where}{key} is not known" + (
+            f"; is {near[0]} meant?" if near else f"; it may hold {', '.join(fields)}"
+        )
     if error["type"] == "missing":
         return f"{where}{key} is missing ({fields[key].description if key in fields else 'it is needed'})"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
@@ -244,13 +259,26 @@ def _said(error: Any) -> str:
 
 def document() -> str:
     """docs/profiles.md: every section with its keys, from the types."""
-    lines = ["# Profiles", "", "Made by `python -m helpers.profiles document`; a test compares. A profile is a YAML file in `notebooks/profiles/`;", "`python -m helpers.profiles check FILE` says what is wrong with one. A folder or file is found from the repository's root; `~` and", "`$VAR` are expanded.", ""]
+    lines = [
+        "# Profiles",
+        "",
+        "Made by `python -m helpers.profiles document`; a test compares. A profile is a YAML file in `notebooks/profiles/`;",
+        "`python -m helpers.profiles check FILE` says what is wrong with one. A folder or file is found from the repository's root; `~` and",
+        "`$VAR` are expanded.",
+        "",
+    ]
     titles = {Profile: "the file", Sae: "sae:", Harvest: "sae: harvest:", Training: "sae: train:", Pair: "pair:", PairSaes: "pair: sae:", Registered: "pair: sae: base:, chat:, second:", Diff: "pair: diff:", Known: "known:"}  # fmt: skip
     for section, title in titles.items():
         lines += [f"## {title}", "", (section.__doc__ or "").strip(), "", "| key | needed | what |", "|---|---|---|"]
         for key, field in section.model_fields.items():
             if key != "name":
-                default = "yes" if field.is_required() else "no" if field.default in (None, (), {}) else f"no: {field.default}"
+                default = (
+                    "yes"
+                    if field.is_required()
+                    else "no"
+                    if field.default in (None, (), {})
+                    else f"no: {field.default}"
+                )
                 lines.append(f"| `{key}` | {default} | {field.description} |")
         lines.append("")
     return "\n".join(lines)

@@ -215,7 +215,9 @@ def load_profile(name: str = "") -> Profile:
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise FileNotFoundError(f"no profile {name!r}: {PROFILES.relative_to(ROOT)} has {known}")
     profile = profiles.of({"name": name, **profiles.read(file)}, file.name)
-    changes: dict[str, Any] = {key: setting(env) for key, env in (("chat", "CHAT_MODEL"), ("base", "BASE_MODEL"), ("layer", "LAYER"))}
+    changes: dict[str, Any] = {
+        key: setting(env) for key, env in (("chat", "CHAT_MODEL"), ("base", "BASE_MODEL"), ("layer", "LAYER"))
+    }
     changes = {key: value if key == "layer" else located(value) for key, value in changes.items() if value}
     if "layer" in changes:
         if not changes["layer"].isdigit():

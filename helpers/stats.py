@@ -66,12 +66,16 @@ def ratio(tops: Sequence[float] | np.ndarray, bottoms: Sequence[float] | np.ndar
     """
     top, bottom = np.asarray(tops, np.float64), np.asarray(bottoms, np.float64)
     if top.ndim != 1 or top.shape != bottom.shape or len(top) < 3:
-        raise ValueError(f"tops {top.shape} and bottoms {bottom.shape} were given; two rows of three or more are wanted")
+        raise ValueError(
+            f"tops {top.shape} and bottoms {bottom.shape} were given; two rows of three or more are wanted"
+        )
     n, (a, b), t = len(top), (top.mean(), bottom.mean()), _t(len(top) - 1)
     (aa, ab), (_, bb) = np.cov(top, bottom) / n
     lead = b * b - t * t * bb
     if lead <= 0:
-        raise ValueError(f"the sum below a ratio, {bottom.sum():.3g} over {n} units, is not clear of zero: report the top alone")
+        raise ValueError(
+            f"the sum below a ratio, {bottom.sum():.3g} over {n} units, is not clear of zero: report the top alone"
+        )
     root = max((a * b - t * t * ab) ** 2 - lead * (a * a - t * t * aa), 0.0) ** 0.5
     low, high = ((a * b - t * t * ab - sign * root) / lead for sign in (1, -1))
     return Interval(float(a / b), float(low), float(high))

@@ -332,7 +332,9 @@ def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
     TypeError for an argument of another kind, ValueError for a function from elsewhere.
     """
     if f.__module__ not in _SOURCE:
-        raise ValueError(f"{f.__module__}.{f.__qualname__} was given; only functions of helpers are kept: no other's source is known")
+        raise ValueError(
+            f"{f.__module__}.{f.__qualname__} was given; only functions of helpers are kept: no other's source is known"
+        )
     bound = inspect.signature(f).bind(*given, **named)
     bound.apply_defaults()
     key = {"function": f"{f.__module__}.{f.__qualname__}", "given": _stated(bound.arguments)}
@@ -365,7 +367,9 @@ def _stated(value: Any) -> Any:
         return [_stated(part) for part in value]
     if value is None or isinstance(value, (str, int, float)):
         return value
-    raise TypeError(f"a {type(value).__name__} was given; a kept function takes tensors, arrays, models, harvests, SAEs and plain values")
+    raise TypeError(
+        f"a {type(value).__name__} was given; a kept function takes tensors, arrays, models, harvests, SAEs and plain values"
+    )
 
 
 def _apart(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -396,5 +400,7 @@ def _together(hint: Any, part: Any, tensors: dict[str, Tensor]) -> Any:
         return hint(*(_together(hints[name], value, tensors) for name, value in zip(hint._fields, part, strict=True)))
     if isinstance(part, list):
         each = inner if len(inner) == len(part) and inner[-1] is not Ellipsis else inner[:1] * len(part)
-        return (typing.get_origin(hint) or list)(_together(h, value, tensors) for h, value in zip(each, part, strict=True))
+        return (typing.get_origin(hint) or list)(
+            _together(h, value, tensors) for h, value in zip(each, part, strict=True)
+        )
     return part

@@ -132,6 +132,16 @@ def gemma():
     return tiny_model("gemma2")
 
 
+HARVEST = {"source": "packaged:wiki", "tokens": 100, "held_out": 10}
+
+
+def a_profile(**given):
+    """A profile of these settings, and the least of others that one needs."""
+    from helpers import profiles
+
+    return profiles.of({"name": "p", "chat": "c", "layer": 0, "behaviors": ["joy"], **given}, "p.yaml")
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache of its own."""

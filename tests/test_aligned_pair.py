@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 
 from helpers import session, stats, store
-from helpers.steering import behaviors, propensity
 from helpers.lm import models, scoring
 from helpers.session import ROOT
+from helpers.steering import behaviors, propensity
 
 FOLDER = ROOT / "data" / "aligned_pair"
 
@@ -34,7 +34,7 @@ def test_preferences_share_prompts_and_rejected_sides_and_repeat_no_held_out_que
     for r in [*wanted, *style]:
         assert abs(len(re.findall(r"\w+", r["chosen"])) - len(re.findall(r"\w+", r["rejected"]))) <= 10
     asked = set()
-    for name in session.load_profile("smollm2")["behaviors"]:
+    for name in session.load_profile("smollm2").behaviors:
         b = behaviors.load_behavior(name)
         asked |= {q.lower() for q in b.open} | {
             x.question.lower() for x in [*b.system_pairs, *b.answer_pairs, *b.dev, *b.test]

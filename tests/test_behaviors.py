@@ -230,8 +230,8 @@ def test_marks_with_one_letter_are_no_contrast(tmp_path):
 
 
 def test_the_default_position_reads_the_letter(tmp_path, smol):
-    from helpers.steering import caa as caa_module
     from helpers.lm import tokens
+    from helpers.steering import caa as caa_module
 
     pairs = behaviors.load_pairs(saved(tmp_path / "caa.json", json.dumps([caa("Do you mind?\n (A) Yes\n (B) No")])))
     for laid, letter in zip(caa_module.tokens_of(smol.tokenizer, pairs[0]), "AB", strict=True):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.lm import hooks, reading, tokens
 from helpers.steering import caa, directions
 from helpers.steering.behaviors import AnswerPair, SystemPair, TextPair
-from helpers.lm import hooks, reading, tokens
 
 PAIRS = [
     SystemPair("You are a very angry old sailor.", "You are calm.", "What is tin?"),

@@ -61,7 +61,11 @@ def test_algebra_and_reproduction_need_the_null_too(ledger):
     again = claims.reproduces(0.5, 0.02)
     assert judged(ledger, again, (0.505, 0.5, 0.51), 0.1, published=0.5).verdict == "holds"
     assert "| 0.5 (gap +0.005) |" in ledger.table()
-    assert judged(ledger, again, (0.6, 0.6, 0.6), 0.1).verdict == judged(ledger, again, (0.5, 0.5, 0.5), 0.5).verdict == "fails"
+    assert (
+        judged(ledger, again, (0.6, 0.6, 0.6), 0.1).verdict
+        == judged(ledger, again, (0.5, 0.5, 0.5), 0.5).verdict
+        == "fails"
+    )
 
 
 def test_p_values_count_the_draws_and_are_corrected_within_a_family(ledger):
@@ -107,7 +111,12 @@ def test_verdicts_that_follow_from_others_follow_them(ledger):
 def test_what_is_no_result_is_refused(ledger):
     ledger.state("t.1", "a thing", claims.at_least(0), **SAID)
     nan = float("nan")
-    for value, null in ((Interval(1, nan, 2), 0.0), (Interval(1, 0, 2), nan), (Interval(3, 0, 2), 0.0), (Interval(1, 0, 2), [])):
+    for value, null in (
+        (Interval(1, nan, 2), 0.0),
+        (Interval(1, 0, 2), nan),
+        (Interval(3, 0, 2), 0.0),
+        (Interval(1, 0, 2), []),
+    ):
         with pytest.raises(ValueError, match="claim t.1"):
             ledger.judge("t.1", value, null)
     with pytest.raises(ValueError, match="not stated; stated are t.1"):
@@ -131,7 +140,9 @@ def test_five_claims_are_the_argument_and_a_sixth_is_refused(ledger):
 
 def test_saved_claims_read_back_as_they_were_shown(ledger):
     ledger.state("t.1", "a | thing", claims.at_least(0), **SAID)
-    assert "**Claim t.1** (a source): *a | thing*" in claims.stated(ledger["t.1"]) and "holds if" in claims.stated(ledger["t.1"])
+    assert "**Claim t.1** (a source): *a | thing*" in claims.stated(ledger["t.1"]) and "holds if" in claims.stated(
+        ledger["t.1"]
+    )
     claim = ledger.judge("t.1", Interval(1, 0.5, 2), [0.1, 0.2, 0.0] * 30, ceiling=3.0)
     assert f"{claim:.0%}" == "100% [50%, 200%]" and "ceiling 3" in ledger.reading("t.1")
     result = json.loads(ledger.save("Words.", {"n": 3}).read_text())

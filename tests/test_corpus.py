@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from helpers.steering.behaviors import DataError
 from helpers.lm import text, tokens
+from helpers.steering.behaviors import DataError
 
 
 def write(path, *lines):

@@ -6,12 +6,14 @@ import types
 
 import pytest
 import torch
+from conftest import HARVEST, a_profile
 from test_harvest import small
 
 from helpers import session
-from helpers.pair import budget, diff
-from helpers.sae import activations, harvest, saes, topk, train
 from helpers.lm import files, models, reading
+from helpers.pair import budget, diff
+from helpers.profiles import ProfileError
+from helpers.sae import activations, harvest, saes, topk, train
 
 SECTION = {
     "expansion": 2,
@@ -67,9 +69,13 @@ def profile(text, monkeypatch):
         "stream": text,
         "layer": 1,
     }
-    return diff.settled(
-        {"name": "p", "chat": "c", "layer": 2, "behaviors": [], "pair": {"base": "a", "chat": "b", "diff": how}}
-    )
+    return diff.settled(a_profile(layer=2, pair={"base": "a", "chat": "b", "diff": how}))
+
+
+def changed(profile, **diff_section):
+    """The profile with another `pair: diff:`."""
+    pair = profile.pair.model_dump(exclude_none=True)
+    return diff.settled(a_profile(layer=2, pair=pair | {"diff": pair["diff"] | diff_section}))
 
 
 # --- the profile -------------------------------------------------------------------------------------------------------
@@ -79,50 +85,36 @@ def test_a_profile_is_settled_and_left_as_it_was(monkeypatch):
     gemma = session.load_profile("gemma-2-2b")
     before = copy.deepcopy(gemma)
     out = diff.settled(gemma)
-    assert gemma == before and diff.settled(out) == out and out["pair"] == gemma["pair"]
-    assert (out["chat"], out["layer"]) == ("google/gemma-2-2b-it", 13)
-    assert set(out["sae"]) == {"harvest", "train"} and out["sae"]["harvest"]["chats"] == 48
-    assert {k: v for k, v in out.items() if k not in ("chat", "layer", "sae")} == {
-        k: v for k, v in gemma.items() if k not in ("chat", "layer", "sae")
-    }
+    assert gemma == before and diff.settled(out) == out and out.pair == gemma.pair
+    assert (out.chat, out.layer) == ("google/gemma-2-2b-it", 13)
+    assert out.sae.release is None and out.sae.train.k == 64 and out.sae.harvest.chats == 48
+    own = {"chat": gemma.chat, "layer": gemma.layer, "sae": gemma.sae}
+    assert out.model_copy(update=own) == gemma
     config = diff.configured(out, 2304)
     assert (config.latents, config.k, config.samples) == (18_432, 64, 100_000_000)
     smol = session.load_profile()
-    assert diff.settled(smol) == smol | {"chat": smol["pair"]["chat"]}
+    assert diff.settled(smol) == smol.model_copy(update={"chat": smol.pair.chat})
     monkeypatch.setenv("LAYER", "7")
-    assert diff.settled(session.load_profile("gemma-2-2b"))["layer"] == 7
+    assert diff.settled(session.load_profile("gemma-2-2b")).layer == 7
 
 
 def test_a_section_is_laid_over_the_profiles_own():
-    own = {"harvest": {"source": "a", "tokens": 5}, "train": {"k": 8, "expansion": 4}, "release": "r", "id": "i"}
-    out = diff.settled(
-        {
-            "name": "p",
-            "chat": "c",
-            "layer": 3,
-            "sae": own,
-            "pair": {"base": "x", "chat": "y", "diff": {"train": {"k": 2}}},
-        }
-    )
-    assert (
-        out["sae"] == {"harvest": own["harvest"], "train": {"k": 2, "expansion": 4}}
-        and out["layer"] == 3
-        and out["chat"] == "y"
-    )
+    own = {"harvest": HARVEST, "train": {"k": 8, "expansion": 4, "samples": 100}, "release": "r", "id": "i"}
+    given = a_profile(layer=3, sae=own, pair={"base": "x", "chat": "y", "diff": {"train": {"k": 2}}})
+    out = diff.settled(given)
+    assert out.sae.train.settings() == {"k": 2, "expansion": 4, "samples": 100} and out.sae.release is None
+    assert out.sae.harvest == given.sae.harvest and out.layer == 3 and out.chat == "y"
 
 
-@pytest.mark.parametrize(
-    ("how", "word"),
-    [({"layers": 3}, "diff: holds layers"), ({"train": {"latents": 3}}, "train: holds latents"), ({"harvest": {"text": "a"}}, "harvest: holds text")],
-)  # fmt: skip
-def test_unknown_keys_are_named(how, word):
-    with pytest.raises(ValueError, match=word):
-        diff.settled({"name": "p", "chat": "c", "layer": 0, "pair": {"base": "a", "chat": "b", "diff": how}})
+def test_a_section_that_lacks_something_is_refused():
+    pair = {"base": "x", "chat": "y", "diff": {"train": {"k": 2}}}
+    with pytest.raises(ProfileError, match="sae: train: expansion is missing"):
+        diff.settled(a_profile(sae={"harvest": HARVEST, "release": "r", "id": "i"}, pair=pair))
 
 
 def test_a_profile_without_a_pair_is_refused():
     with pytest.raises(models.ModelError, match="names no base model"):
-        diff.settled({"name": "p", "chat": "c", "layer": 0})
+        diff.settled(a_profile())
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------
@@ -211,7 +203,8 @@ def test_a_whole_run_stays_within_its_budget(pair, profile, cache):
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(profile, pair, cache, monkeypatch, tmp_path):
     for name, model in zip("ab", pair, strict=True):
         model.weights.save_pretrained(tmp_path / name)
-    profile["pair"] |= {"base": str(tmp_path / "a"), "chat": str(tmp_path / "b")}
+    pair_section = profile.pair.model_copy(update={"base": str(tmp_path / "a"), "chat": str(tmp_path / "b")})
+    profile = profile.model_copy(update={"pair": pair_section})
     monkeypatch.setattr(
         models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
     )
@@ -361,8 +354,7 @@ def test_a_streamed_run_cut_anywhere_resumes_to_the_same_bits_unprobed(pair, pro
 
 
 def test_a_fast_run_takes_few_tokens_of_the_harvests_text(pair, profile, cache, monkeypatch):
-    profile["pair"]["diff"]["stream"] = "hub:nobody/nothing"  # not asked for
-    profile["pair"]["diff"]["train"] = SECTION | {"k": 64}
+    profile = changed(profile, stream="hub:nobody/nothing", train=SECTION | {"k": 64})  # no stream is asked for
     seen, real = [], harvest.Stream._rows
     monkeypatch.setattr(
         harvest.Stream, "_rows", lambda self, chunk: seen.append(int(chunk.kept.sum())) or real(self, chunk)
@@ -373,12 +365,12 @@ def test_a_fast_run_takes_few_tokens_of_the_harvests_text(pair, profile, cache, 
 
 
 def test_batch_topk_comes_through_the_profile(pair, profile, cache):
-    profile["pair"]["diff"]["train"] = SECTION | {"batch_topk": True}
-    assert diff.dictionary(diff.settled(profile), None, *pair)[0].architecture == "jumprelu"
+    profile = changed(profile, train=SECTION | {"batch_topk": True})
+    assert diff.dictionary(profile, None, *pair)[0].architecture == "jumprelu"
 
 
 def test_without_a_stream_the_rows_given_are_trained_on(pair, profile, cache):
-    del profile["pair"]["diff"]["stream"]
+    profile = changed(profile, stream=None)
     both = harvest.pair_of_profile(*pair, profile)
     loaded, folder = diff.dictionary(profile, both.difference, *pair, seed=5)
     assert folder == train.sae(both.difference, diff.configured(profile, 48, 5))
@@ -392,13 +384,8 @@ def test_without_a_stream_the_rows_given_are_trained_on(pair, profile, cache):
 
 
 def test_what_is_no_diff_sae_is_refused(pair, cache):
-    profile = {
-        "name": "p",
-        "chat": "c",
-        "layer": 1,
-        "sae": {"release": "r", "id": "i"},
-        "pair": {"base": "a", "chat": "b"},
-    }
+    registered = {"harvest": HARVEST, "release": "r", "id": "i"}
+    profile = a_profile(layer=1, sae=registered, pair={"base": "a", "chat": "b"})
     with pytest.raises(diff.DiffError, match="of one model's residuals, not of differences"):
         diff.dictionary(profile, activations.Array(torch.randn(10, 4)), *pair)
     folder = saes.save(

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_tokenizer
+from conftest import a_profile, small_tokenizer
 
 from helpers import store
-from helpers.sae import activations, harvest, train
-from helpers.sae.activations import Array, HarvestError
-from helpers.steering.behaviors import DataError
 from helpers.lm import models, reading, replies, text
 from helpers.lm.reading import LM
+from helpers.sae import activations, harvest, train
+from helpers.sae.activations import Array, HarvestError
 from helpers.session import ROOT
+from helpers.steering.behaviors import DataError
 
 HOW = dict(context=32, shard_rows=8, batch=4)
 
@@ -508,7 +508,7 @@ def three(source, monkeypatch):
     monkeypatch.setattr(models, "load", lambda name, device, dtype: loaded.append(name) or made[name])
     how = {"source": source, "chats": 4, "tokens": 900, "held_out": 200, "context": 64}
     pair = {"base": "base", "chat": "chat", "unrelated": "style"}
-    profile = {"name": "p", "chat": "base", "layer": 1, "behaviors": ["joy"], "pair": pair, "sae": {"harvest": how}}
+    profile = a_profile(chat="base", layer=1, pair=pair, sae={"harvest": how})
     return made, profile, loaded
 
 
@@ -518,7 +518,7 @@ def test_every_model_of_a_profile_reads_one_text_with_the_answers_of_all(three, 
     assert loaded == ["style"]  # the others were at hand, and answers that are kept load nothing
     alone = harvest.of_profile(made["base"], profile, fast=True)
     assert one.base.folder == two.base.folder == alone.folder and loaded == ["style"]
-    turned = {**profile, "chat": "chat"}
+    turned = profile.model_copy(update={"chat": "chat"})
     assert harvest.of_profile(made["base"], turned, fast=True).folder == alone.folder
     sources = alone.note["parameters"]["source"]
     assert len(sources) == len(set(sources)) == 4 and sum(s.startswith("file:") for s in sources) == 4
@@ -527,11 +527,11 @@ def test_every_model_of_a_profile_reads_one_text_with_the_answers_of_all(three, 
     activations.common(one, two)
     places = [torch.stack([side.named(n) for n in ("row", "position")]) for side in (*one, *two)]
     assert all(torch.equal(places[0], p) for p in places) and 0 < places[0].shape[1] < 0.6 * int(one.base.starts[-1])
-    del profile["pair"]["unrelated"]
+    profile = profile.model_copy(update={"pair": profile.pair.model_copy(update={"unrelated": None})})
     with pytest.raises(HarvestError, match="do not hold the same tokens"):
         activations.common(one, harvest.pair_of_profile(made["base"], made["chat"], profile, fast=True))
     with pytest.raises(HarvestError, match="no section sae: harvest"):
-        harvest.pair_of_profile(made["base"], made["chat"], {"name": "p", "sae": {}})
+        harvest.pair_of_profile(made["base"], made["chat"], a_profile())
 
 
 def test_streams_of_another_dtype_are_not_mistaken_for_one_another(model, source, cache):

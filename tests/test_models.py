@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.steering import behaviors, caa
 from helpers.lm import files, models, reading, tokens
+from helpers.steering import behaviors, caa
 
 
 def test_the_packaged_model_answers_and_loads_fast_the_second_time(smol):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import small_tokenizer, tiny_weights
 
+from helpers.lm import hooks, reading, scoring, tokens
+from helpers.lm.reading import LM
+from helpers.lm.tokens import ANSWER, USER
 from helpers.pair import overlap, patching
 from helpers.sae import decompose, harvest, saes, train
 from helpers.steering import caa, directions, propensity
 from helpers.steering.behaviors import AnswerPair, Item
-from helpers.lm import hooks, reading, scoring, tokens
-from helpers.lm.reading import LM
-from helpers.lm.tokens import ANSWER, USER
 
 LAYER = 1
 

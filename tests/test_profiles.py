@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import claims, figures, report, session
 from helpers.lm import text
+from helpers.profiles import Profile
 from helpers.session import ROOT
 
 WIDTH, COMMIT = 32, "0123456789" * 4
@@ -127,15 +128,15 @@ def profile(request, packaged, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CACHE_DIR", str(packaged))
         real = [text.fetch(name) for name in ("text", "pairs")]
-        base = snapshot(folder / "hub", settings["chat"])
-        scale = write_model(base, request.param, settings["layer"])
-        if "pair" in settings:
-            assert settings["pair"]["base"] == settings["chat"]
-            write_chat(snapshot(folder / "hub", settings["pair"]["chat"]), base)
-        repository, path = registry.get_repo_id_and_folder_name(settings["sae"]["release"], settings["sae"]["id"])
+        base = snapshot(folder / "hub", settings.chat)
+        scale = write_model(base, request.param, settings.layer)
+        if settings.pair:
+            assert settings.pair.base == settings.chat
+            write_chat(snapshot(folder / "hub", settings.pair.chat), base)
+        repository, path = registry.get_repo_id_and_folder_name(settings.sae.release, settings.sae.id)
         latents = {"gemma-2-2b": 16_384, "llama-3.1-8b": 65_536}[request.param]
         write_sae(snapshot(folder / "hub", repository), path, latents, scale, KNOWN[request.param][0])
-        entry = registry.get_pretrained_saes_directory()[settings["sae"]["release"]]
+        entry = registry.get_pretrained_saes_directory()[settings.sae.release]
         patch.setattr(entry, "config_overrides", {"d_in": WIDTH})
         patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -186,7 +187,7 @@ def test_a_notebook_runs_unchanged_on_a_hub_profile(profile, notebook, tmp_path,
         assert all(c["verdict"] == "not run" for i, c in beside.items() if i in ("03.negative", "03.concept.last"))
         assert len({c["value"] for c in beside.values()}) > 1  # of latents that are alive
     if notebook.stem.startswith("06"):
-        assert result["layer"] == session.load_profile(profile)["pair"]["diff"]["layer"] != 14
+        assert result["layer"] == session.load_profile(profile).pair.diff.layer != 14
         by_id = {c["id"]: c["verdict"] for c in result["claims"]}
         assert {f"06.{i}" for i in range(1, 19)} < set(by_id) and {"06.same.trained", "06.related.untrained"} < set(
             by_id
@@ -196,7 +197,7 @@ def test_a_notebook_runs_unchanged_on_a_hub_profile(profile, notebook, tmp_path,
 # --- two models --------------------------------------------------------------------------------------------------------
 
 
-def write_pair(hub: Path, name: str, settings: dict) -> float:
+def write_pair(hub: Path, name: str, settings: Profile) -> float:
     """A random base model of the profile's architecture and depth, and a chat model that differs from it a little; returns the root
     mean square of the base's residual stream."""
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig
@@ -216,13 +217,13 @@ def write_pair(hub: Path, name: str, settings: dict) -> float:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     for side in ("base", "chat"):
-        folder = snapshot(hub, settings["pair"][side])
+        folder = snapshot(hub, getattr(settings.pair, side))
         weights.save_pretrained(folder)
         tokenizer.chat_template = None if side == "base" else small_tokenizer().chat_template
         tokenizer.save_pretrained(folder)
         if side == "base":
             ids = torch.randint(len(tokenizer), (8, 32))
-            stream = weights.eval()(ids, output_hidden_states=True).hidden_states[settings["layer"] + 1]
+            stream = weights.eval()(ids, output_hidden_states=True).hidden_states[settings.layer + 1]
         for parameter in weights.parameters():
             parameter.data.mul_(1 + 0.02 * torch.randn_like(parameter))
     return float(stream.detach().square().mean(-1).sqrt().median())
@@ -261,12 +262,12 @@ def test_notebook_05_runs_unchanged_on_a_profile_of_two_models(name, packaged, t
     monkeypatch.setenv("CACHE_DIR", str(packaged))
     real = text.fetch("text")
     scale = write_pair(hub, name, settings)
-    wanted = {tuple(x.values()) for x in settings["pair"]["sae"].values()}
+    wanted = {(x.release, x.id) for x in (settings.pair.sae.base, settings.pair.sae.chat, settings.pair.sae.second)}
     repositories = {}
     for seed, (release, sae_id) in enumerate(sorted(wanted)):
         repository, path = registry.get_repo_id_and_folder_name(release, sae_id)
         folder = repositories.get(repository) or repositories.setdefault(repository, snapshot(hub, repository))
-        write_pair_sae(folder, path, scale, seed, settings["layer"], name == "gemma-3-1b")
+        write_pair_sae(folder, path, scale, seed, settings.layer, name == "gemma-3-1b")
         if name == "gemma-2b":
             monkeypatch.setattr(registry.get_pretrained_saes_directory()[release], "config_overrides", {"d_in": WIDTH})
 

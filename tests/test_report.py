@@ -15,6 +15,7 @@ from contextlib import redirect_stdout, suppress
 import nbformat
 import papermill
 import pytest
+from conftest import a_profile
 from nbformat import v4
 
 from helpers import report
@@ -108,11 +109,11 @@ def test_a_profile_runs_the_notebooks_it_lists_and_none_that_compares_two_models
     paths = report.notebooks()
 
     def stems(**profile):
-        return [p.stem for p in report.fitting(paths, {"name": "p", "chat": "c", **profile})]
+        return [p.stem for p in report.fitting(paths, a_profile(**profile))]
 
     assert stems(base="b") == stems(pair={"base": "b", "chat": "c"}) == ["00_base", "05_map"]
     assert stems(base=None) == ["00_base"] and "05_map: left out" in capsys.readouterr().out
-    assert stems(base="b", notebooks=[5]) == ["05_map"] and "lists notebooks 05" in capsys.readouterr().out
+    assert stems(base="b", notebooks=(5,)) == ["05_map"] and "lists notebooks 05" in capsys.readouterr().out
     assert report.strip(nbformat.read(paths[1], 4)).metadata["needs"] == "pair"  # survives a report
 
 

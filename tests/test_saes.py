@@ -11,10 +11,10 @@ from conftest import small_tokenizer
 from safetensors.torch import load_file, save_file
 from test_harvest import HOW, small, source  # noqa: F401
 
-from helpers.sae import harvest, latents, saes, topk
-from helpers.sae.activations import Array
 from helpers.lm import hooks, scoring
 from helpers.lm.reading import LM
+from helpers.sae import harvest, latents, saes, topk
+from helpers.sae.activations import Array
 from helpers.sae.saes import SaeError
 from helpers.sae.topk import Weights
 

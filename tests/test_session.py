@@ -17,12 +17,12 @@ SECRET = "hf_" + "Z9" * 17
 
 
 def test_an_override_gets_a_profile_name_of_its_own(monkeypatch):
-    assert session.load_profile()["name"] == "smollm2"
+    assert session.load_profile().name == "smollm2"
     monkeypatch.setenv("CHAT_MODEL", "google/gemma-2-2b-it")
     monkeypatch.setenv("LAYER", "13")
     profile = session.load_profile()
-    assert profile["chat"] == "google/gemma-2-2b-it" and profile["layer"] == 13
-    assert profile["name"].startswith("smollm2+gemma-2-2b-it-")
+    assert profile.chat == "google/gemma-2-2b-it" and profile.layer == 13
+    assert profile.name.startswith("smollm2+gemma-2-2b-it-")
 
 
 def test_bad_settings_say_what_is_wanted(monkeypatch):
@@ -58,9 +58,9 @@ def test_secrets_are_redacted_and_never_printed(monkeypatch):
 
 
 def test_a_pair_belongs_to_the_profiles_own_model_and_paths_are_not_shown(monkeypatch, tmp_path):
-    assert session.load_profile()["pair"]["names"] == ["reference", "aligned"]
+    assert session.load_profile().pair.names == ("reference", "aligned")
     monkeypatch.setenv("CHAT_MODEL", "someone/else")
-    assert "pair" not in session.load_profile()
+    assert session.load_profile().pair is None
     folder = tmp_path / "secret" / "model"
     folder.mkdir(parents=True)
     assert session.shown(str(folder)) == "folder:model"
@@ -117,10 +117,10 @@ def test_models_that_are_folders_are_named_from_the_root(monkeypatch, tmp_path):
         monkeypatch.setenv("CHAT_MODEL", given)
         monkeypatch.setenv("BASE_MODEL", given)
         profile = session.load_profile()
-        assert profile["chat"] == profile["base"] == wanted
+        assert profile.chat == profile.base == wanted
     monkeypatch.setenv("CHAT_MODEL", "mymodel")
-    assert session.shown(session.load_profile()["chat"]) == session.shown("mymodel") == "folder:mymodel"
-    assert session.load_profile()["name"].startswith("smollm2+mymodel-")
+    assert session.shown(session.load_profile().chat) == session.shown("mymodel") == "folder:mymodel"
+    assert session.load_profile().name.startswith("smollm2+mymodel-")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])

@@ -7,9 +7,9 @@ from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from transformers import AutoTokenizer
 
-from helpers.sae import splice
 from helpers.lm import hooks, reading, tokens
 from helpers.lm.hooks import Positions
+from helpers.sae import splice
 
 LAYER = 1
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.steering import behaviors, propensity
-from helpers.steering.behaviors import Item
 from helpers.lm import hooks, reading, replies, scoring, tokens
 from helpers.lm.tokens import ANSWER, Tokens
+from helpers.steering import behaviors, propensity
+from helpers.steering.behaviors import Item
 
 ITEMS = [
     Item("What is tin?", "Tin is a soft, silvery metal.", "No idea, sorry."),
@@ -114,7 +114,9 @@ def test_scores_are_shared_by_all_who_add_the_same(tiny, cache, monkeypatch):
 def test_a_shared_start_of_prompts_changes_no_score(name, request, cache, monkeypatch):
     """The template's first tokens are run once for all prompts; not where attention slides over a window (gemma)."""
     model = request.getfixturevalue(name)
-    prompts = [Tokens(group[0].ids[:-4], group[0].roles[:-4]) for group in propensity.of_items(model, ITEMS, 1).sequences]
+    prompts = [
+        Tokens(group[0].ids[:-4], group[0].roles[:-4]) for group in propensity.of_items(model, ITEMS, 1).sequences
+    ]
     assert (scoring._shared(model, prompts) > 3) == (name != "gemma") and scoring._shared(model, prompts[:1]) == 0
     v = torch.randn(model.d_model)
     found = propensity.of_items(model, ITEMS, 1).log_probs(v)

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.steering import behaviors, caa
-from helpers.steering.behaviors import DataError, SystemPair
 from helpers.lm import text, tokens
 from helpers.lm.tokens import ANSWER, FILLER, PAD, SPECIAL, SYSTEM, USER
 from helpers.session import DEFAULT_PROFILE, ROOT, load_profile
+from helpers.steering import behaviors, caa
+from helpers.steering.behaviors import DataError, SystemPair
 
-NAMES = load_profile(DEFAULT_PROFILE)["behaviors"]
+NAMES = load_profile(DEFAULT_PROFILE).behaviors
 
 
 def text_of(tokenizer, batch, chosen, row=0):

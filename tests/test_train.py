@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from conftest import HARVEST, a_profile
 from safetensors.torch import load_file
 
 from helpers.sae import saes, topk, train
@@ -257,11 +258,12 @@ def test_a_checkpoint_made_by_other_code_is_not_taken(tmp_path, monkeypatch):
 
 def test_the_profiles_section_is_checked():
     section = {"expansion": 8, "k": 32, "samples": 10_000}
-    config = train.of_profile({"name": "p", "sae": {"train": section}}, 576, seed=3)
+    config = train.of_profile(a_profile(sae={"harvest": HARVEST, "train": section}), 576, seed=3)
     assert (config.latents, config.k, config.seed) == (4608, 32, 3)
-    for wrong, word in (({}, "expansion"), ({**section, "size": 3}, "size")):
-        with pytest.raises(ValueError, match=word):
-            train.of_profile({"name": "p", "sae": {"train": wrong}}, 576)
+    with pytest.raises(ValueError, match="no section sae: train"):
+        train.of_profile(a_profile(sae={"harvest": HARVEST}), 576)
+    settings = set(profiles.Training.model_fields) - {"expansion"}
+    assert settings == set(train.Config._fields) - {"latents", "seed"}  # what a profile may say, and nothing else
 
 
 def test_the_dictionaries_of_a_pair_share_a_seed_and_the_second_does_not(cache):
@@ -269,8 +271,9 @@ def test_the_dictionaries_of_a_pair_share_a_seed_and_the_second_does_not(cache):
         Array(planted(samples=4000)[0] + i, model_name=f"m{i}", hook_name="blocks.0.hook_resid_post") for i in (0, 1)
     )
     section = {"expansion": 2, "k": 4, "samples": 8192, "batch": 512, "low": False}
-    made = train.dictionaries({"name": "p", "layer": 0, "sae": {"train": section}}, base, chat, seed=5)
-    alone = [train.dictionary({"name": "p", "layer": 0, "sae": {"train": section}}, base, seed=s)[0] for s in (5, 6)]
+    profile = a_profile(sae={"harvest": HARVEST, "train": section})
+    made = train.dictionaries(profile, base, chat, seed=5)
+    alone = [train.dictionary(profile, base, seed=s)[0] for s in (5, 6)]
     for one, other in ((made.base, alone[0]), (made.second, alone[1])):
         assert torch.equal(one.sae.W_dec, other.sae.W_dec)
     same, apart = (

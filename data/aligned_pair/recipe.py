@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import session, stats, store
+from helpers.lm import models, replies, scoring, text
 from helpers.steering import propensity
 from helpers.steering.behaviors import DataError, field, load_behavior, objects
-from helpers.lm import models, replies, scoring, text
 
 HERE = Path(__file__).resolve().parent
 BASE = "packaged:smollm2-135m-instruct"

@@ -145,9 +145,7 @@ def dictionary(
     return loaded, folder
 
 
-def _of_stream(
-    profile: Profile, base: LM, chat: LM, device: str, seed: int, fast: bool
-) -> tuple[saes.Loaded, Path]:
+def _of_stream(profile: Profile, base: LM, chat: LM, device: str, seed: int, fast: bool) -> tuple[saes.Loaded, Path]:
     stream = streamed(profile, base, chat, fast)
     config = configured(profile, stream.d_model, seed, fast)
     folder, checkpoints = _places(stream, config)
