@@ -218,7 +218,8 @@ class Progress:
             self._sections, self._spent, self._read = [], spent, 0
             self._notebook = self._section = time.monotonic()
         if not self._terminal:
-            self.say(f"{stem} ({self._place()}), {told(remaining(self.known.get(stem)))}")
+            own, every = self.left()
+            self.say(f"{stem} ({self._place()}), {own}" + f"; of all, {every}" * (every != own))
         self.section(START)
 
     def section(self, heading: str) -> None:

@@ -369,7 +369,10 @@ def test_tokens_left_out_do_not_move_the_order_of_the_others(model, source, cach
         torch.arange(len(mask)) % 2 == 0
     )  # a part of the text: an order of its own, nothing twice in an epoch
     rows = torch.cat([b for b, _ in zip(few.batches(64, block=8), range(len(few) // 64), strict=False)])
-    assert len(rows.unique(dim=0)) == len(rows)
+    twins = len(few) - len(
+        few.rows(torch.arange(len(few))).unique(dim=0)
+    )  # tokens that are one another's from the start
+    assert len(rows.unique(dim=0)) >= len(rows) - twins and twins < 5
 
 
 def test_batches_are_a_seeded_shuffle_without_repeats_that_can_start_anywhere():

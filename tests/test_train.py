@@ -9,6 +9,7 @@ import torch
 from conftest import HARVEST, a_profile
 from safetensors.torch import load_file
 
+from helpers import profiles
 from helpers.sae import saes, topk, train
 from helpers.sae.activations import Array
 from helpers.sae.topk import Weights

@@ -38,7 +38,7 @@ def whole_cache(lm: LM) -> DynamicCache:
     return DynamicCache()
 
 
-def token_log_probs(logits: Tensor, targets: Tensor, exact: Tensor, block: int = 128) -> Tensor:
+def token_log_probs(logits: Tensor, targets: Tensor, exact: Tensor, block: int = 64) -> Tensor:
     """log softmax(logits)[target], float32 (tokens,), for logits (tokens, vocabulary) of any dtype.
 
     `exact` (tokens,): the targets' logits in float32. In bf16 a logit of 20 is rounded by 0.06, which is as large as some effects.
@@ -52,6 +52,16 @@ def token_log_probs(logits: Tensor, targets: Tensor, exact: Tensor, block: int =
         top = part.amax(1, keepdim=True)
         out[rows] = exact[rows] - top[:, 0] - part.sub_(top).exp_().sum(1).log()
     return out
+
+
+def token_kl(given: Tensor, logits: Tensor, block: int = 16) -> Tensor:
+    """KL(given || softmax(logits)) of each token in nats, float32 (tokens,); `given` log-probabilities (tokens, vocabulary) float32.
+
+    On a CPU in blocks that stay in its cache, which is six times as fast.
+    """
+    block = block if logits.device.type == "cpu" else len(logits)
+    parts = zip(given.split(block), logits.split(block), strict=True)
+    return torch.cat([(p.exp() * (p - q.float().log_softmax(-1))).sum(-1) for p, q in parts])
 
 
 @contextmanager
@@ -271,8 +281,8 @@ class Continuations:
             if number not in self._unsteered:
                 none = torch.zeros_like(vector)
                 self._unsteered[number] = self._predicted(chunk, none, 0.0).logits.float().log_softmax(-1)
-            p, q = self._unsteered[number], self._predicted(chunk, vector, multiplier).logits.float().log_softmax(-1)
-            means.append(self._per_completion(chunk, (p.exp() * (p - q)).sum(-1), mean=True))
+            steered = self._predicted(chunk, vector, multiplier).logits
+            means.append(self._per_completion(chunk, token_kl(self._unsteered[number], steered), mean=True))
         return self._table(means).numpy()
 
     def gradients(self, above: Sequence[int] = ()) -> Tensor:

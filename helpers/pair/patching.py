@@ -151,8 +151,7 @@ class Runs:
             out = np.empty(len(self.sequences))
             for rows, counts, given, _ in self._predictions(added):
                 for i, own in zip(rows, given.logits.split(counts), strict=True):
-                    p, q = reference.own[i].to(own.device), own.float().log_softmax(-1)
-                    out[i] = float((p.exp() * (p - q)).sum(-1).double().mean())
+                    out[i] = float(scoring.token_kl(reference.own[i].to(own.device), own).double().mean())
             return out
 
         return self._cached("KL", added, compute, reference=reference._key)

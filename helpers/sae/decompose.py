@@ -331,16 +331,18 @@ def dense(rows: Tensor, vectors: Tensor, k: int = 0) -> Decomposition:
     return _finish(v, _in_units(codes, norms), codes @ unit, began)
 
 
-# name -> (sae, vectors, k, acts) -> Decomposition; the first three are what the SAE's encoder says; lassos are
-# slow, and kept on disk
+# name -> (sae, vectors, k, acts) -> Decomposition; the first three are what the SAE's encoder says; what takes
+# long is kept on disk
 METHODS: dict[str, Callable[[Dictionary, Tensor, int, Tensor], Decomposition]] = {
     "encode": lambda sae, v, k, acts: encode(sae, v, k),
     "encode less zero": lambda sae, v, k, acts: encode_less_zero(sae, v, k),
-    "with and without v": lambda sae, v, k, acts: encode_shift(sae, v, acts, k),
-    "gradient pursuit, unsigned": lambda sae, v, k, acts: pursuit(rows_of(sae), v, k, "gradient", signed=False),
+    "with and without v": lambda sae, v, k, acts: store.kept(encode_shift, sae, v, acts, k),
+    "gradient pursuit, unsigned": lambda sae, v, k, acts: store.kept(
+        pursuit, rows_of(sae), v, k, "gradient", signed=False
+    ),
     "lasso, unsigned": lambda sae, v, k, acts: store.kept(lasso, rows_of(sae), v, k, positive=True),
-    "orthogonal pursuit": lambda sae, v, k, acts: pursuit(rows_of(sae), v, k),
-    "gradient pursuit": lambda sae, v, k, acts: pursuit(rows_of(sae), v, k, "gradient"),
+    "orthogonal pursuit": lambda sae, v, k, acts: store.kept(pursuit, rows_of(sae), v, k),
+    "gradient pursuit": lambda sae, v, k, acts: store.kept(pursuit, rows_of(sae), v, k, "gradient"),
     "lasso": lambda sae, v, k, acts: store.kept(lasso, rows_of(sae), v, k),
     "least squares, largest": lambda sae, v, k, acts: dense(rows_of(sae), v, k),
 }
