@@ -9,6 +9,7 @@ YAML likes them (`lr: 2e-3` is text to it). Knows nothing of models, of the envi
 
 import argparse
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -217,10 +218,21 @@ def read(file: Path) -> dict[str, Any]:
     return given
 
 
+def _numbers(given: Any) -> Any:
+    """Settings with numbers such as 2e-3, which YAML takes for text, as numbers."""
+    if isinstance(given, dict):
+        return {key: _numbers(value) for key, value in given.items()}
+    if isinstance(given, list):
+        return [_numbers(value) for value in given]
+    if isinstance(given, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", given):
+        return int(float(given)) if float(given).is_integer() else float(given)
+    return given
+
+
 def of(given: dict[str, Any], file: str) -> Profile:
     """The profile of settings that were read from `file`; ProfileError names every key that is wrong."""
     try:
-        return Profile.model_validate(given)
+        return Profile.model_validate(_numbers(given))
     except ValidationError as error:
         wrong = "; ".join(_said(e) for e in error.errors())
         raise ProfileError(f"{file}: {wrong}") from None

@@ -78,9 +78,9 @@ def versions() -> dict[str, str]:
 
 
 @lru_cache
-def _parsed(module: str) -> tuple[str, frozenset[str]]:
+def _parsed(source: str) -> tuple[str, frozenset[str]]:
     """A hash of what a module of helpers does, wherever it lies and however it is commented, and the helpers it imports."""
-    tree, imported = ast.parse(_SOURCE[module]), set()
+    tree, imported = ast.parse(source), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "helpers":
             names = {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
@@ -91,7 +91,6 @@ def _parsed(module: str) -> tuple[str, frozenset[str]]:
     return digest(ast.dump(tree)), frozenset(imported)
 
 
-@lru_cache
 def code_digest(module: str) -> str:
     """A hash of what a module (its `__name__`) and all the helpers that it can reach by imports do: an edited computation does
     not meet its old results; a file that is moved, or commented anew, does."""
@@ -99,7 +98,7 @@ def code_digest(module: str) -> str:
     while left:
         name = left.pop()
         if name not in found and name.removeprefix("helpers.") not in PLUMBING:
-            found[name], reached = _parsed(name)
+            found[name], reached = _parsed(_SOURCE[name])
             left += reached
     return digest(sorted(found.values()))[:16]
 

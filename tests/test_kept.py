@@ -63,10 +63,10 @@ def test_another_argument_or_source_is_another_question(cache, monkeypatch):
     store.kept(decompose.pursuit, A, A[:2], 3)
     store.kept(decompose.pursuit, A + 1e-7, A[:2], 2)
     assert count() == 3
-    monkeypatch.setitem(store._SOURCE, "stats", "edited")  # decompose imports it
+    monkeypatch.setitem(store._SOURCE, "helpers.stats", "edited = 1")  # decompose imports it
     store.kept(decompose.pursuit, A, A[:2], 2)
     assert count() == 4
-    monkeypatch.setitem(store._SOURCE, "train", "edited")  # decompose does not
+    monkeypatch.setitem(store._SOURCE, "helpers.sae.train", "edited = 1")  # decompose does not
     store.kept(decompose.pursuit, A, A[:2], 2)
     assert count() == 4
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import a_profile
 
 from helpers.lm import files, models, reading, tokens
 from helpers.steering import behaviors, caa
@@ -75,10 +76,10 @@ def test_the_tokenizer_is_the_models_own(smol):
 
 
 def test_layers_are_those_the_model_has(tiny):
-    assert models.choose_layers(tiny, {"layer": 1, "layers": [0, 3, 26]}) == (1, [0, 1, 3])
-    assert models.choose_layers(tiny, {"layer": 1, "layers": [3]}, fast=True) == (1, [0, 1])
+    assert models.choose_layers(tiny, a_profile(layer=1, layers=[0, 3, 26])) == (1, [0, 1, 3])
+    assert models.choose_layers(tiny, a_profile(layer=1, layers=[3]), fast=True) == (1, [0, 1])
     with pytest.raises(models.ModelError, match="layer 14 was asked for, but the model has layers 0 to 3"):
-        models.choose_layers(tiny, {"layer": 14, "layers": []})
+        models.choose_layers(tiny, a_profile(layer=14))
 
 
 def test_wrong_names_are_refused_with_what_there_is(tmp_path):
@@ -183,7 +184,7 @@ def test_an_adapter_is_merged_and_has_an_identity_of_its_own(tiny, tmp_path):
     small(tiny.tokenizer, tmp_path / "mine")
     tuned = adapter(tmp_path / "mine", tmp_path / "tuned")
     base, chat = models.load_pair(
-        {"name": "p", "pair": {"base": str(tmp_path / "mine"), "chat": f"{tmp_path}/mine + {tmp_path}/tuned"}}
+        a_profile(pair={"base": str(tmp_path / "mine"), "chat": f"{tmp_path}/mine + {tmp_path}/tuned"})
     )
     ids = torch.randint(100, (2, 9))
     expected, plain = tuned(input_ids=ids).logits, base.weights(input_ids=ids).logits
@@ -219,7 +220,7 @@ def test_adapters_and_pairs_that_cannot_be_had_are_refused_in_words(tiny, tmp_pa
     with pytest.raises(models.ModelError, match="the adapter fits does not fit.*before the"):
         models.load(f"{tmp_path}/wide + {tmp_path}/fits")
     with pytest.raises(models.ModelError, match="set BASE_MODEL"):
-        models.load_pair({"name": "p", "chat": "x", "base": None})
+        models.load_pair(a_profile(chat="x"))
     with pytest.raises(models.ModelError, match="names no unrelated model.*write unrelated: into"):
-        models.pair_names({"name": "p", "chat": "x", "base": "y"}, unrelated=True)
-    assert models.pair_names({"name": "p", "chat": "x", "base": "y"}) == ("y", "x")
+        models.pair_names(a_profile(chat="x", base="y"), unrelated=True)
+    assert models.pair_names(a_profile(chat="x", base="y")) == ("y", "x")

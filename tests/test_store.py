@@ -32,9 +32,9 @@ def test_a_second_call_is_a_hit_and_a_changed_parameter_is_not(cache):
 
 
 def test_edited_code_is_not_a_stale_hit(cache, monkeypatch):
-    store.cached("kind", {}, entry, ("stats",))
-    monkeypatch.setitem(store._SOURCE, "stats", "edited")
-    assert store.cached("kind", {}, lambda: entry(7), ("stats",))["x"].shape == (7,)
+    store.cached("kind", {}, entry, "helpers.stats")
+    monkeypatch.setitem(store._SOURCE, "helpers.stats", "edited = 1")
+    assert store.cached("kind", {}, lambda: entry(7), "helpers.stats")["x"].shape == (7,)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_json_is_read_as_utf8_whatever_the_locale(tmp_path):
 def checkout(folder, **modules):
     """A checkout of `helpers` with only the cache and these modules; `digests` says what the digest of each is."""
     (folder / "helpers" / "lm").mkdir(parents=True)
-    for name in ("session", "store"):
+    for name in ("session", "store", "profiles"):
         shutil.copy(ROOT / "helpers" / f"{name}.py", folder / "helpers")
     for name, text in {"__init__": "", "lm/__init__": "", **modules}.items():
         (folder / "helpers" / f"{name}.py").write_text(text)

@@ -282,9 +282,10 @@ def test_the_dictionaries_of_a_pair_share_a_seed_and_the_second_does_not(cache):
     )
     assert same > 0.9 > 0.5 > apart  # one start, one order of rows
     with pytest.raises(saes.SaeError, match="names one SAE"):
-        train.dictionaries({"name": "p", "sae": {"release": "r", "id": "i"}}, base, chat)
-    with pytest.raises(saes.SaeError, match="names no second"):
-        train.dictionaries({"name": "p", "pair": {"sae": {"base": {}, "chat": {}}}}, base, chat)
+        train.dictionaries(a_profile(sae={"harvest": HARVEST, "release": "r", "id": "i"}), base, chat)
+    named = {"release": "r", "id": "i"}
+    with pytest.raises(profiles.ProfileError, match="pair: sae: second is missing"):
+        a_profile(pair={"base": "a", "chat": "b", "sae": {"base": named, "chat": named}})
 
 
 def test_wandb_is_asked_for_by_name_and_missed_with_a_sentence(monkeypatch):

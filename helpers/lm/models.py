@@ -373,7 +373,11 @@ def pair_names(profile: Profile, unrelated: bool = False) -> tuple[str, str]:
     They stand in the section `pair:`, or are `base` and `chat` of the profile itself. ModelError if there are none.
     """
     pair = profile.pair
-    base, chat = (pair.base, pair.unrelated if unrelated else pair.chat) if pair else (profile.base, profile.chat)
+    base, chat = (
+        (pair.base, pair.unrelated if unrelated else pair.chat)
+        if pair
+        else (profile.base, None if unrelated else profile.chat)
+    )
     if not base or not chat:
         missing = "unrelated" if base else "base"
         do = "" if missing == "unrelated" else "set BASE_MODEL beside CHAT_MODEL in .env, or "
