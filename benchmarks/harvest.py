@@ -80,7 +80,7 @@ def main():
     o = parser.parse_args()
     torch.set_grad_enabled(False)
     device, dtype = session.device_and_dtype()
-    model = gemma_shape(device, dtype) if o.random else models.load(session.load_profile()["chat"], device, dtype)
+    model = gemma_shape(device, dtype) if o.random else models.load(session.load_profile().chat, device, dtype)
     layer = model.layers // 2 - 1
     source = "packaged:wiki+web+stories"
     batch = harvest.rows_a_pass(o.context)

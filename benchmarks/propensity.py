@@ -65,7 +65,7 @@ def main():
     parser.add_argument("--random", action="store_true")
     options = parser.parse_args()
     s = session.start("benchmark")
-    model = gemma_shape(s.device, s.dtype) if options.random else models.load(s.profile["chat"], s.device, s.dtype)
+    model = gemma_shape(s.device, s.dtype) if options.random else models.load(s.profile.chat, s.device, s.dtype)
     layer = model.layers // 2 - 1
     items = behaviors.load_behavior("refusal").test[: options.items]
     where, v = propensity.of_items(model, items, layer), torch.randn(model.d_model)

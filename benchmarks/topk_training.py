@@ -60,8 +60,8 @@ def main():
     torch.set_grad_enabled(False)
     profile = session.load_profile()
     device, dtype = session.device_and_dtype(profile)
-    model = models.load(profile["chat"], device, dtype)
-    rows = harvest.run(model, profile["sae"]["harvest"]["source"], [profile["layer"]], o.tokens)
+    model = models.load(profile.chat, device, dtype)
+    rows = harvest.run(model, list(profile.sae.harvest.source), [profile.layer], o.tokens)
     config = train.Config(
         rows.d_model * o.expansion, o.k, o.steps * o.batch, o.batch, o.lr, alpha=0.0, clip=1 / rows.d_model, low=False
     )  # SAELens clips at 1 and here sees no latent as dead

@@ -117,6 +117,13 @@ def test_a_profile_runs_the_notebooks_it_lists_and_none_that_compares_two_models
     assert report.strip(nbformat.read(paths[1], 4)).metadata["needs"] == "pair"  # survives a report
 
 
+def test_a_profile_given_as_a_parameter_decides_the_folder(tmp_path):
+    for words in (["-p", "profile=gemma-2b"], ["--profile", "gemma-2b"]):
+        asked = report._asked(report._options([*words, "--only", "05", "--out", str(tmp_path)]))
+        assert asked.name == asked.profile.name == "gemma-2b"  # names the report's folder and heading
+        assert asked.given == {"profile": "gemma-2b"}
+
+
 def test_a_failing_notebook_is_shown_as_failed_and_the_rest_go_on(workshop, tmp_path, capsys):
     notebook(workshop, "00_bad", "secret = 'hf_' + 'a' * 30\nraise RuntimeError('planted ' + secret)")
     notebook(workshop, "01_good", GOOD)
