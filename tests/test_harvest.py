@@ -160,7 +160,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
-from helpers import harvest
+from helpers.sae import harvest
 from test_harvest import small, HOW
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
