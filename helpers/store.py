@@ -23,7 +23,6 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -349,11 +348,6 @@ def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
     return typing.cast(T, _together(typing.get_type_hints(f)["return"], plan, found))
 
 
-_modules: WeakKeyDictionary[Any, tuple[int, Any]] = (
-    WeakKeyDictionary()
-)  # what was said of SAEs, while they are as they were
-
-
 def _stated(value: Any) -> Any:
     """What JSON can say of an argument: the same for equal ones alone."""
     if isinstance(value, np.ndarray):
@@ -364,13 +358,8 @@ def _stated(value: Any) -> Any:
         if (said := getattr(value, name, None)) is not None:
             return said() if callable(said) else said
     if hasattr(value, "state_dict"):
-        weights = dict(value.state_dict())
-        version = sum(t._version for t in weights.values())
-        if _modules.get(value, (None,))[0] != version:
-            settings = value.cfg.to_dict() if hasattr(value.cfg, "to_dict") else vars(value.cfg)
-            said = [type(value).__name__, repr(sorted(settings.items())), _stated(weights)]
-            _modules[value] = version, said
-        return _modules[value][1]
+        settings = value.cfg.to_dict() if hasattr(value.cfg, "to_dict") else vars(value.cfg)
+        return [type(value).__name__, repr(sorted(settings.items())), _stated(dict(value.state_dict()))]
     if isinstance(value, dict):
         return {str(name): _stated(part) for name, part in value.items()}
     if isinstance(value, (tuple, list)):

@@ -29,6 +29,8 @@ def test_every_profile_of_the_repository_is_one(file):
         ({"sae": {"train": TRAIN}}, "sae: harvest is missing"),
         ({"layer": "middle"}, "layer = 'middle' given"),
         ({"layer": -1}, "layer = -1 given"),
+        ({"layer": True}, "layer = True given; a number or text, not yes or no, is wanted"),
+        ({"sae": {"harvest": HARVEST, "train": TRAIN | {"k": True}}}, "sae: train: k = True given"),
         ({"sae": {"harvest": HARVEST, "train": TRAIN | {"lr": "fast"}}}, "sae: train: lr = 'fast' given"),
         ({"sae": {"harvest": HARVEST, "train": TRAIN | {"k": 0}}}, "sae: train: k = 0 given"),
         ({"pair": {"base": "a", "chat": "b", "names": ["one"]}}, "pair: names"),
