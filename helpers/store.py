@@ -336,7 +336,7 @@ def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
         )
     bound = inspect.signature(f).bind(*given, **named)
     bound.apply_defaults()
-    key = {"function": f"{f.__module__}.{f.__qualname__}", "given": _stated(bound.arguments)}
+    key = {"function": f"{f.__module__}.{f.__qualname__}", "given": stated(bound.arguments)}
 
     def compute() -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -348,7 +348,7 @@ def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
     return typing.cast(T, _together(typing.get_type_hints(f)["return"], plan, found))
 
 
-def _stated(value: Any) -> Any:
+def stated(value: Any) -> Any:
     """What JSON can say of an argument: the same for equal ones alone."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
@@ -359,11 +359,11 @@ def _stated(value: Any) -> Any:
             return said() if callable(said) else said
     if hasattr(value, "state_dict"):
         settings = value.cfg.to_dict() if hasattr(value.cfg, "to_dict") else vars(value.cfg)
-        return [type(value).__name__, repr(sorted(settings.items())), _stated(dict(value.state_dict()))]
+        return [type(value).__name__, repr(sorted(settings.items())), stated(dict(value.state_dict()))]
     if isinstance(value, dict):
-        return {str(name): _stated(part) for name, part in value.items()}
+        return {str(name): stated(part) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_stated(part) for part in value]
+        return [stated(part) for part in value]
     if value is None or isinstance(value, (str, int, float)):
         return value
     raise TypeError(

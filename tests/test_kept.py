@@ -75,12 +75,12 @@ def test_an_sae_edited_past_autograd_is_another_question(cache):
     """Weights written through `.data` leave no trace in torch's own version counts."""
     sae = torch.nn.Linear(3, 2)
     sae.cfg = SimpleNamespace(k=1)
-    before = store._stated(sae)
+    before = store.stated(sae)
     sae.weight.data.mul_(2)
-    assert store._stated(sae) != before
-    before = store._stated(sae)
+    assert store.stated(sae) != before
+    before = store.stated(sae)
     sae.cfg.k = 2
-    assert store._stated(sae) != before
+    assert store.stated(sae) != before
 
 
 def test_what_cannot_be_named_is_refused(cache):

@@ -354,10 +354,7 @@ def fingerprint(sae: Dictionary) -> str:
     """A hash of an SAE's weights and settings, for the cache; empty for an object that has no state_dict."""
     if not hasattr(sae, "state_dict"):
         return ""
-    settings = sae.cfg.to_dict() if hasattr(sae.cfg, "to_dict") else vars(sae.cfg)
-    return store.digest(
-        [repr(sorted(settings.items())), {name: store.digest(t) for name, t in sae.state_dict().items()}]
-    )
+    return store.digest(store.stated(sae))
 
 
 def _kept(kind: str, saes: Sequence[Dictionary], key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict:
