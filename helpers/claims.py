@@ -1,157 +1,369 @@
-"""Claims and their verdicts: a rule is stated first, a number is put to it after.
+"""A notebook's claims: stated with their rule before any number, judged by that rule, read and saved from one object.
 
-A claim is what a study reports: statement, source, published number, ours with its interval, the null's number, the rule
-in words, and the verdict. Verdicts come out of `judge`, never out of a keyboard.
+    ledger = claims.Ledger(session)
+    ledger.state("01.2", "one padded pair steers as well as forty", claims.at_least(0.9, margin=0.1), source="source 001",
+                 unit="of the other's response", over="behaviours", null="random vectors")
+    ledger.judge("01.2", stats.ratio(one, forty), null_draws)
+    ledger.reading("01.2")
+
+Every claim has an id; a cell that is run again replaces what it said. What the verdicts mean, and how often each rule is wrong
+where nothing is there and where something is, stands in docs/verdicts.md.
 """
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from helpers import stats
 from helpers.session import Session
 from helpers.stats import Interval
 from helpers.store import versions, write_file
 
 VERDICTS = ("holds", "fails", "algebra", "artefact", "undecided", "not run")
+MAIN = 5  # claims of a notebook that are its argument; the rest is "also measured"
+P = 0.05
+
+
+# --- rules -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a rule is given: the `value` with its interval, the null's number, and whether the value `beats` the null."""
+
+    value: Interval
+    null: float
+    beats: bool
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A verdict rule: `words` for the reader, `decide` (interval, null) -> verdict for the computer."""
+    """`words` for the reader, `decide` for the computer; `sign` is -1 where less is more, which turns the p-value round."""
 
     words: str
-    decide: Callable[[Interval, float], str]
+    decide: Callable[[Found], str]
+    sign: int = 1
 
 
-def above(threshold: float, what: str) -> Rule:
-    """`holds` if the whole interval of `what` lies above `threshold` and the null, `fails` if below `threshold`, else `undecided`."""
+def at_least(threshold: float, margin: float = 0.0) -> Rule:
+    """The value is `threshold` or more; `fails` where it is clearly less, by more than `margin`."""
 
-    def decide(value: Interval, null: float) -> str:
-        return "holds" if value.low > max(threshold, null) else "fails" if value.high < threshold else "undecided"
+    def decide(found: Found) -> str:
+        low = found.value.low > threshold and found.beats
+        return "holds" if low else "fails" if found.value.high < threshold - margin else "undecided"
 
-    words = f"holds if the 95 % interval of {what} lies above {threshold:g} and above the null, fails if below {threshold:g}"
+    words = f"holds if the 95 % interval lies above {threshold:g} and beats the null, fails if it lies below {threshold - margin:g}"
     return Rule(f"{words}, else undecided", decide)
 
 
-def below(threshold: float, what: str) -> Rule:
-    """`holds` if the whole interval of `what` lies below `threshold` and the null, `fails` if above `threshold`, else `undecided`."""
+def at_most(threshold: float, margin: float = 0.0) -> Rule:
+    """The value is `threshold` or less; `fails` where it is clearly more, by more than `margin`."""
 
-    def decide(value: Interval, null: float) -> str:
-        return "holds" if value.high < min(threshold, null) else "fails" if value.low > threshold else "undecided"
+    def decide(found: Found) -> str:
+        high = found.value.high < threshold and found.beats
+        return "holds" if high else "fails" if found.value.low > threshold + margin else "undecided"
 
-    words = f"holds if the 95 % interval of {what} lies below {threshold:g} and below the null, fails if above {threshold:g}"
+    words = f"holds if the 95 % interval lies below {threshold:g} and beats the null, fails if it lies above {threshold + margin:g}"
+    return Rule(f"{words}, else undecided", decide, sign=-1)
+
+
+def effect(smallest: float) -> Rule:
+    """There is an effect: the value less what the null gives. `fails` where all that matters, `smallest` and more, is excluded."""
+
+    def decide(found: Found) -> str:
+        if found.value.high < smallest:
+            return "fails"
+        return "holds" if found.value.low > 0 and found.beats else "undecided"
+
+    words = f"holds if the 95 % interval lies above zero and beats the null, fails if it lies below {smallest:g}, the smallest effect that would matter"
+    return Rule(f"{words}; else undecided", decide)
+
+
+def within(target: float, margin: float) -> Rule:
+    """The value is `target`, give or take `margin`: the whole interval must lie inside."""
+
+    def decide(found: Found) -> str:
+        low, high = target - margin, target + margin
+        inside = low < found.value.low and found.value.high < high
+        return "holds" if inside else "fails" if found.value.low > high or found.value.high < low else "undecided"
+
+    words = f"holds if the whole 95 % interval lies within {margin:g} of {target:g}, fails if it lies outside"
     return Rule(f"{words}, else undecided", decide)
 
 
-def beyond_null(what: str, null_name: str) -> Rule:
-    """`holds` if the whole interval lies above the null's number, `fails` if it does not reach it, else `undecided`."""
+def identity(tolerance: float) -> Rule:
+    """`algebra` if the value is 1 within `tolerance`, on the null too."""
 
-    def decide(value: Interval, null: float) -> str:
-        return "holds" if value.low > null else "fails" if value.high < null else "undecided"
+    def decide(found: Found) -> str:
+        gaps = [abs(x - 1) for x in (found.value.low, found.value.high, found.null)]
+        return "algebra" if max(gaps) < tolerance else "fails"
 
-    return Rule(f"holds if the 95 % interval of {what} lies above {null_name}, fails if below, else undecided", decide)
-
-
-def identity(what: str, tolerance: float) -> Rule:
-    """`algebra` if the value differs from 1 by less than `tolerance` on the null too; `fails` otherwise."""
-
-    def decide(value: Interval, null: float) -> str:
-        return "algebra" if max(abs(value.low - 1), abs(value.high - 1), abs(null - 1)) < tolerance else "fails"
-
-    return Rule(f"algebra if {what} is 1 within {tolerance:g} for the data and for noise alike, else fails", decide)
+    return Rule(f"algebra if it is 1 within {tolerance:g} for the data and for noise alike, else fails", decide)
 
 
 def reproduces(published: float, tolerance: float) -> Rule:
-    """`holds` if the value lies within `tolerance` (a share) of a published number and the null does not, else `fails`."""
+    """`holds` if the value lies within `tolerance` (a share) of a published number and the null does not."""
     reach = tolerance * abs(published)
 
-    def decide(value: Interval, null: float) -> str:
-        return "holds" if abs(value.value - published) <= reach < abs(null - published) else "fails"
+    def decide(found: Found) -> str:
+        return "holds" if abs(found.value.value - published) <= reach < abs(found.null - published) else "fails"
 
     return Rule(f"holds if it lies within {tolerance:.0%} of the published {published:g} and the null does not", decide)
 
 
-def refused(reason: str) -> Rule:
-    """`not run`, whatever the number: a condition for judging it is not met."""
-    return Rule(f"not run: {reason}", lambda value, null: "not run")
+# --- claims ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of the table of claims; `published` is a number where one can be compared with, else words."""
+    """A claim as stated and, once judged, as found; `published` is a number where one can be compared with, else words.
+
+    `over`: what was sampled, which is what the interval ranges over. `null`: what the null is; `null_value`, the largest number
+    that it gives by chance (one draw in twenty is beyond it), or its one number; `p` where it has draws, after Holm's
+    correction within its `family`. `main`: one of the notebook's few, not "also measured".
+    """
 
     id: str
     statement: str
-    source: str
-    published: str | float
-    value: float
-    low: float
-    high: float
-    null: float
-    unit: str
     rule: str
-    verdict: str
+    source: str
+    unit: str
+    over: str
+    null: str
+    main: bool = True
+    family: str = ""
+    published: str | float = "-"
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    null_value: float | None = None
+    p: float | None = None
+    ceiling: float | None = None
+    verdict: str = ""
+    reason: str = ""
+
+    @property
+    def interval(self) -> Interval:
+        """The value with its interval; ValueError for a claim that was not judged."""
+        if self.value is None or self.low is None or self.high is None:
+            raise ValueError(f"claim {self.id} has no number: {self.reason or 'judge it first'}")
+        return Interval(self.value, self.low, self.high)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.interval, spec)
+
+    def _repr_markdown_(self) -> str:
+        return reading(self) if self.verdict else stated(self)
 
 
-def judge(
-    rule: Rule, id: str, statement: str, source: str, value: Interval, null: float, unit: str,
-    published: str | float = "-",
-) -> Claim:  # fmt: skip
-    """The claim with the verdict `rule` gives; ValueError on a number that is missing or a verdict that does not exist."""
-    if not all(math.isfinite(x) for x in (*value, null)):
-        raise ValueError(
-            f"claim {id}: {value} with null {null} is not a result; every claim needs an interval and a null"
-        )
-    if not value.low <= value.value <= value.high:
-        raise ValueError(f"claim {id}: the value {value.value} lies outside its interval [{value.low}, {value.high}]")
-    verdict = rule.decide(value, null)
-    if verdict not in VERDICTS:
-        raise ValueError(f"claim {id}: the rule gave {verdict!r}; a verdict is one of {', '.join(VERDICTS)}")
-    return Claim(id, statement, source, published, *map(float, value), float(null), unit, rule.words, verdict)
+def stated(claim: Claim) -> str:
+    """A claim and its rule for the reader, before any number."""
+    lines = [
+        f"**Claim {claim.id}** ({claim.source}): *{claim.statement}*.",
+        f"**Rule**: {claim.rule}.",
+        f"Sampled: {claim.over}. Null: {claim.null}.",
+    ]
+    if claim.family:
+        lines.append(f"One of the questions of *{claim.family}*; their p-values are corrected together (Holm).")
+    return "  \n".join(lines)
+
+
+def reading(claim: Claim) -> str:
+    """What was found, in one sentence."""
+    if claim.value is None:
+        return f"*{claim.statement[:1].upper()}{claim.statement[1:]}*: **{claim.verdict}** ({claim.reason})."
+    found = f"{number(claim.value)} [{number(claim.low)}, {number(claim.high)}] {claim.unit}"
+    beside = f"null {number(claim.null_value)}" + ("" if claim.p is None else f", p = {claim.p:.2g}")
+    if claim.ceiling is not None:
+        beside += f", ceiling {number(claim.ceiling)}"
+    more = f" {claim.reason}." if claim.reason else ""
+    return f"*{claim.statement[:1].upper()}{claim.statement[1:]}*: {found} ({beside}): **{claim.verdict}**.{more}"
+
+
+def number(x: float | None) -> str:
+    """Three digits, as a person would write them."""
+    return "-" if x is None else f"{x:.3g}"
+
+
+class Ledger:
+    """The claims of one notebook, by id."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self._stated: dict[str, tuple[Claim, Rule]] = {}
+        self._found: dict[str, tuple[Interval, np.ndarray, float | None]] = {}
+        self._parts: dict[str, tuple[list[str], Callable[[list[str]], str]]] = {}
+        self._refused: dict[str, str] = {}
+
+    def state(
+        self, id: str, statement: str, rule: Rule, *, source: str, unit: str, over: str, null: str, main: bool = True,
+        family: str = "", published: str | float = "-",
+    ) -> Claim:  # fmt: skip
+        """State a claim: shown with its rule. Stated again it is replaced, and what was found for it is forgotten.
+
+        ValueError for a sixth claim that would be one of the notebook's main ones.
+        """
+        claim = Claim(id, statement, rule.words, source, unit, over, null, main, family, published)
+        if id not in self._stated or self._stated[id][0] != claim:
+            self._forget(id)
+        self._stated[id] = claim, rule
+        if sum(c.main for c, _ in self._stated.values()) > MAIN:
+            del self._stated[id]
+            raise ValueError(f"claim {id} would be one of more than {MAIN} main claims: state it with main=False")
+        return claim
+
+    def judge(
+        self, id: str, value: Interval, null: float | Sequence[float] | np.ndarray, ceiling: float | None = None
+    ) -> Claim:
+        """Put a number to a claim: its interval and the null's draws, made by the same function as the value, or its one number.
+
+        The verdict is the rule's. Judged again it is replaced. ValueError for a claim not stated, or numbers that are none.
+        """
+        self._known(id)
+        draws = np.atleast_1d(np.asarray(null, np.float64)).ravel()
+        if not len(draws) or not np.isfinite([*value, *draws, ceiling or 0.0]).all():
+            raise ValueError(
+                f"claim {id}: {value} with null {null} is not a result; every claim needs an interval and a null"
+            )
+        if not value.low <= value.value <= value.high:
+            raise ValueError(
+                f"claim {id}: the value {value.value} lies outside its interval [{value.low}, {value.high}]"
+            )
+        self._forget(id)
+        self._found[id] = Interval(*map(float, value)), draws, ceiling
+        return self[id]
+
+    def not_run(self, id: str, reason: str) -> Claim:
+        """Say why a claim is not judged: a condition is missing."""
+        self._known(id)
+        self._forget(id)
+        self._refused[id] = reason
+        return self[id]
+
+    def combine(self, id: str, of: Sequence[str], decide: Callable[[list[str]], str]) -> Claim:
+        """A verdict that follows from those of other claims, whatever they turn out to be."""
+        for part in (id, *of):
+            self._known(part)
+        self._forget(id)
+        self._parts[id] = list(of), decide
+        return self[id]
+
+    def __getitem__(self, id: str) -> Claim:
+        self._known(id)
+        claim, rule = self._stated[id]
+        if id in self._refused:
+            return replace(claim, verdict="not run", reason=self._refused[id])
+        if id in self._parts:
+            of, decide = self._parts[id]
+            parts = [self[part] for part in of]
+            said = ", ".join(f"{part.id} {part.verdict or 'not judged'}" for part in parts)
+            return replace(claim, verdict=self._checked(id, decide([part.verdict for part in parts])), reason=said)
+        if id not in self._found:
+            return claim
+        value, draws, ceiling = self._found[id]
+        p = self._p(id)
+        shown = float(draws[0]) if p is None else rule.sign * stats.reach(rule.sign * draws)
+        clear = value.low > shown if rule.sign > 0 else value.high < shown
+        verdict = self._checked(id, rule.decide(Found(value, shown, clear if p is None else p < P)))
+        reason = f"An effect of {number(stats.seen(value))} would have been seen" if verdict == "undecided" else ""
+        return replace(
+            claim, value=value.value, low=value.low, high=value.high, null_value=shown, p=p, ceiling=ceiling,
+            verdict=verdict, reason=reason,
+        )  # fmt: skip
+
+    def __iter__(self):
+        return (self[id] for id in self._stated)
+
+    def reading(self, id: str) -> str:
+        """What was found for a claim, in one sentence of Markdown."""
+        return reading(self[id])
+
+    def table(self, main: bool | None = None) -> str:
+        """The claims as a Markdown table: all, the main ones, or what was also measured."""
+        return markdown([asdict(c) for c in self if main is None or c.main == main])
+
+    def save(self, summary: str, numbers: dict[str, Any]) -> Path:
+        """Write the study's results file (summary in words, claims, numbers, versions), print and return its path.
+
+        ValueError for a claim that was stated and not judged.
+        """
+        if left := [c.id for c in self if not c.verdict]:
+            raise ValueError(
+                f"claims {', '.join(left)} were stated and not judged; judge them, or say why not (not_run)"
+            )
+        s = self.session
+        result = {
+            "notebook": s.notebook,
+            "profile": s.name,
+            "model": s.model,
+            "layer": s.profile.layer,
+            "parameters": s.parameters,
+            "device": s.device,
+            "dtype": str(s.dtype).removeprefix("torch."),
+            "seed": s.seed,
+            "summary": summary,
+            "claims": [asdict(c) for c in self],
+            "numbers": numbers,
+            "versions": versions(),
+        }
+        path = s.results / f"{s.notebook}.json"
+        write_file(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        print(f"saved {len(self._stated)} claims and {len(numbers)} numbers to {'/'.join(path.parts[-3:])}")
+        return path
+
+    def _known(self, id: str) -> None:
+        if id not in self._stated:
+            raise ValueError(f"claim {id} was not stated; stated are {', '.join(self._stated) or 'none yet'}")
+
+    def _forget(self, id: str) -> None:
+        for kept in (self._found, self._parts, self._refused):
+            kept.pop(id, None)
+
+    def _checked(self, id: str, verdict: str) -> str:
+        if verdict not in VERDICTS and verdict:
+            raise ValueError(f"claim {id}: the rule gave {verdict!r}; a verdict is one of {', '.join(VERDICTS)}")
+        return verdict
+
+    def _p(self, id: str) -> float | None:
+        """The p-value of a claim's number against the null's draws, corrected within its family; None for a single number."""
+        family = self._stated[id][0].family
+        asked = [x for x in self._found if x == id or family and self._stated[x][0].family == family]
+        each = []
+        for x in asked:
+            value, draws, _ = self._found[x]
+            sign = self._stated[x][1].sign
+            each.append(stats.p_value(sign * value.value, sign * draws) if len(draws) > 1 else math.nan)
+        own = asked.index(id)
+        if math.isnan(each[own]):
+            return None
+        among = [p for p in each if not math.isnan(p)]
+        return float(stats.holm(among)[sum(not math.isnan(p) for p in each[:own])])
+
+
+# --- for readers of results --------------------------------------------------------------------------------------------
 
 
 def published(claim: dict[str, Any]) -> str:
     """A claim's published number with the gap ours leaves to it, or the published words."""
     given = claim["published"]
-    return given if isinstance(given, str) else f"{given:g} (gap {claim['value'] - given:+.2g})"
+    if isinstance(given, str) or claim["value"] is None:
+        return str(given)
+    return f"{given:g} (gap {claim['value'] - given:+.2g})"
 
 
-def markdown(claims: list[Claim] | list[dict[str, Any]], with_rule: bool = True) -> str:
-    """The claims as a Markdown table: what was claimed, where, published and our number, null, verdict."""
-    rows = [c if isinstance(c, dict) else asdict(c) for c in claims]
+def markdown(claims: Sequence[dict[str, Any]], with_rule: bool = True) -> str:
+    """Claims, as a results file has them, as a Markdown table: what was claimed, where, published and our number, null, verdict."""
     head = ["claim", "source", "published", "ours [95 %]", "null", "verdict"] + (["rule"] if with_rule else [])
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for c in rows:
-        ours = f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}"
-        cells = [f"**{c['id']}** {c['statement']}", c["source"], published(c), ours, f"{c['null']:.3g}"]
+    for c in claims:
+        ours = "-" if c["value"] is None else f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}"
+        null = number(c["null_value"]) + (f" (p = {c['p']:.2g})" if c["p"] is not None else "")
+        cells = [f"**{c['id']}** {c['statement']}", c["source"], published(c), ours, null]
         cells += [f"**{c['verdict']}**"] + ([c["rule"]] if with_rule else [])
         lines.append("| " + " | ".join(str(x).replace("|", "\\|").replace("\n", " ") for x in cells) + " |")
     return "\n".join(lines)
-
-
-def save(session: Session, summary: str, claims: list[Claim], numbers: dict[str, Any]) -> Path:
-    """Write the study's results file (summary in words, claims, numbers, versions), print and return its path."""
-    ids = [c.id for c in claims]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"two claims share an id: {sorted(ids)}")
-    result = {
-        "notebook": session.notebook,
-        "profile": session.name,
-        "model": session.model,
-        "layer": session.profile.layer,
-        "parameters": session.parameters,
-        "device": session.device,
-        "dtype": str(session.dtype).removeprefix("torch."),
-        "seed": session.seed,
-        "summary": summary,
-        "claims": [asdict(c) for c in claims],
-        "numbers": numbers,
-        "versions": versions(),
-    }
-    path = session.results / f"{session.notebook}.json"
-    write_file(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    print(f"saved {len(claims)} claims and {len(numbers)} numbers to {'/'.join(path.parts[-3:])}")
-    return path

@@ -1,13 +1,17 @@
-"""Intervals, slopes and nulls: arrays in, numbers out, in float64, with the seed in the signature.
+"""Intervals, p-values and nulls: arrays in, numbers out, in float64, without a random draw unless a seed is given.
 
-Knows nothing of models or text. Percentile bootstrap over the units that were sampled (items, pairs, prompts):
-Efron & Tibshirani 1993, ch. 13.
+Knows nothing of models or text. The unit is what was sampled: a sentence about steering vectors is about behaviours, so that
+behaviours, and not their items, are what an interval ranges over. Which interval covers what it says at the sizes of this
+repository is measured in docs/verdicts.md.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats as scipy_stats
+
+LEVEL = 0.95
 
 
 class Interval(NamedTuple):
@@ -22,55 +26,89 @@ class Interval(NamedTuple):
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def _resamples(n: int, draws: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, n, size=(draws, n))
+def _t(df: float, level: float = LEVEL) -> float:
+    return float(scipy_stats.t.ppf((1 + level) / 2, df))
 
 
-def bootstrap(
-    values: Sequence[float] | np.ndarray,
-    statistic: Callable[[np.ndarray], float] | None = None,
-    draws: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """The statistic (mean by default) of `values` (n, ...) with a 95 % percentile interval over resampled rows.
+def over(units: Sequence[Any] | np.ndarray, statistic: Callable[[Any], float | np.ndarray] | None = None) -> Interval:
+    """The statistic of `units` (n, ...) with a 95 % t interval over the units: the delete-one jackknife (Efron & Tibshirani 1993,
+    ch. 11), which for a mean is the plain t interval.
 
-    ValueError if there are fewer than two rows: one row has no spread to resample.
+    A unit is what was sampled at the top: a behaviour, with all its items and pairs in it, whose noise the spread between
+    behaviours holds already. `statistic` takes units as given, an array or a list, and is the mean by default. Where it gives
+    several values, one for each seed of what was trained, the value is their mean, and their own spread is added (degrees of
+    freedom by Satterthwaite 1946). Not for medians or other statistics with jumps. ValueError for fewer than three units.
     """
-    x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2:
-        raise ValueError(f"a bootstrap over {len(x)} value(s) was asked for; it needs two or more")
-    rows = _resamples(len(x), draws, seed)
-    if statistic is None:
-        point, reps = x.mean(), x[rows].reshape(draws, -1).mean(axis=1)
-    else:
-        point, reps = statistic(x), np.array([statistic(x[r]) for r in rows])
-    low, high = np.nanquantile(reps, [0.025, 0.975])
-    return Interval(float(point), float(low), float(high))
+    x = units if isinstance(units, np.ndarray) else list(units)
+    n = len(x)
+    if n < 3:
+        raise ValueError(f"an interval over {n} unit(s) was asked for; it needs three or more")
+    find = statistic or (lambda part: np.mean(part, dtype=np.float64))
+    without = [np.delete(x, i, 0) if isinstance(x, np.ndarray) else x[:i] + x[i + 1 :] for i in range(n)]
+    whole = np.atleast_1d(np.asarray(find(x), np.float64))
+    left_out = np.array([np.mean(find(part), dtype=np.float64) for part in without])
+    value = float(whole.mean())
+    variance, df = float((n - 1) * left_out.var()), float(n - 1)
+    if (seeds := len(whole)) > 1:
+        of_seeds = float(whole.var(ddof=1) / seeds)
+        if variance + of_seeds > 0:
+            df = (variance + of_seeds) ** 2 / (variance**2 / (n - 1) + of_seeds**2 / (seeds - 1))
+        variance += of_seeds
+    half = _t(df) * variance**0.5
+    return Interval(value, value - half, value + half)
 
 
-def centred(point: float, draws: Sequence[float]) -> Interval:
-    """The 95 % spread of `draws` about their mean, laid around `point`.
+def ratio(tops: Sequence[float] | np.ndarray, bottoms: Sequence[float] | np.ndarray) -> Interval:
+    """Sum of `tops` over sum of `bottoms` (units,), with a 95 % interval over the units by Fieller's theorem (1954).
 
-    For statistics that resampling with repeats shifts (a cosine between two estimates from the same resample). It holds
-    `point` also where draws are so skewed that nearly all lie on one side of their mean.
+    ValueError where the sum below is not clearly above or below zero: then there is nothing to divide by, and the interval
+    has no ends.
     """
-    low, high = np.quantile(draws, [0.025, 0.975]) - np.mean(draws)
-    return Interval(float(point), float(point + min(low, 0.0)), float(point + max(high, 0.0)))
+    top, bottom = np.asarray(tops, np.float64), np.asarray(bottoms, np.float64)
+    if top.ndim != 1 or top.shape != bottom.shape or len(top) < 3:
+        raise ValueError(
+            f"tops {top.shape} and bottoms {bottom.shape} were given; two rows of three or more are wanted"
+        )
+    n, (a, b), t = len(top), (top.mean(), bottom.mean()), _t(len(top) - 1)
+    (aa, ab), (_, bb) = np.cov(top, bottom) / n
+    lead = b * b - t * t * bb
+    if lead <= 0:
+        raise ValueError(
+            f"the sum below a ratio, {bottom.sum():.3g} over {n} units, is not clear of zero: report the top alone"
+        )
+    root = max((a * b - t * t * ab) ** 2 - lead * (a * a - t * t * aa), 0.0) ** 0.5
+    low, high = ((a * b - t * t * ab - sign * root) / lead for sign in (1, -1))
+    return Interval(float(a / b), float(low), float(high))
 
 
-def mean_of(intervals: Sequence[Interval]) -> Interval:
-    """The mean of independent estimates, their half-widths added in quadrature."""
-    value, low, high = np.array(intervals, np.float64).T
-    below, above = (np.sqrt((side**2).sum()) / len(value) for side in (value - low, high - value))
-    return Interval(float(value.mean()), float(value.mean() - below), float(value.mean() + above))
+def share(hits: Sequence[bool] | np.ndarray) -> Interval:
+    """The share of units that are true, with Wilson's interval (1927)."""
+    x = np.asarray(hits, bool)
+    found = scipy_stats.binomtest(int(x.sum()), len(x)).proportion_ci(LEVEL, method="wilson")
+    return Interval(float(x.mean()), float(found.low), float(found.high))
 
 
-def difference(one: Interval, other: Interval) -> Interval:
-    """The difference of two independent estimates, their half-widths added in quadrature."""
-    value = one.value - other.value
-    below = np.hypot(one.value - one.low, other.high - other.value)
-    above = np.hypot(one.high - one.value, other.value - other.low)
-    return Interval(float(value), float(value - below), float(value + above))
+def seen(found: Interval, power: float = 0.8) -> float:
+    """How far from a threshold a value must lie for its interval to clear it in `power` of all repetitions, spread as here."""
+    half = (found.high - found.low) / 2
+    return half * (1 + float(scipy_stats.norm.ppf(power)) / float(scipy_stats.norm.ppf((1 + LEVEL) / 2)))
+
+
+def p_value(value: float, null: Sequence[float] | np.ndarray) -> float:
+    """The share of null draws, the value itself among them, that are at least as large: (1 + reached) / (1 + draws)."""
+    null = np.asarray(null, np.float64)
+    return float((1 + (null >= value).sum()) / (1 + len(null)))
+
+
+def reach(null: Sequence[float] | np.ndarray) -> float:
+    """What one null draw in twenty exceeds: the 95 % quantile, as a p-value of 0.05 has it."""
+    return float(np.quantile(np.asarray(null, np.float64), 0.95, method="higher"))
+
+
+def band(null: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The central 95 % of null draws, for a figure."""
+    low, high = np.quantile(np.asarray(null, np.float64), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -123,12 +161,6 @@ def change_point(series: Sequence[float] | np.ndarray, least: int = 3, draws: in
     own = splits(x[None])[0]
     shuffled = splits(rng.permuted(np.tile(x, (draws, 1)), axis=1)).max(1)
     return ChangePoint(int(before[own.argmax()]), float(own.max()), p_value(own.max() - 1e-12, shuffled))
-
-
-def p_value(value: float, null: Sequence[float] | np.ndarray) -> float:
-    """The share of null draws, the value itself among them, that are at least as large: (1 + reached) / (1 + draws)."""
-    null = np.asarray(null, np.float64)
-    return float((1 + (null >= value).sum()) / (1 + len(null)))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

@@ -1,0 +1,169 @@
+"""What a notebook starts from: `single(s)`, a model with its behaviours, or `pair(s)`, the same before and after preference training.
+
+    study = single(s)
+    study.model, study.layer, study.names, study.vectors()["joy"], study.residual_norm, study.nulls("joy", 500)
+
+Everything is made when it is first asked for, at the sizes of a fast run where the session is one. Knows what the helpers do and
+how they fit together; nothing here measures or judges.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers.lm import models, reading, scoring, tokens
+from helpers.lm.reading import LM
+from helpers.lm.scoring import Continuations
+from helpers.sae import activations, harvest, train
+from helpers.sae.activations import Pair, Samples
+from helpers.sae.saes import Loaded
+from helpers.session import Session
+from helpers.steering import behaviors, caa, directions, propensity
+from helpers.steering.behaviors import Behavior
+from helpers.steering.caa import Halves
+
+ANSWERS, SYSTEM = "answer pairs", "system pairs"
+OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
+FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS = 3, 6, 6
+
+
+@dataclass(frozen=True)
+class Single:
+    """One model, the layer where it is steered, and behaviours by name."""
+
+    session: Session
+    model: LM
+    layer: int
+    layers: list[int]
+    data: dict[str, Behavior]
+
+    @property
+    def names(self) -> list[str]:
+        """The behaviours, in the profile's order."""
+        return list(self.data)
+
+    @cached_property
+    def residuals(self) -> Tensor:
+        """Rows (tokens, d_model) float32 after the layer, of the user's tokens in some open prompts of every behaviour."""
+        prompts = [tokens.chat(self.model.tokenizer, q) for b in self.data.values() for q in b.open[:OPEN]]
+        return reading.rows(self.model, prompts, self.layer)
+
+    @cached_property
+    def residual_norm(self) -> float:
+        """The median length of those rows: lengths and strengths are in units of it."""
+        return float(self.residuals.norm(dim=1).median())
+
+    def halves(self, kind: str = ANSWERS, layers: Sequence[int] | None = None) -> dict[str, Halves]:
+        """What each behaviour's contrast pairs give at the last position, at the layer or at several; read once, then cached."""
+        pairs = {n: b.answer_pairs if kind == ANSWERS else b.system_pairs for n, b in self.data.items()}
+        return {n: caa.extract(self.model, p, list(layers or [self.layer])) for n, p in pairs.items()}
+
+    def vectors(self, kind: str = ANSWERS) -> dict[str, Tensor]:
+        """The mean difference (d_model,) float64 of each behaviour's pairs, as long as it is."""
+        return {n: directions.mean(*h.at(self.layer)) for n, h in self.halves(kind).items()}
+
+    def steps(self, kind: str = ANSWERS, length: float = 0.1) -> dict[str, Tensor]:
+        """The same, each `length` residual norms long."""
+        return {n: v / v.norm() * length * self.residual_norm for n, v in self.vectors(kind).items()}
+
+    def nulls(self, name: str, draws: int, seed: int = 0, kind: str = ANSWERS) -> dict[str, Tensor]:
+        """Vectors of the length of a behaviour's own that hold nothing of it: see `directions.nulls`."""
+        vectors, at = self.vectors(kind), self.names.index(name)
+        others = [v for n, v in vectors.items() if n != name]
+        own = self.halves(kind)[name].at(self.layer)
+        return directions.nulls(*own, self.residuals, others, draws=draws, seed=seed + 1000 * at)
+
+    def tested(self, items: int = 0) -> dict[str, Continuations]:
+        """Each behaviour's held-out test items (the first `items`; 0: all), ready to be scored under any vector."""
+        return {n: propensity.of_items(self.model, b.test[: items or None], self.layer) for n, b in self.data.items()}
+
+    def gradients(self, items: int = 0) -> dict[str, np.ndarray]:
+        """The linear response (items, d_model) of those items' log-odds to a vector added at the layer."""
+        return {n: scoring.linear_response(where) for n, where in self.tested(items).items()}
+
+    @cached_property
+    def text(self) -> tuple[Samples, Samples]:
+        """Residuals of the profile's text at the layer: to train on, and held out."""
+        s = self.session
+        train_part, held_out = (harvest.of_profile(self.model, s.profile, part, s.fast) for part in ("train", "held-out"))
+        return train_part, held_out
+
+    def sae(self, seed: int = 0) -> Loaded:
+        """The profile's SAE of this model: trained on its text, or out of a registry."""
+        s = self.session
+        return train.dictionary(s.profile, self.text[0], s.device, seed, s.fast)[0]
+
+
+@dataclass(frozen=True)
+class Two:
+    """A pair of models that read the same tokens: `before` preference training and `after`, each a Single at one layer; their
+    names, which behaviours were trained as far as that is known, and, where the profile has one, a fine-tune without preferences."""
+
+    before: Single
+    after: Single
+    unrelated: Single | None
+    names: tuple[str, str]
+    trained: list[str]
+
+    @property
+    def untrained(self) -> list[str]:
+        """The behaviours that the preferences were not about."""
+        return [n for n in self.before.names if n not in self.trained]
+
+    @property
+    def fine_tunes(self) -> dict[str, Single]:
+        """By name: the model after preference training, then the unrelated one."""
+        return {self.names[1]: self.after} | ({"unrelated": self.unrelated} if self.unrelated else {})
+
+    @cached_property
+    def texts(self) -> dict[str, tuple[Pair, Pair]]:
+        """For each fine-tune its rows and the base's, token by token, to train on and held out; what any of the models has
+        for an outlier is left out of all."""
+        s, base = self.before.session, self.before.model
+        found = {
+            name: [harvest.pair_of_profile(base, one.model, s.profile, part, s.fast) for part in ("train", "held-out")]
+            for name, one in self.fine_tunes.items()
+        }
+        for parts in zip(*found.values(), strict=True):
+            activations.common(*parts)
+        return {name: (parts[0], parts[1]) for name, parts in found.items()}
+
+
+def _data(s: Session, first: Sequence[str] = (), extra: bool = False) -> dict[str, Behavior]:
+    """The profile's behaviours, those of `first` leading; a fast run has few of them, small."""
+    names = [*first, *(n for n in s.profile.behaviors if n not in first)]
+    names = [*names[: FAST_BEHAVIORS if s.fast else None], *(s.profile.extra if extra else ())]
+    found = {b.name: b for b in map(behaviors.load_behavior, names)}
+    if s.fast:
+        found = {name: behaviors.trim(b, pairs=FAST_PAIRS, items=FAST_ITEMS) for name, b in found.items()}
+    return found
+
+
+def single(s: Session, extra: bool = False) -> Single:
+    """The profile's chat model and behaviours; with `extra`, the behaviours that the profile names for its SAE alone too."""
+    model = models.load(s.profile.chat, s.device, s.dtype)
+    layer, layers = models.choose_layers(model, s.profile, s.fast)
+    return Single(s, model, layer, layers, _data(s, extra=extra))
+
+
+def pair(s: Session) -> Two:
+    """The profile's pair of models; ModelError where it names none."""
+    section = s.profile.pair
+    base, chat = models.load_pair(s.profile, s.device, s.dtype)
+    other = models.load(section.unrelated, s.device, s.dtype) if section and section.unrelated else None
+    trained = list(section.trained) if section else []
+    data = _data(s, trained)
+    layer, layers = models.choose_layers(base, s.profile, s.fast)
+    one, two, three = (m and Single(s, m.read_as(chat.tokenizer), layer, layers, data) for m in (base, chat, other))
+    assert one and two
+    names = section.names if section else ("base", "chat")
+    return Two(one, two, three, names, [n for n in trained if n in data])
+
+
+def pooled(by_behavior: dict[str, Tensor]) -> Tensor:
+    """The behaviours' tensors (behaviours, ...) in order, where all have one shape."""
+    return torch.stack(list(by_behavior.values()))
