@@ -90,6 +90,82 @@ def show(session: Session, name: str, figure: Figure, numbers: Mapping[str, Any]
 
 
 def forest(
+    session: Session,
+    name: str,
+    rows: Sequence[str],
+    series: Mapping[str, Sequence[Any] | None],
+    *,
+    title: str,
+    xlabel: str,
+    null: Sequence[Any] | None = None,
+    null_label: str = "null",
+    pooled: Mapping[str, Any] | None = None,
+    marks: Mapping[str, float] | None = None,
+    verdict: str = "",
+) -> None:
+    """A forest plot, drawn, saved and shown: see `forest_on`.
+
+    `pooled`: for each series one Interval over all rows, as a last row. `marks`: {label: x}, dotted lines (a threshold, a
+    ceiling). `verdict`: the word that stands on the figure.
+    """
+    shown = [*rows, "all"] if pooled else list(rows)
+    drawn = {k: values if values is None or not pooled else [*values, pooled[k]] for k, values in series.items()}
+    figure, axis = plt.subplots(figsize=(9.5, 1.4 + 0.12 * len(shown) * (1.6 + len(series))))
+    forest_on(axis, shown, drawn, null, null_label)
+    if pooled:
+        axis.axhline(0.5, color="black", linewidth=0.8)
+    for label, x in (marks or {}).items():
+        axis.axvline(x, color="black", linestyle=":", linewidth=1.2, label=label)
+    axis.set(xlabel=xlabel, title=titled(title, verdict))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    show(session, name, figure, {"rows": shown, "series": drawn, "null": null, "marks": marks})
+
+
+def titled(title: str, verdict: str) -> str:
+    """A title with the verdict behind it."""
+    return f"{title} {verdict.upper()}" if verdict else title
+
+
+def lines(
+    session: Session,
+    name: str,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[Any]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    null: Sequence[Any] | None = None,
+    null_label: str = "null",
+    marks: Mapping[str, float] | None = None,
+    log: bool = False,
+    verdict: str = "",
+    interactive: Any = None,
+) -> None:
+    """Curves over `x`, drawn, saved and shown: each series numbers or Intervals (a band), `null` a (low, high) for each x.
+
+    `marks`: {label: y}, dotted lines across. `log`: a logarithmic x axis with a tick at every x.
+    """
+    figure, axis = plt.subplots(figsize=(9.5, 4.2))
+    if null is not None:
+        low, high = np.array(null, float).T
+        axis.fill_between(x, low, high, color=NULL, alpha=0.3, linewidth=0, label=null_label)
+    for (label, values), colour, marker in zip(series.items(), PALETTE * 3, MARKERS * 3, strict=False):
+        table = np.array([v if isinstance(v, Sequence) else (v, v, v) for v in values], float)
+        axis.plot(x, table[:, 0], color=colour, marker=marker, markersize=5, label=label)
+        axis.fill_between(x, table[:, 1], table[:, 2], color=colour, alpha=0.15, linewidth=0)
+    for label, y in (marks or {}).items():
+        axis.axhline(y, color="black", linestyle=":", linewidth=1.2, label=label)
+    if log:
+        axis.set(xscale="log")
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.minorticks_off()
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=titled(title, verdict))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    show(session, name, figure, {"x": x, "series": series, "null": null, "marks": marks}, interactive)
+
+
+def forest_on(
     axis: Any,
     rows: Sequence[str],
     series: Mapping[str, Sequence[Any]],

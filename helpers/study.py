@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helpers import nulls
 from helpers.lm import models, reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
@@ -27,6 +28,7 @@ from helpers.steering.behaviors import Behavior
 from helpers.steering.caa import Halves
 
 ANSWERS, SYSTEM = "answer pairs", "system pairs"
+RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", "shuffled labels", "another behaviour"
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
 FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS = 3, 6, 6
 
@@ -71,11 +73,15 @@ class Single:
         return {n: v / v.norm() * length * self.residual_norm for n, v in self.vectors(kind).items()}
 
     def nulls(self, name: str, draws: int, seed: int = 0, kind: str = ANSWERS) -> dict[str, Tensor]:
-        """Vectors of the length of a behaviour's own that hold nothing of it: see `directions.nulls`."""
-        vectors, at = self.vectors(kind), self.names.index(name)
-        others = [v for n, v in vectors.items() if n != name]
-        own = self.halves(kind)[name].at(self.layer)
-        return directions.nulls(*own, self.residuals, others, draws=draws, seed=seed + 1000 * at)
+        """Vectors (draws, d_model) as long as a behaviour's own that hold nothing of it, by what they are."""
+        vectors, at = self.vectors(kind), seed + 1000 * self.names.index(name)
+        v, others = vectors[name], [x for n, x in vectors.items() if n != name]
+        return {
+            RANDOM: nulls.random(v, draws, at),
+            LIKE_ROWS: nulls.like_rows(v, self.residuals, draws, at),
+            SHUFFLED: nulls.shuffled(*self.halves(kind)[name].at(self.layer), draws=draws, seed=at),
+            OTHERS: nulls.others(v, others) if others else v.new_zeros(0, len(v)),
+        }
 
     def tested(self, items: int = 0) -> dict[str, Continuations]:
         """Each behaviour's held-out test items (the first `items`; 0: all), ready to be scored under any vector."""
@@ -89,7 +95,9 @@ class Single:
     def text(self) -> tuple[Samples, Samples]:
         """Residuals of the profile's text at the layer: to train on, and held out."""
         s = self.session
-        train_part, held_out = (harvest.of_profile(self.model, s.profile, part, s.fast) for part in ("train", "held-out"))
+        train_part, held_out = (
+            harvest.of_profile(self.model, s.profile, part, s.fast) for part in ("train", "held-out")
+        )
         return train_part, held_out
 
     def sae(self, seed: int = 0) -> Loaded:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import nulls
 from helpers.steering import directions as d
 
 
@@ -90,26 +91,6 @@ def test_mean_and_uncentred_component_equal_the_steering_vectors_package():
     assert cosine(theirs, d.pc1_uncentred(pos, neg)) > 1 - 1e-6
 
 
-def test_swapping_exactly_half_leaves_nothing_of_a_constant_difference():
-    pos, neg = torch.ones(40, 5), torch.zeros(40, 5)
-    assert torch.equal(d.mean(*d.flipped(pos, neg, seed=3)), torch.zeros(5, dtype=torch.float64))
-    assert not torch.equal(d.flipped(pos, neg, 1)[0], d.flipped(pos, neg, 2)[0])
-
-
-def test_nulls_have_the_vectors_norm_and_the_covariance_asked_for():
-    pos, neg, _ = planted()
-    rows = torch.randn(500, 24, dtype=torch.float64) * torch.linspace(0.1, 3, 24, dtype=torch.float64)
-    out = d.nulls(pos, neg, rows, [torch.randn(24)], draws=400)
-    v = d.mean(pos, neg)
-    for name, drawn in out.items():
-        wanted = torch.zeros(len(drawn)) if name == "zero" else v.norm().expand(len(drawn)).float()
-        torch.testing.assert_close(drawn.norm(dim=1).float(), wanted)
-    shares = [
-        out[k].square().mean(0) / out[k].square().mean(0).sum() for k in ("random", "random (residual covariance)")
-    ]
-    assert shares[0].max() < 0.08 and shares[1][-1] > 0.1 and shares[1][0] < 0.01
-
-
 @pytest.mark.parametrize("pos,neg", [(torch.zeros(2, 3), torch.zeros(3, 3)), (torch.zeros(0, 3), torch.zeros(0, 3))])
 def test_bad_shapes_are_refused(pos, neg):
     with pytest.raises(ValueError, match="were given"):
@@ -139,7 +120,7 @@ def test_pairs_that_all_differ_alike_have_a_mean_but_no_centred_component(n, dty
         with pytest.raises(ValueError, match="the same: with their mean taken out nothing is left"):
             d.pc1_centred(pos, neg)
         with pytest.raises(ValueError, match="shuffled labels are no null"):
-            d.nulls(pos, neg, torch.randn(9, 8))
+            nulls.shuffled(pos, neg)
         if not offset:
             with pytest.raises(ValueError, match="no within-class covariance"):
                 d.lda(pos, neg)
@@ -154,7 +135,7 @@ def test_a_mean_that_cancels_has_no_direction(name):
         with pytest.raises(ValueError, match="mean difference of 6 pairs is zero"):
             d.METHODS[name](pos, neg)
         with pytest.raises(ValueError, match="mean difference of 6 pairs is zero"):
-            d.nulls(pos, neg, torch.randn(9, 8))
+            nulls.shuffled(pos, neg)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -169,15 +150,15 @@ def test_a_direction_does_not_depend_on_the_unit(name, scale):
 def test_what_is_not_finite_is_refused(bad):
     good, wrong = torch.randn(4, 6), torch.randn(4, 6)
     wrong[2, 3] = bad
-    for f in (*d.METHODS.values(), lambda p, n: d.flipped(p, n, 0), lambda p, n: d.nulls(p, n, torch.randn(9, 6))):
+    for f in (*d.METHODS.values(), lambda p, n: nulls.flipped(p, n, 0), nulls.shuffled):
         for pair, name in (((wrong, good), "pos"), ((good, wrong), "neg")):
             with pytest.raises(ValueError, match=rf"{name} \(4, 6\) holds 1 values that are NaN or infinite"):
                 f(*pair)
     for call in (
-        lambda: d.random_like(wrong[2], 0),
-        lambda: d.random_like(good[0], 0, 3, wrong),
-        lambda: d.nulls(good, good + 1, wrong),
-        lambda: d.nulls(good, torch.randn(4, 6), good, [wrong[2]]),
+        lambda: nulls.random(wrong[2]),
+        lambda: nulls.like_rows(good[0], wrong, 3),
+        lambda: nulls.others(good[0], [wrong[2]]),
+        lambda: nulls.equal_response(good[0], wrong[2]),
         lambda: d.first_component(wrong),
     ):
         with pytest.raises(ValueError, match="NaN or infinite|differ alike"):
@@ -209,45 +190,3 @@ def test_components_that_are_not_there_are_refused():
             found += 1
             assert "matched with its like" in str(error)
     assert 0 < found < 20
-
-
-def test_one_pair_has_nothing_to_shuffle_and_an_odd_one_is_left_out():
-    pos, neg = torch.randn(7, 5), torch.randn(7, 5)
-    with pytest.raises(ValueError, match="nothing to shuffle"):
-        d.flipped(pos[:1], neg[:1], 0)
-    with pytest.raises(ValueError, match="nothing to shuffle"):
-        d.nulls(pos[:1], neg[:1], torch.randn(9, 5))
-    left_out = set()
-    for seed in range(40):
-        one, other = d.flipped(pos, neg, seed)
-        swapped = [int(((neg == row).all(1)).any()) for row in one]
-        assert len(one) == 6 and sum(swapped) == 3
-        rows = [
-            ((pos == a).all(1) & (neg == b).all(1)) | ((neg == a).all(1) & (pos == b).all(1))
-            for a, b in zip(one, other, strict=True)
-        ]
-        index = [int(r.nonzero()[0, 0]) for r in rows]
-        assert index == sorted(set(index))
-        left_out |= set(range(7)) - set(index)
-    assert left_out == set(range(7))
-    constant = torch.ones(3, 5)
-    assert not d.mean(*d.flipped(constant, 0 * constant, 1)).any()
-    two = d.mean(*d.flipped(pos[:2], neg[:2], 0))
-    torch.testing.assert_close(two.abs(), ((pos - neg)[0] - (pos - neg)[1]).double().abs() / 2)
-
-
-def test_nulls_of_nothing_are_refused():
-    pos, neg, rows = torch.randn(4, 6), torch.randn(4, 6), torch.randn(9, 6)
-    for call, word in (
-        (lambda: d.random_like(torch.zeros(6), 0), "v is zero"),
-        (lambda: d.random_like(rows, 0), r"v \(9, 6\)"),
-        (lambda: d.random_like(rows[0], 0, 0), "0 draws"),
-        (lambda: d.random_like(rows[0], 0, 2, rows[:1]), "two rows or more of 6"),
-        (lambda: d.random_like(rows[0], 0, 2, rows[:, :5]), "two rows or more of 6"),
-        (lambda: d.random_like(rows[0], 0, 2, torch.ones(9, 6) * 0.1), "the same row"),
-        (lambda: d.nulls(pos, neg, rows, [rows[0], torch.zeros(6)]), r"others\[1\] \(6,\)"),
-        (lambda: d.nulls(pos, neg, rows, [rows[0, :1]]), r"others\[0\] \(1,\)"),
-        (lambda: d.flipped(pos, neg[:3], 0), "were given"),
-    ):
-        with pytest.raises(ValueError, match=word):
-            call()

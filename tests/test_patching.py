@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import small_tokenizer, tiny_weights
 
+from helpers import nulls
 from helpers.lm import hooks, reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, USER
@@ -117,7 +118,7 @@ def test_overlap_fires_along_the_direction_and_is_silent_for_orthogonal_and_rand
     direction = planted[2]
     rows, samples = unit_rows(dictionary, difference), difference.rows(torch.arange(len(difference)))
     aside = overlap.project_out(torch.randn(1, 48, dtype=torch.float64), direction[None])
-    noise = directions.random_like(direction, 3, 200)
+    noise = nulls.random(direction, 200, 3)
     score = {
         "sparse": lambda v: overlap.sparse(v, rows[:6], 2),
         "used": lambda v: overlap.energy(v, rows[:1]),

@@ -54,7 +54,7 @@ class Config(NamedTuple):
     k_aux: int = 0  # dead latents a token in it; 0: half of d_model
     dead_after: int = 100_000  # a latent that has not fired for so many rows is dead
     clip: float = 1.0  # longest joint gradient, in `fit` of loss / d_model: near the share of variance unexplained
-    decoder: str = "rescale"  # or "unit": rows renormalised after every step
+    decoder: str = "rescale"  # or "unit": rows renormalised after every step; or "frozen": rows stay as drawn, random
     batch_topk: bool = False
     low: bool = True  # rank latents in bfloat16 (slow where it is not native); weights and codes stay float32
     pre_bias: str = "mean"  # or "geometric median", of a sample of rows
@@ -99,9 +99,9 @@ def check(config: Config) -> None:
         )
     if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1):
         raise ValueError(f"beta1 = {config.beta1}, beta2 = {config.beta2} given; both lie in [0, 1)")
-    if config.decoder not in ("rescale", "unit") or config.pre_bias not in ("mean", "geometric median"):
+    if config.decoder not in ("rescale", "unit", "frozen") or config.pre_bias not in ("mean", "geometric median"):
         raise ValueError(
-            f"decoder = {config.decoder!r}, pre_bias = {config.pre_bias!r} given; they are rescale or unit, and mean or "
+            f"decoder = {config.decoder!r}, pre_bias = {config.pre_bias!r} given; they are rescale, unit or frozen, and mean or "
             "geometric median"
         )
 
@@ -156,6 +156,8 @@ def update(state: State, x: Tensor, config: Config) -> topk.Step:
     gradients = done.gradients
     if config.decoder == "unit":
         gradients = gradients._replace(W_dec=topk.without_radial(gradients.W_dec, w.W_dec))
+    elif config.decoder == "frozen":
+        gradients = gradients._replace(W_dec=torch.zeros_like(w.W_dec))
     adam(
         list(w), list(gradients), list(state.first), list(state.second), [],
         [torch.tensor(float(state.steps), device=x.device) for _ in w],
@@ -344,19 +346,26 @@ def sae(source: Source, config: Config, device: str = "cpu", wandb_project: str 
 
 
 def dictionary(
-    profile: Profile, source: Source, device: str = "cpu", seed: int = 0, fast: bool = False
+    profile: Profile, source: Source, device: str = "cpu", seed: int = 0, fast: bool = False, frozen: bool = False
 ) -> tuple[saes.Loaded, Path]:
     """The SAE of a profile's `sae:` section, and the folder its table of latents belongs in.
 
     With `release` and `id` it comes out of sae_lens's registry (`norm_factor` where that lacks one; `seed` then changes nothing), else
     it is trained on `source` as `train:` says. It must fit the width of `source` and the profile's layer. SaeError says
-    what does not.
+    what does not. `frozen`: the null of a trained dictionary, random decoder rows that stay as they are and an encoder
+    trained as long (arXiv:2602.14111); a profile with an SAE out of a registry has none.
     """
     how, layer = profile.sae, profile.layer
     d_model = source.sample(1, 0).shape[1]
     if not how or not how.release:
-        folder = sae(source, of_profile(profile, d_model, seed, fast), device)
+        config = of_profile(profile, d_model, seed, fast)
+        folder = sae(source, config._replace(decoder="frozen") if frozen else config, device)
         return saes.load(folder, device=device, d_model=d_model, layer=layer), folder
+    if frozen:
+        raise saes.SaeError(
+            f"profile {profile.name} takes its SAE from a registry: a frozen-decoder SAE is trained like the SAE it is compared "
+            "with, so it needs a section sae: train:"
+        )
     loaded = saes.load(how.release, how.id, device, d_model, layer, how.norm_factor or 0.0)
     return loaded, cache_dir() / "saes" / digest([how.release, how.id])[:24]
 

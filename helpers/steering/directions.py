@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-def _finite(name: str, rows: Tensor) -> Tensor:
+def finite(name: str, rows: Tensor) -> Tensor:
     """`rows` in float64 on the CPU; ValueError if anything in it is NaN or infinite."""
     rows = rows.detach().double().cpu()
     if bad := int((~rows.isfinite()).sum()):
@@ -27,15 +27,15 @@ def _finite(name: str, rows: Tensor) -> Tensor:
     return rows
 
 
-def _float64(pos: Tensor, neg: Tensor) -> tuple[Tensor, Tensor]:
+def float64(pos: Tensor, neg: Tensor) -> tuple[Tensor, Tensor]:
     if pos.shape != neg.shape or pos.ndim != 2 or not pos.numel():
         raise ValueError(
             f"pos {tuple(pos.shape)} and neg {tuple(neg.shape)} were given; two equal (pairs, d_model) with one pair or more"
         )
-    return _finite("pos", pos), _finite("neg", neg)
+    return finite("pos", pos), finite("neg", neg)
 
 
-def _rounding(*parts: Tensor) -> Tensor:
+def rounding(*parts: Tensor) -> Tensor:
     """What rounding alone can make of a difference, (d_model,) float64, from the largest activation in each dimension.
 
     Parts (n, d_model) in float64 are taken at their word; all others were float32 at best when they were computed.
@@ -46,16 +46,16 @@ def _rounding(*parts: Tensor) -> Tensor:
     return largest * (4 * torch.finfo(kind).eps + terms * torch.finfo(torch.float64).eps)
 
 
-def _same(rows: Tensor, rounding: Tensor) -> bool:
+def same(rows: Tensor, error: Tensor) -> bool:
     """Whether the rows (n, d_model) are one row, but for rounding."""
-    return bool(((rows - rows[0]).abs() <= rounding).all())
+    return bool(((rows - rows[0]).abs() <= error).all())
 
 
-def _mean(pos: Tensor, neg: Tensor) -> Tensor:
+def nonzero_mean(pos: Tensor, neg: Tensor) -> Tensor:
     """The mean difference, where a method takes its sign and length from it: ValueError if it is zero."""
-    one, other = _float64(pos, neg)
+    one, other = float64(pos, neg)
     v = (one - other).mean(0)
-    if bool((v.abs() <= _rounding(pos, neg)).all()) or not float(v.norm()) > 0:
+    if bool((v.abs() <= rounding(pos, neg)).all()) or not float(v.norm()) > 0:
         raise ValueError(
             f"the mean difference of {len(pos)} pairs is zero, so that a direction has neither sign nor length; "
             "give pairs whose halves differ the same way"
@@ -79,7 +79,7 @@ def first_component(rows: Tensor) -> Tensor:
     """
     if rows.ndim != 2 or not rows.numel():
         raise ValueError(f"rows {tuple(rows.shape)} were given; (n, d) with one row or more is wanted")
-    _, sizes, directions = torch.linalg.svd(_finite("rows", rows), full_matrices=False)
+    _, sizes, directions = torch.linalg.svd(finite("rows", rows), full_matrices=False)
     if not sizes[0] > 0:
         raise ValueError(f"all {len(rows)} rows are zero: they have no first component")
     if len(sizes) > 1 and float(1 - sizes[1] / sizes[0]) <= max(rows.shape) * torch.finfo(torch.float64).eps:
@@ -91,25 +91,25 @@ def first_component(rows: Tensor) -> Tensor:
 
 def mean(pos: Tensor, neg: Tensor) -> Tensor:
     """The mean of pos - neg over pairs; zero where the differences cancel."""
-    pos, neg = _float64(pos, neg)
+    pos, neg = float64(pos, neg)
     return (pos - neg).mean(0)
 
 
 def pc1_uncentred(pos: Tensor, neg: Tensor) -> Tensor:
     """First singular vector of the differences as they are (equal to PCA of the differences and their negatives)."""
-    v = _mean(pos, neg)
-    pos, neg = _float64(pos, neg)
+    v = nonzero_mean(pos, neg)
+    pos, neg = float64(pos, neg)
     return _oriented(first_component(pos - neg), v)
 
 
 def pc1_centred(pos: Tensor, neg: Tensor) -> Tensor:
     """First principal component of the differences with their mean taken out: the main way in which pairs *disagree*."""
-    v, rounding = _mean(pos, neg), _rounding(pos, neg)
-    pos, neg = _float64(pos, neg)
+    v, error = nonzero_mean(pos, neg), rounding(pos, neg)
+    pos, neg = float64(pos, neg)
     diff = pos - neg
     if len(diff) < 2:
         raise ValueError("the centred component of one difference is undefined; give two pairs or more")
-    if _same(diff, rounding):
+    if same(diff, error):
         raise ValueError(
             f"the differences of all {len(diff)} pairs are the same: with their mean taken out nothing is left; "
             "give pairs that differ from one another, or take the mean"
@@ -123,8 +123,8 @@ def pc1_pair_centred(pos: Tensor, neg: Tensor) -> Tensor:
     Their overall mean is zero, so this *is* the uncentred component of the differences, whatever the data (algebra); kept
     because repeng offers it as a method of its own (`pca_center`).
     """
-    v = _mean(pos, neg)
-    pos, neg = _float64(pos, neg)
+    v = nonzero_mean(pos, neg)
+    pos, neg = float64(pos, neg)
     centre = (pos + neg) / 2
     return _oriented(first_component(torch.cat([pos - centre, neg - centre])), v)
 
@@ -136,10 +136,10 @@ def logistic(pos: Tensor, neg: Tensor, penalty: float = 1.0) -> Tensor:
     """
     from sklearn.linear_model import LogisticRegression
 
-    v, rounding = _mean(pos, neg), _rounding(pos, neg)
-    pos, neg = _float64(pos, neg)
+    v, error = nonzero_mean(pos, neg), rounding(pos, neg)
+    pos, neg = float64(pos, neg)
     x = torch.cat([pos, neg])
-    varies = ((x - x[0]).abs() > rounding).any(0)
+    varies = ((x - x[0]).abs() > error).any(0)
     x = x[:, varies]
     scale = x.std(0)
     weights = torch.zeros_like(v)
@@ -153,11 +153,11 @@ def logistic(pos: Tensor, neg: Tensor, penalty: float = 1.0) -> Tensor:
 def lda(pos: Tensor, neg: Tensor) -> Tensor:
     """Linear discriminant, S_w^-1 (mu+ - mu-), within-class covariance shrunk by Ledoit & Wolf, as sklearn's
     LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto") has it, which solves by a singular value decomposition."""
-    v, rounding = _mean(pos, neg), _rounding(pos, neg)
-    pos, neg = _float64(pos, neg)
+    v, error = nonzero_mean(pos, neg), rounding(pos, neg)
+    pos, neg = float64(pos, neg)
     if len(pos) < 2:
         raise ValueError("a discriminant needs a within-class covariance: give two pairs or more")
-    if _same(pos, rounding) and _same(neg, rounding):
+    if same(pos, error) and same(neg, error):
         raise ValueError(
             f"all {len(pos)} positive activations are the same, and all negative ones: there is no within-class "
             "covariance; give pairs that differ from one another, or take the mean"
@@ -182,13 +182,13 @@ def lat(pos: Tensor, neg: Tensor, seed: int = 0) -> Tensor:
 
     Zou et al. draw pairs at random from the pool, so that a difference is +, - or within a class; sign as everywhere here.
     """
-    v, rounding = _mean(pos, neg), _rounding(pos, neg)
-    pos, neg = _float64(pos, neg)
+    v, error = nonzero_mean(pos, neg), rounding(pos, neg)
+    pos, neg = float64(pos, neg)
     pool = torch.cat([pos, neg])
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     half = len(pool) // 2
     diff = pool[order[:half]] - pool[order[half : 2 * half]]
-    if bool((diff.abs() <= rounding).all()):
+    if bool((diff.abs() <= error).all()):
         raise ValueError(f"with seed {seed} every activation is matched with its like; give more pairs or another seed")
     return _oriented(first_component(diff), v)
 
@@ -202,88 +202,3 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "LDA (shrinkage)": lda,
     "LAT (shuffled)": lat,
 }
-
-
-def flipped(pos: Tensor, neg: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The shuffled-label null: exactly half of the pairs, drawn at random, have their sides swapped.
-
-    Not each pair with probability one half: that leaves (sum of signs / pairs) of the mean difference behind, about
-    1/sqrt(pairs) of it, and scaling to the vector's length blows the leftover up into +-v itself. For the same reason
-    an odd pair, drawn at random, is left out: three pairs with one swapped would keep a third of the mean. One pair
-    alone is a ValueError: there is nothing to shuffle.
-    """
-    _float64(pos, neg)
-    if len(pos) < 2:
-        raise ValueError(
-            "one pair was given: swapped or not it is +-v itself, there is nothing to shuffle; give two or more"
-        )
-    order = torch.randperm(len(pos), generator=torch.Generator().manual_seed(seed))
-    flip = torch.zeros(len(pos), dtype=torch.bool)
-    flip[order[: len(pos) // 2]] = True
-    flip = flip.to(pos.device)[:, None]
-    one, other = torch.where(flip, neg, pos), torch.where(flip, pos, neg)
-    if len(pos) % 2:
-        kept = order[:-1].sort().values.to(pos.device)
-        one, other = one[kept], other[kept]
-    return one, other
-
-
-def random_like(v: Tensor, seed: int, draws: int = 1, samples: Tensor | None = None) -> Tensor:
-    """Random directions of the norm of `v` (d_model,), float64 (draws, d_model).
-
-    Isotropic, or with the covariance of `samples` (n, d_model). ValueError if `v` is zero or all samples are the same.
-    """
-    if v.ndim != 1 or not len(v) or draws < 1:
-        raise ValueError(f"v {tuple(v.shape)} and {draws} draws were given; (d_model,) and one draw or more are wanted")
-    length = _finite("v", v).norm()
-    if not length > 0:
-        raise ValueError("v is zero: a random direction of its length is zero too, and no null")
-    g = torch.Generator().manual_seed(seed)
-    if samples is None:
-        drawn = torch.randn(draws, v.shape[0], generator=g, dtype=torch.float64)
-    else:
-        if samples.ndim != 2 or samples.shape[1] != len(v) or len(samples) < 2:
-            raise ValueError(f"samples {tuple(samples.shape)} were given; two rows or more of {len(v)} are wanted")
-        rows = _finite("samples", samples)
-        if _same(rows, _rounding(samples)):
-            raise ValueError(f"all {len(rows)} samples are the same row: they have no covariance to draw from")
-        drawn = torch.randn(draws, len(rows), generator=g, dtype=torch.float64) @ (rows - rows.mean(0))
-    return drawn / drawn.norm(dim=1, keepdim=True) * length
-
-
-def nulls(
-    pos: Tensor, neg: Tensor, residuals: Tensor, others: Sequence[Tensor] = (), draws: int = 3, seed: int = 0
-) -> dict[str, Tensor]:
-    """The nulls every study draws from, each (draws, d_model) float64 of the norm of the mean difference (zero: zero).
-
-    `residuals` (tokens, d_model): residual-stream rows for the covariance-matched null, special tokens out. `others`: vectors
-    of other behaviours. Keys: zero, random, random (residual covariance), shuffled labels, other behaviour, minus v.
-    ValueError where one is undefined: a mean difference of zero, one pair, pairs that all differ alike, a zero vector.
-    """
-    v = _mean(pos, neg)
-
-    def to_norm(rows: Sequence[Tensor]) -> Tensor:
-        stack = torch.stack([row.double().cpu() for row in rows])
-        return stack / stack.norm(dim=1, keepdim=True) * v.norm()
-
-    shuffled = [mean(*flipped(pos, neg, seed + i)) for i in range(draws)]
-    if any(bool((row.abs() <= _rounding(pos, neg)).all()) for row in shuffled):
-        raise ValueError(
-            f"the {len(pos)} pairs all differ alike: with half of them swapped nothing is left, and shuffled labels "
-            "are no null; give pairs that differ from one another"
-        )
-    for i, other in enumerate(others):
-        if other.shape != v.shape or not _finite(f"others[{i}]", other).norm() > 0:
-            raise ValueError(
-                f"others[{i}] {tuple(other.shape)} was given; a vector ({len(v)},) that is not zero is wanted"
-            )
-    out = {
-        "zero": torch.zeros(1, len(v), dtype=torch.float64),
-        "random": random_like(v, seed, draws),
-        "random (residual covariance)": random_like(v, seed, draws, residuals),
-        "shuffled labels": to_norm(shuffled),
-        "minus v": -v[None],
-    }
-    if len(others):
-        out["another behaviour"] = to_norm(others)
-    return out

@@ -1,0 +1,141 @@
+"""Nulls: of the right length, with nothing of what they stand beside, and refused where they are none."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import nulls
+from helpers.steering import directions
+
+
+def pairs(n=40, width=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    pos, neg = (torch.randn(n, width, generator=g, dtype=torch.float64) for _ in range(2))
+    return pos + 0.5, neg
+
+
+def test_every_null_is_as_long_as_its_vector():
+    pos, neg = pairs()
+    v = directions.mean(pos, neg)
+    rows = torch.randn(50, 24)
+    for drawn in (
+        nulls.random(v, 30),
+        nulls.like_rows(v, rows, 30),
+        nulls.shuffled(pos, neg, 30),
+        nulls.others(v, list(rows[:30])),
+        nulls.equal_response(v, torch.randn(24), 30),
+    ):
+        assert drawn.shape == (30, 24) and drawn.dtype == torch.float64
+        torch.testing.assert_close(drawn.norm(dim=1), v.norm().expand(30))
+
+
+def test_a_seed_is_a_draw():
+    v = torch.ones(6)
+    assert torch.equal(nulls.random(v, 3, 5), nulls.random(v, 3, 5))
+    assert not torch.equal(nulls.random(v, 3, 5), nulls.random(v, 3, 6))
+
+
+def test_random_is_isotropic_and_like_rows_has_their_covariance():
+    v = torch.ones(24, dtype=torch.float64)
+    rows = torch.randn(500, 24, dtype=torch.float64) * torch.linspace(0.1, 3, 24, dtype=torch.float64)
+    even, uneven = (
+        x.square().mean(0) / x.square().mean(0).sum() for x in (nulls.random(v, 400), nulls.like_rows(v, rows, 400))
+    )
+    assert even.max() < 0.08 and uneven[-1] > 0.1 and uneven[0] < 0.01
+
+
+def test_equal_response_has_the_vectors_own_and_nothing_else_of_it():
+    g = torch.Generator().manual_seed(1)
+    v, gradient = torch.randn(400, generator=g), torch.randn(400, generator=g)
+    drawn = nulls.equal_response(v, gradient.numpy(), 200)
+    torch.testing.assert_close(drawn @ gradient.double(), (v.double() @ gradient.double()).expand(200))
+    unit = gradient.double() / gradient.double().norm()
+    rest = drawn - (drawn @ unit)[:, None] * unit
+    cosine = rest @ v.double() / rest.norm(dim=1) / v.double().norm()
+    assert abs(float(cosine.mean())) < 0.02 and float(cosine.std()) < 0.08
+    along = nulls.equal_response(gradient, gradient, 2)  # nothing is left over: the vector itself
+    torch.testing.assert_close(along, gradient.double().expand(2, 400))
+
+
+def test_swapping_exactly_half_leaves_nothing_of_a_constant_difference():
+    pos, neg = torch.ones(40, 5), torch.zeros(40, 5)
+    assert torch.equal(directions.mean(*nulls.flipped(pos, neg, seed=3)), torch.zeros(5, dtype=torch.float64))
+    assert not torch.equal(nulls.flipped(pos, neg, 1)[0], nulls.flipped(pos, neg, 2)[0])
+
+
+def test_shuffled_labels_keep_nothing_of_the_mean():
+    pos, neg = pairs(200)
+    v = directions.mean(pos + 5, neg)
+    cosine = nulls.shuffled(pos + 5, neg, 300) @ v / v.norm().square()
+    assert abs(float(cosine.mean())) < 0.05
+
+
+def test_one_pair_has_nothing_to_shuffle_and_an_odd_one_is_left_out():
+    pos, neg = torch.randn(7, 5), torch.randn(7, 5)
+    for f in (lambda p, n: nulls.flipped(p, n, 0), nulls.shuffled):
+        with pytest.raises(ValueError, match="nothing to shuffle"):
+            f(pos[:1], neg[:1])
+    left_out = set()
+    for seed in range(40):
+        one, other = nulls.flipped(pos, neg, seed)
+        swapped = [int(((neg == row).all(1)).any()) for row in one]
+        assert len(one) == 6 and sum(swapped) == 3
+        rows = [
+            ((pos == a).all(1) & (neg == b).all(1)) | ((neg == a).all(1) & (pos == b).all(1))
+            for a, b in zip(one, other, strict=True)
+        ]
+        index = [int(r.nonzero()[0, 0]) for r in rows]
+        assert index == sorted(set(index))
+        left_out |= set(range(7)) - set(index)
+    assert left_out == set(range(7))
+    two = directions.mean(*nulls.flipped(pos[:2], neg[:2], 0))
+    torch.testing.assert_close(two.abs(), ((pos - neg)[0] - (pos - neg)[1]).double().abs() / 2)
+
+
+def test_rotations_keep_every_angle_and_are_uniform():
+    rows = torch.randn(9, 7, dtype=torch.float64)
+    turns = list(nulls.rotations(7, 300))
+    for turn in turns[:5]:
+        torch.testing.assert_close(rows @ turn @ (rows @ turn).T, rows @ rows.T)
+    first = torch.stack([turn[0] for turn in turns])  # where the first axis goes: a point of the sphere, uniform
+    assert first.mean(0).abs().max() < 0.1 and np.allclose(first.square().mean(0), 1 / 7, atol=0.04)
+    assert len({float(t.det().sign()) for t in turns}) == 2 or len(turns) < 20
+
+
+def test_what_is_no_null_is_refused():
+    rows = torch.randn(9, 6)
+    for call, word in (
+        (lambda: nulls.random(torch.zeros(6)), "v is zero"),
+        (lambda: nulls.random(rows), r"v \(9, 6\)"),
+        (lambda: nulls.random(rows[0], 0), "0 draws"),
+        (lambda: nulls.like_rows(rows[0], rows[:1], 2), "two rows or more of 6"),
+        (lambda: nulls.like_rows(rows[0], rows[:, :5], 2), "two rows or more of 6"),
+        (lambda: nulls.like_rows(rows[0], torch.ones(9, 6) * 0.1, 2), "are the same"),
+        (lambda: nulls.others(rows[0], [rows[0], torch.zeros(6)]), r"vectors\[1\] \(6,\)"),
+        (lambda: nulls.others(rows[0], [rows[0, :1]]), r"vectors\[0\] \(1,\)"),
+        (lambda: nulls.equal_response(rows[0], torch.zeros(6)), r"gradient \(6,\)"),
+        (lambda: nulls.flipped(rows, rows[:3], 0), "were given"),
+        (lambda: nulls.shuffled(torch.ones(4, 3), torch.zeros(4, 3)), "differ alike"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            call()
+
+
+def test_concepts_are_fifty_and_more_and_no_behaviour_of_ours(tmp_path, monkeypatch):
+    named = nulls.named_concepts()
+    ours = {p.stem for p in (nulls.CONCEPTS.parent / "behaviors").glob("*.jsonl")}
+    assert len(named) >= 50 and len({word for pair in named for word in pair}) == 2 * len(named)
+    assert not ours & {word for pair in named for word in pair}
+    wrong = tmp_path / "concepts.txt"
+    wrong.write_text("# a comment\npatient\n")
+    monkeypatch.setattr(nulls, "CONCEPTS", wrong)
+    with pytest.raises(ValueError, match="line 2: 'patient'"):
+        nulls.named_concepts()
+
+
+def test_concept_vectors_are_those_of_the_pairs(smol):
+    found = nulls.concepts(smol, 14, questions=2)
+    stack = torch.stack(list(found.values()))
+    unit = stack / stack.norm(dim=1, keepdim=True)
+    cosine = (unit @ unit.T).fill_diagonal_(0)
+    assert len(found) >= 50 and stack.isfinite().all() and float(cosine.abs().max()) < 0.999
