@@ -49,7 +49,7 @@ report: $(VENV)/.installed  ## run the notebooks and render the report
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check helpers tests benchmarks data/aligned_pair
+	$(BIN)/ruff format --check .
 
 test: lint  ## lint and all tests
 	$(PYTEST)

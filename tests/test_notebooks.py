@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from helpers import report
+from helpers import claims, report
 from helpers.session import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -17,3 +17,4 @@ def test_every_notebook_runs_at_its_fast_setting(path, packaged, tmp_path):
     result = json.loads((tmp_path / "results" / f"{path.stem}.json").read_text())
     assert result["claims"] and all(c["rule"] and c["verdict"] for c in result["claims"])
     assert list((tmp_path / "figures").glob(f"{path.stem[:2]}_*.png"))
+    assert 0 < sum(c["main"] for c in result["claims"]) <= claims.MAIN
