@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from IPython.display import Markdown
 
 from helpers import stats
 from helpers.session import Session
@@ -158,7 +159,7 @@ class Claim:
         return format(self.interval, spec)
 
     def _repr_markdown_(self) -> str:
-        return reading(self) if self.verdict else stated(self)
+        return reading(self) if self.verdict or self.value is not None else stated(self)
 
 
 def stated(claim: Claim) -> str:
@@ -178,6 +179,8 @@ def reading(claim: Claim) -> str:
     if claim.value is None:
         return f"*{claim.statement[:1].upper()}{claim.statement[1:]}*: **{claim.verdict}** ({claim.reason})."
     found = f"{number(claim.value)} [{number(claim.low)}, {number(claim.high)}] {claim.unit}"
+    if not claim.verdict:
+        return f"*{claim.statement[:1].upper()}{claim.statement[1:]}*: {found}; {claim.reason}."
     beside = f"null {number(claim.null_value)}" + ("" if claim.p is None else f", p = {claim.p:.2g}")
     if claim.ceiling is not None:
         beside += f", ceiling {number(claim.ceiling)}"
@@ -204,10 +207,16 @@ class Ledger:
         self, id: str, statement: str, rule: Rule, *, source: str, unit: str, over: str, null: str, main: bool = True,
         family: str = "", published: str | float = "-",
     ) -> Claim:  # fmt: skip
-        """State a claim: shown with its rule. Stated again it is replaced, and what was found for it is forgotten.
+        """State a claim: shown with its rule. Stated again otherwise it is replaced, and what was found for it is forgotten.
 
-        ValueError for a sixth claim that would be one of the notebook's main ones.
+        Claims of one `family` are stated before the first of them is judged, and have their verdicts when the last is.
+        ValueError for a sixth claim that would be one of the notebook's main ones, and for one that comes late to its family.
         """
+        judged = [x for x in self._found if family and self._stated[x][0].family == family]
+        if id not in self._stated and judged:
+            raise ValueError(
+                f"claim {id} belongs to the family {family!r}, of which {', '.join(judged)} is judged: state all of a family first"
+            )
         claim = Claim(id, statement, rule.words, source, unit, over, null, main, family, published)
         if id not in self._stated or self._stated[id][0] != claim:
             self._forget(id)
@@ -218,13 +227,15 @@ class Ledger:
         return claim
 
     def judge(
-        self, id: str, value: Interval, null: float | Sequence[float] | np.ndarray, ceiling: float | None = None
+        self, id: str, value: Interval | None, null: float | Sequence[float] | np.ndarray, ceiling: float | None = None
     ) -> Claim:
         """Put a number to a claim: its interval and the null's draws, made by the same function as the value, or its one number.
 
-        The verdict is the rule's. Judged again it is replaced. ValueError for a claim not stated, or numbers that are none.
+        The verdict is the rule's. Judged again it is replaced. None, which `stats.ratio_if_clear` gives, is not run. ValueError for a claim not stated, or numbers that are none.
         """
         self._known(id)
+        if value is None:
+            return self.not_run(id, "what it would be divided by is not clear of zero")
         draws = np.atleast_1d(np.asarray(null, np.float64)).ravel()
         if not len(draws) or not np.isfinite([*value, *draws, ceiling or 0.0]).all():
             raise ValueError(
@@ -266,11 +277,18 @@ class Ledger:
         if id not in self._found:
             return claim
         value, draws, ceiling = self._found[id]
+        if waits := self._waits(id):
+            said = f"judged together with {', '.join(waits)}, of the same family"
+            return replace(claim, value=value.value, low=value.low, high=value.high, ceiling=ceiling, reason=said)
         p = self._p(id)
         shown = float(draws[0]) if p is None else rule.sign * stats.reach(rule.sign * draws)
         clear = value.low > shown if rule.sign > 0 else value.high < shown
         verdict = self._checked(id, rule.decide(Found(value, shown, clear if p is None else p < P)))
-        reason = f"An effect of {number(stats.seen(value))} would have been seen" if verdict == "undecided" else ""
+        reason = (
+            f"A value {number(stats.seen(value))} beyond the threshold would have been seen"
+            if verdict == "undecided"
+            else ""
+        )
         return replace(
             claim, value=value.value, low=value.low, high=value.high, null_value=shown, p=p, ceiling=ceiling,
             verdict=verdict, reason=reason,
@@ -329,6 +347,12 @@ class Ledger:
             raise ValueError(f"claim {id}: the rule gave {verdict!r}; a verdict is one of {', '.join(VERDICTS)}")
         return verdict
 
+    def _waits(self, id: str) -> list[str]:
+        """The claims of this one's family without a number yet: their p-values are corrected together, so none has a verdict alone."""
+        family = self._stated[id][0].family
+        known = self._found.keys() | self._refused.keys()
+        return [x for x, (claim, _) in self._stated.items() if family and claim.family == family and x not in known]
+
     def _p(self, id: str) -> float | None:
         """The p-value of a claim's number against the null's draws, corrected within its family; None for a single number."""
         family = self._stated[id][0].family
@@ -359,11 +383,21 @@ def published(claim: dict[str, Any]) -> str:
 def markdown(claims: Sequence[dict[str, Any]], with_rule: bool = True) -> str:
     """Claims, as a results file has them, as a Markdown table: what was claimed, where, published and our number, null, verdict."""
     head = ["claim", "source", "published", "ours [95 %]", "null", "verdict"] + (["rule"] if with_rule else [])
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for c in claims:
         ours = "-" if c["value"] is None else f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}"
         null = number(c["null_value"]) + (f" (p = {c['p']:.2g})" if c["p"] is not None else "")
         cells = [f"**{c['id']}** {c['statement']}", c["source"], published(c), ours, null]
         cells += [f"**{c['verdict']}**"] + ([c["rule"]] if with_rule else [])
-        lines.append("| " + " | ".join(str(x).replace("|", "\\|").replace("\n", " ") for x in cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return str(table(head, rows).data)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
+    """A Markdown table; what would break a cell is escaped, numbers come as the caller wrote them."""
+    lines = [head, ["---"] * len(head), *rows]
+    return Markdown("\n".join("| " + " | ".join(_cell(x) for x in line) + " |" for line in lines))
+
+
+def _cell(x: Any) -> str:
+    return str(x).replace("|", "\\|").replace("\n", " ")

@@ -165,6 +165,30 @@ def lines(
     show(session, name, figure, {"x": x, "series": series, "null": null, "marks": marks}, interactive)
 
 
+def scatter(
+    session: Session,
+    name: str,
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    log: bool = False,
+    verdict: str = "",
+    interactive: Any = None,
+) -> None:
+    """Clouds of points {label: (x, y)}, with `curves` in black behind them (a theory, the diagonal), drawn, saved and shown."""
+    figure, axis = plt.subplots(figsize=(9.5, 4.4))
+    for (label, (x, y)), style in zip((curves or {}).items(), ["-", ":", "--", "-."] * 2, strict=False):
+        axis.plot(x, y, color="black", linewidth=1.2, linestyle=style, label=label)
+    for (label, (x, y)), colour, marker in zip(points.items(), PALETTE * 3, MARKERS * 3, strict=False):
+        axis.plot(x, y, marker, color=colour, markersize=5, alpha=0.7, label=label)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=titled(title, verdict), xscale="log" if log else "linear")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    show(session, name, figure, {"points": points, "curves": curves}, interactive)
+
+
 def forest_on(
     axis: Any,
     rows: Sequence[str],
@@ -186,7 +210,7 @@ def forest_on(
     for (label, values), offset, colour, marker in zip(series.items(), offsets, PALETTE * 3, MARKERS * 3, strict=False):
         if values is None:
             continue
-        v, low, high = (np.array([x[i] for x in values], float) for i in range(3))
+        v, low, high = np.array([(np.nan,) * 3 if x is None else x for x in values], float).T  # None: not run
         axis.errorbar(
             v, y + offset, xerr=[v - low, high - v], fmt=marker, color=colour, markersize=5, linewidth=1.2, label=label
         )

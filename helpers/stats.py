@@ -58,11 +58,14 @@ def over(units: Sequence[Any] | np.ndarray, statistic: Callable[[Any], float | n
     return Interval(value, value - half, value + half)
 
 
+class NothingToDivideBy(ValueError):
+    """The sum below a ratio is not clearly above or below zero."""
+
+
 def ratio(tops: Sequence[float] | np.ndarray, bottoms: Sequence[float] | np.ndarray) -> Interval:
     """Sum of `tops` over sum of `bottoms` (units,), with a 95 % interval over the units by Fieller's theorem (1954).
 
-    ValueError where the sum below is not clearly above or below zero: then there is nothing to divide by, and the interval
-    has no ends.
+    NothingToDivideBy, a ValueError, where the sum below is not clearly above or below zero: the interval has no ends.
     """
     top, bottom = np.asarray(tops, np.float64), np.asarray(bottoms, np.float64)
     if top.ndim != 1 or top.shape != bottom.shape or len(top) < 3:
@@ -73,12 +76,20 @@ def ratio(tops: Sequence[float] | np.ndarray, bottoms: Sequence[float] | np.ndar
     (aa, ab), (_, bb) = np.cov(top, bottom) / n
     lead = b * b - t * t * bb
     if lead <= 0:
-        raise ValueError(
+        raise NothingToDivideBy(
             f"the sum below a ratio, {bottom.sum():.3g} over {n} units, is not clear of zero: report the top alone"
         )
     root = max((a * b - t * t * ab) ** 2 - lead * (a * a - t * t * aa), 0.0) ** 0.5
     low, high = ((a * b - t * t * ab - sign * root) / lead for sign in (1, -1))
     return Interval(float(a / b), float(low), float(high))
+
+
+def ratio_if_clear(tops: Sequence[float] | np.ndarray, bottoms: Sequence[float] | np.ndarray) -> Interval | None:
+    """`ratio`, or None where the sum below is not clear of zero: such a claim is not run."""
+    try:
+        return ratio(tops, bottoms)
+    except NothingToDivideBy:
+        return None
 
 
 def share(hits: Sequence[bool] | np.ndarray) -> Interval:

@@ -8,15 +8,17 @@ how they fit together; nothing here measures or judges.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
+from IPython.display import Markdown
 from torch import Tensor
 
-from helpers import nulls
-from helpers.lm import models, reading, scoring, tokens
+from helpers import nulls, stats
+from helpers.claims import table
+from helpers.lm import models, reading, replies, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
 from helpers.sae import activations, harvest, train
@@ -33,7 +35,7 @@ OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length
 FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS = 3, 6, 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Single:
     """One model, the layer where it is steered, and behaviours by name."""
 
@@ -42,6 +44,7 @@ class Single:
     layer: int
     layers: list[int]
     data: dict[str, Behavior]
+    _tested: dict[int, dict[str, Continuations]] = field(default_factory=dict, repr=False)
 
     @property
     def names(self) -> list[str]:
@@ -85,11 +88,43 @@ class Single:
 
     def tested(self, items: int = 0) -> dict[str, Continuations]:
         """Each behaviour's held-out test items (the first `items`; 0: all), ready to be scored under any vector."""
-        return {n: propensity.of_items(self.model, b.test[: items or None], self.layer) for n, b in self.data.items()}
+        if items not in self._tested:
+            each = {n: b.test[: items or None] for n, b in self.data.items()}
+            self._tested[items] = {n: propensity.of_items(self.model, part, self.layer) for n, part in each.items()}
+        return self._tested[items]
 
     def gradients(self, items: int = 0) -> dict[str, np.ndarray]:
         """The linear response (items, d_model) of those items' log-odds to a vector added at the layer."""
         return {n: scoring.linear_response(where) for n, where in self.tested(items).items()}
+
+    def response(self, name: str, vectors: Tensor, length: float, items: int = 0) -> np.ndarray:
+        """By gradient, the change of each item's log-odds, in nats, from each of `vectors` (n, d_model) brought to `length` residual
+        norms: (n, items)."""
+        unit = (vectors / vectors.norm(dim=-1, keepdim=True)).double().numpy()
+        return length * self.residual_norm * unit @ scoring.linear_response(self.tested(items)[name]).T
+
+    def change(self, name: str, vectors: Tensor, length: float, items: int = 0) -> np.ndarray:
+        """The same by a finite step: the steered model's log-odds less the unsteered one's, (n, items)."""
+        units = [v / v.norm() * self.residual_norm for v in vectors]
+        scores = scoring.log_odds(self.tested(items)[name], units, [0.0, length])
+        return scores[:, 1] - scores[:, 0]
+
+    def say(self, question: str, vectors: dict[str, Tensor], length: float, tokens: int = 40) -> Markdown:
+        """A table of what the model answers when each vector, at `length` residual norms, is added to its answer."""
+        ask = {"nothing": torch.zeros(self.model.d_model), **{n: v / v.norm() for n, v in vectors.items()}}
+        pushes = torch.stack([v.float() * length * self.residual_norm for v in ask.values()])
+        said = replies.generate(self.model, [question] * len(ask), self.layer, pushes, max_new_tokens=tokens)
+        return table(["added", "reply"], [list(row) for row in zip(ask, said, strict=True)])
+
+    def contrast(self, name: str, kind: str = ANSWERS, rows: int = 3) -> Markdown:
+        """A table of a behaviour's first contrast pairs: both sides, the length of their difference, its cosine with the mean."""
+        b, (pos, neg) = self.data[name], self.halves(kind)[name].at(self.layer)
+        pairs = b.answer_pairs if kind == ANSWERS else b.system_pairs
+        difference = (pos - neg).double()
+        cosine = stats.cosine(difference.numpy(), difference.mean(0).numpy())
+        found = zip(pairs[:rows], difference.norm(dim=1).tolist(), cosine, strict=False)
+        body = [[p.positive, p.negative, f"{norm:.0f}", f"{c:.2f}"] for p, norm, c in found]
+        return table(["positive", "negative", "length", "cosine with the mean"], body)
 
     @cached_property
     def text(self) -> tuple[Samples, Samples]:
@@ -106,7 +141,7 @@ class Single:
         return train.dictionary(s.profile, self.text[0], s.device, seed, s.fast)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Two:
     """A pair of models that read the same tokens: `before` preference training and `after`, each a Single at one layer; their
     names, which behaviours were trained as far as that is known, and, where the profile has one, a fine-tune without preferences."""

@@ -70,9 +70,13 @@ def test_algebra_and_reproduction_need_the_null_too(ledger):
 
 def test_p_values_count_the_draws_and_are_corrected_within_a_family(ledger):
     draws = np.arange(99.0)
-    for i, value in enumerate((98.5, 97.5, 200.0)):
+    for i in range(3):
         ledger.state(f"f.{i}", f"thing {i}", claims.at_least(0), **SAID, family="things")
+    for i, value in enumerate((98.5, 97.5, 200.0)):
+        assert not ledger["f.0"].verdict  # none alone: the others would still move its p-value
         ledger.judge(f"f.{i}", Interval(value, value - 1, value + 1), draws)
+    with pytest.raises(ValueError, match="state all of a family first"):
+        ledger.state("f.3", "late", claims.at_least(0), **SAID, family="things")
     ledger.state("g.0", "alone", claims.at_least(0), **SAID)
     alone = ledger.judge("g.0", Interval(97.5, 96.5, 98.5), draws)
     assert alone.p == 0.02 and alone.verdict == "holds" and alone.null_value == 94.0
