@@ -185,6 +185,8 @@ def scatter(
     for (label, (x, y)), colour, marker in zip(points.items(), PALETTE * 3, MARKERS * 3, strict=False):
         axis.plot(x, y, marker, color=colour, markersize=5, alpha=0.7, label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=titled(title, verdict), xscale="log" if log else "linear")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     show(session, name, figure, {"points": points, "curves": curves}, interactive)
 
