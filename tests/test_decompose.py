@@ -285,7 +285,8 @@ def test_a_dead_row_and_rows_of_any_length_do_no_harm():
         (lambda r: decompose.pursuit(r, torch.randn(2, D), 3, signed=False), "gradient"),
         (lambda r: decompose.pursuit(r, torch.randn(2, D + 1), 3), r"wants \(n, 160\)"),
         (lambda r: decompose.dense(r, torch.full((1, D), torch.nan)), "NaN"),
-        (lambda r: decompose.retention(np.ones(3), np.ones(3)), "one equal .items,. a behaviour"),
+        (lambda r: decompose.mean_slopes(np.ones(3)), "one .items,. a behaviour"),
+        (lambda r: decompose.mean_slopes(np.ones((3, 9)), np.ones((2, 4))), "2 rows of KL"),
     ],
 )
 def test_bad_input_is_refused_in_words(call, message):
@@ -311,27 +312,26 @@ def test_overlap_counts_shared_largest_latents():
 
 
 def test_retention_is_one_for_itself_negative_for_its_opposite_and_priced_by_the_root_of_kl():
-    slopes = np.random.default_rng(0).normal(2, 1, (3, 40))
-    kl = np.random.default_rng(1).uniform(0.5, 1.5, (3, 8))
-    assert decompose.retention(slopes, slopes) == stats.Interval(1.0, 1.0, 1.0)
-    assert decompose.retention(-slopes, slopes).high == -1.0
-    assert decompose.retention(slopes, slopes, (4 * kl, kl)).value == pytest.approx(0.5)
-    assert decompose.retention(0 * slopes, slopes, (0 * kl, kl)) == (0.0, 0.0, 0.0)
+    slopes = np.random.default_rng(0).normal(2, 1, (5, 40))
+    kl = np.random.default_rng(1).uniform(0.5, 1.5, (5, 8))
+    own, priced = decompose.mean_slopes(slopes), decompose.mean_slopes(slopes, kl)
+    assert np.allclose(stats.ratio(own, own), 1.0) and np.allclose(
+        stats.ratio(decompose.mean_slopes(-slopes), own), -1.0
+    )
+    assert np.allclose(decompose.mean_slopes(slopes, 4 * kl), priced / 2)
+    assert not decompose.mean_slopes(0 * slopes, 0 * kl).any()
     uneven = [slopes[0], slopes[1][:7]]  # behaviours need not have equally many items
-    by_hand = (3 * slopes[0].mean() + slopes[1][:7].mean()) / (slopes[0].mean() + slopes[1][:7].mean())
-    assert decompose.retention([3 * uneven[0], uneven[1]], uneven).value == pytest.approx(by_hand)
-    half = decompose.retention(slopes / 2 + np.random.default_rng(2).normal(0, 0.3, slopes.shape), slopes)
-    assert half.low < 0.5 < half.high and half.high - half.low < 0.3
+    assert np.allclose(decompose.mean_slopes(uneven), [slopes[0].mean(), slopes[1][:7].mean()])
 
 
-def test_an_interval_of_retention_covers():
+def test_an_interval_of_retention_covers_over_behaviours_that_differ_in_it():
     rng, inside = np.random.default_rng(3), 0
-    for i in range(200):
-        v = rng.normal(1.0, 1.0, (4, 50))
-        r = 0.6 * v + rng.normal(0, 0.5, v.shape)
-        found = decompose.retention(r, v, draws=200, seed=i)
+    for _ in range(400):
+        v = rng.normal(1.0, 1.0, (7, 50))
+        r = rng.normal(0.6, 0.2, (7, 1)) * v + rng.normal(0, 0.5, v.shape)
+        found = stats.ratio(decompose.mean_slopes(r), decompose.mean_slopes(v))
         inside += found.low <= 0.6 <= found.high
-    assert 0.9 <= inside / 200 <= 0.99
+    assert 0.92 <= inside / 400 <= 0.98
 
 
 def test_an_sae_with_gradients_on_is_read_like_any_other(sae, planted):

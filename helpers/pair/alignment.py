@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.stats import Interval
-
 PENALTIES = tuple(10.0**e for e in range(-8, 1))  # in units of the mean eigenvalue of the covariance of X
 
 
@@ -97,61 +95,33 @@ def ridge(
 
 
 class Score(NamedTuple):
-    """A map on held-out rows. R^2 = 1 - sum|y - map(x)|^2 / sum|y - mean(y)|^2, over all rows and dimensions (`r2`) and of each dimension
-    (`per_dimension` (d,)); and, a document each, what resampling needs: squared `error`, `rows`, `sums` (documents, d), `squares`."""
+    """A map on held-out rows. R^2 = 1 - sum|y - map(x)|^2 / sum|y - mean(y)|^2, over all rows and dimensions (`r2`) and of each
+    dimension (`per_dimension` (d,)). The two sums of each document, `error` and `total` (documents,), are what an interval over
+    documents needs: `stats.ratio(total - error, total)` for R^2, and for the share of another map's error that this one removes
+    `stats.ratio(other.error - error, other.error)`."""
 
     r2: float
     per_dimension: Tensor
     error: np.ndarray
-    rows: np.ndarray
-    sums: np.ndarray
-    squares: np.ndarray
+    total: np.ndarray
 
 
 def score(fitted: Map, X: Tensor, Y: Tensor, documents: Tensor) -> Score:
     """How well a map holds on rows X, Y (n, d) of `documents` (n,) that it was not fitted on."""
     X, Y = _two(X, Y)
-    centre = Y.mean(0)
-    Y, squared = Y - centre, (Y - fitted(X)).square()
+    squared, total = (Y - fitted(X)).square(), (Y - Y.mean(0)).square()
     of = torch.unique(documents, return_inverse=True)[1]
     n = int(of.max()) + 1
 
     def by_document(values: Tensor) -> np.ndarray:
-        return torch.zeros(n, *values.shape[1:], dtype=torch.float64).index_add_(0, of, values.double()).numpy()
+        return torch.zeros(n, dtype=torch.float64).index_add_(0, of, values.double()).numpy()
 
-    total = Y.square()
     return Score(
         1 - float(squared.sum() / total.sum()),
         1 - squared.sum(0) / total.sum(0).clamp_min(1e-300),
-        *(by_document(v) for v in (squared.sum(1), torch.ones(len(Y)), Y, total.sum(1))),
+        by_document(squared.sum(1)),
+        by_document(total.sum(1)),
     )
-
-
-def _resampled(scores: Sequence[Score], draws: int, seed: int) -> np.ndarray:
-    """R^2 (scores, draws) of each score over the same resampled documents."""
-    n = len(scores[0].rows)
-    if n < 2:
-        raise ValueError("an interval over one document was asked for; it needs two or more held-out documents")
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
-    out = []
-    for s in scores:
-        total = counts @ s.squares - ((counts @ s.sums) ** 2).sum(1) / (counts @ s.rows)
-        out.append(1 - counts @ s.error / total)
-    return np.stack(out)
-
-
-def interval(of: Score, draws: int = 1000, seed: int = 0) -> Interval:
-    """R^2 with its 95 % interval over documents."""
-    low, high = np.quantile(_resampled([of], draws, seed)[0], [0.025, 0.975])
-    return Interval(of.r2, float(min(low, of.r2)), float(max(high, of.r2)))
-
-
-def removed(of: Score, baseline: Score, draws: int = 1000, seed: int = 0) -> Interval:
-    """The share of a baseline's held-out error that a map removes, 1 - (1 - R^2) / (1 - R^2 baseline), 95 % over documents."""
-    one, two = 1 - _resampled([of, baseline], draws, seed)
-    value = 1 - (1 - of.r2) / (1 - baseline.r2)
-    low, high = np.quantile(1 - one / two, [0.025, 0.975])
-    return Interval(value, float(min(low, value)), float(max(high, value)))
 
 
 # --- the gate ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 A conversation is run once up to a block and then, as often as wanted, from there on with something added to its residuals. What is
 added at each token is a row: the difference that training made there, a part of it, or the like in other directions.
+The share of the KL that is gone is `stats.ratio(nothing - patched, nothing)` over conversations: 1 is all,
+negative is further away than before. With the KL that is left at best, `stats.ratio(nothing - patched, nothing - best)`.
 Recovered KL of spliced-in differences: Minder et al. 2025 (arXiv:2504.02922), section 4, there for crosscoder latents.
 """
 
@@ -15,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from helpers import stats, store
+from helpers import store
 from helpers.lm import reading, scoring
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Resumed
 from helpers.lm.tokens import ANSWER, Tokens
-from helpers.stats import Interval
 
 
 class Runs:
@@ -207,12 +208,3 @@ def difference(chat: Runs, base: Runs, limit: float = float("inf")) -> Change:
         there[-1][0] = False
     rows = torch.cat([(a - b)[t] for a, b, t in zip(chat.residuals, base.residuals, there, strict=True)])
     return Change(rows, there)
-
-
-def recovered(
-    nothing: np.ndarray, patched: np.ndarray, best: np.ndarray | None = None, draws: int = 2000, seed: int = 0
-) -> Interval:
-    """Share of the KL that is gone, sums over conversations (n,), with a 95 % interval over conversations: 1, all; negative, it is further
-    away than before. With `best`, the KL that is left at best, in units of what that recovers."""
-    left = np.stack([nothing, patched, np.zeros_like(nothing) if best is None else best], 1)
-    return stats.bootstrap(left, lambda x: float((x[:, 0] - x[:, 1]).sum() / (x[:, 0] - x[:, 2]).sum()), draws, seed)

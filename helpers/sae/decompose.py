@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import stats, store
-from helpers.stats import Interval
 
 
 class Dictionary(Protocol):
@@ -373,42 +372,22 @@ def linear_slopes(vectors: Tensor | np.ndarray, gradients: np.ndarray, length: f
     return np.divide(v, norm, out=np.zeros_like(v), where=norm > 0) @ gradients.T * length
 
 
-def retention(
-    steered: Sequence[np.ndarray],
-    reference: Sequence[np.ndarray],
-    price: tuple[Sequence[np.ndarray], Sequence[np.ndarray]] | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """Steering retained: the summed mean slopes `steered` of reconstructions over those of the vectors, `reference`.
+def mean_slopes(slopes: Sequence[np.ndarray], kl: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    """Each behaviour's mean slope (behaviours,) float64, from one array (items,) a behaviour.
 
-    Each holds one array of slopes (items,) a behaviour. 1: all of it, 0: none, negative: it steers the wrong way. Both at equal length;
-    with `price`, for reconstructions and for vectors the KL (prompts,) a behaviour at that length, at equal KL: a small vector's
-    response grows with its length and its KL with the square, so each mean slope is divided by the root of its mean KL (a
-    reconstruction without any KL steers nothing). Bootstrap over each behaviour's items and, where given, prompts; the
-    behaviours are those given.
+    Steering retained is `stats.ratio(mean_slopes(reconstructions), mean_slopes(vectors))`: 1, all of
+    it; 0, none; negative, it steers the wrong way. So compared they are of equal length. At equal KL:
+    with `kl`, one array (prompts,) a behaviour at that length. A small vector's response grows with its
+    length and its KL with the square, so each mean slope is divided by the root of its mean KL; it is 0
+    where there is no KL. ValueError for slopes or KL of another shape.
     """
-    top, bottom = ([np.asarray(x, np.float64) for x in side] for side in (steered, reference))
-    if not top or [x.shape for x in top] != [x.shape for x in bottom] or any(x.ndim != 1 for x in top):
+    if any(np.ndim(x) != 1 for x in slopes) or (kl is not None and len(kl) != len(slopes)):
+        shapes, rows = [np.shape(x) for x in slopes], "no" if kl is None else len(kl)
         raise ValueError(
-            f"slopes of shapes {[x.shape for x in top]} and {[x.shape for x in bottom]} were given; one equal (items,) a behaviour"
+            f"slopes of shapes {shapes} and {rows} rows of KL were given; one (items,) a behaviour is wanted"
         )
-    rng = np.random.default_rng(seed)
-
-    def resampled(sides: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, ...]:
-        """Means (draws + 1, behaviours) of each side, the same resampled entries for all; line 0 is of the data itself."""
-        out = [np.empty((draws + 1, len(top))) for _ in sides]
-        for b, parts in enumerate(zip(*sides, strict=True)):
-            n = len(parts[0])
-            rows = np.concatenate([np.arange(n)[None], rng.integers(0, n, (draws, n))])
-            for table, x in zip(out, parts, strict=True):
-                table[:, b] = np.asarray(x, np.float64)[rows].mean(1)
-        return tuple(out)
-
-    a, b = resampled((top, bottom))
-    if price is not None:
-        spent, own = resampled(price)
-        a = np.divide(a, np.sqrt(spent), out=np.zeros_like(a), where=spent > 0)
-        b = np.divide(b, np.sqrt(own), out=np.zeros_like(b), where=own > 0)
-    ratio = a.sum(1) / b.sum(1)
-    return Interval(float(ratio[0]), *map(float, np.quantile(ratio[1:], [0.025, 0.975])))
+    means = np.array([np.mean(x, dtype=np.float64) for x in slopes])
+    if kl is None:
+        return means
+    price = np.array([np.mean(x, dtype=np.float64) for x in kl])
+    return np.divide(means, np.sqrt(price), out=np.zeros_like(means), where=price > 0)
