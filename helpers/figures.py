@@ -248,6 +248,42 @@ def over_words(
     return figure
 
 
+def at_the_seam(
+    session: Session,
+    name: str,
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    starts: Mapping[str, Sequence[int]],
+    before: int,
+    after: int,
+    *,
+    title: str,
+    verdict: str = "",
+    grey: Sequence[str] = (),
+) -> None:
+    """Many conversations laid over one another where the answer starts, drawn, saved and shown: one panel for each y label.
+
+    `panels`: {y label: {who: one series (tokens,) a conversation}}; `starts`: {who: where each answer starts}. Of `grey`, the
+    nulls, only the first is named. Bands: 95 % over conversations.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4), squeeze=False)
+    drawn: dict[str, Any] = {}
+    for axis, (label, lines) in zip(axes[0], panels.items(), strict=True):
+        colour = dict(zip([w for w in lines if w not in grey], PALETTE * 3, strict=False))
+        for who, series in lines.items():
+            named = who not in grey[1:]
+            look = {
+                "color": colour.get(who, NULL),
+                "label": who if named else None,
+                "linewidth": 1.4 if who in colour else 0.8,
+            }
+            drawn[f"{label}: {who}"] = around(axis, series, starts[who], before, after, **look)
+        axis.axvline(-0.5, color="black", linestyle=":", linewidth=1)
+        axis.set(xlabel="tokens from the first of the answer", ylabel=label)
+    axes[0, 0].set_title(titled(title, verdict))
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    show(session, name, figure, drawn)
+
+
 def around(
     axis: Any,
     series: Sequence[Sequence[float]],

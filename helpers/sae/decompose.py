@@ -152,6 +152,16 @@ def encode_pairs(sae: Dictionary, pos: Tensor, neg: Tensor, k: int = 0) -> Decom
     return _finish(v, codes, codes @ rows, began)
 
 
+def readings(sae: Dictionary, vectors: Tensor, acts: Tensor) -> dict[str, Tensor]:
+    """The codes (n, latents) of vectors (n, d_model) by the three ways that need no pairs: taken for an activation, less the code
+    of nothing, and by what they change in real activations `acts` (m, d_model)."""
+    return {
+        "encode(v)": encode(sae, vectors).codes,
+        "encode(v) less zero": encode_less_zero(sae, vectors).codes,
+        "steered - unsteered": encode_shift(sae, vectors, acts).codes,
+    }
+
+
 def raised(sae: Dictionary, acts: Tensor, latent: int, amount: float) -> Tensor:
     """mean over `acts` (m, d_model) of decode(encode(a) + amount on one latent) + the SAE's error - a: (d_model,) float64.
 
