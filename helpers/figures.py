@@ -265,7 +265,7 @@ def at_the_seam(
     `panels`: {y label: {who: one series (tokens,) a conversation}}; `starts`: {who: where each answer starts}. Of `grey`, the
     nulls, only the first is named. Bands: 95 % over conversations.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(9.5, 6.5 * len(panels)), 4), squeeze=False)
     drawn: dict[str, Any] = {}
     for axis, (label, lines) in zip(axes[0], panels.items(), strict=True):
         colour = dict(zip([w for w in lines if w not in grey], PALETTE * 3, strict=False))
