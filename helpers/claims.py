@@ -107,6 +107,17 @@ def identity(tolerance: float) -> Rule:
     return Rule(f"algebra if it is 1 within {tolerance:g} for the data and for noise alike, else fails", decide)
 
 
+def artefact(threshold: float, null_below: float) -> Rule:
+    """`artefact` if the value, which the claim takes for granted to be small, lies above `threshold` and the null's does not."""
+
+    def decide(found: Found) -> str:
+        high = found.value.low > threshold and found.null < null_below
+        return "artefact" if high else "fails" if found.value.high < threshold else "undecided"
+
+    words = f"artefact if the 95 % interval lies above {threshold:g} and the null below {null_below:g}, fails (there is none)"
+    return Rule(f"{words} if it lies below {threshold:g}, else undecided", decide)
+
+
 def reproduces(published: float, tolerance: float) -> Rule:
     """`holds` if the value lies within `tolerance` (a share) of a published number and the null does not."""
     reach = tolerance * abs(published)

@@ -139,12 +139,13 @@ def lines(
     null_label: str = "null",
     marks: Mapping[str, float] | None = None,
     log: bool = False,
+    log_y: bool = False,
     verdict: str = "",
     interactive: Any = None,
 ) -> None:
     """Curves over `x`, drawn, saved and shown: each series numbers or Intervals (a band), `null` a (low, high) for each x.
 
-    `marks`: {label: y}, dotted lines across. `log`: a logarithmic x axis with a tick at every x.
+    `marks`: {label: y}, dotted lines across. `log`: a logarithmic x axis, with a tick at every x where there are few.
     """
     figure, axis = plt.subplots(figsize=(9.5, 4.2))
     if null is not None:
@@ -152,17 +153,61 @@ def lines(
         axis.fill_between(x, low, high, color=NULL, alpha=0.3, linewidth=0, label=null_label)
     for (label, values), colour, marker in zip(series.items(), PALETTE * 3, MARKERS * 3, strict=False):
         table = np.array([v if isinstance(v, Sequence) else (v, v, v) for v in values], float)
-        axis.plot(x, table[:, 0], color=colour, marker=marker, markersize=5, label=label)
+        axis.plot(x, table[:, 0], color=colour, marker=marker, markersize=5 if len(x) <= 40 else 0, label=label)
         axis.fill_between(x, table[:, 1], table[:, 2], color=colour, alpha=0.15, linewidth=0)
     for label, y in (marks or {}).items():
         axis.axhline(y, color="black", linestyle=":", linewidth=1.2, label=label)
     if log:
         axis.set(xscale="log")
+    if log and len(x) <= 12:
         axis.set_xticks(x, [f"{value:g}" for value in x])
         axis.minorticks_off()
+    if log_y:
+        axis.set(yscale="log")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=titled(title, verdict))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     show(session, name, figure, {"x": x, "series": series, "null": null, "marks": marks}, interactive)
+
+
+def histogram(
+    session: Session,
+    name: str,
+    values: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    grey: Sequence[str] = (),
+    verdict: str = "",
+) -> None:
+    """Distributions {label: values} in the same 40 bins, those of `grey` in grey, drawn, saved and shown."""
+    bins = np.histogram_bin_edges(np.concatenate([np.asarray(v) for v in values.values()]), 40)
+    figure, axis = plt.subplots(figsize=(9.5, 3.4))
+    for (label, x), colour in zip(values.items(), PALETTE, strict=False):
+        axis.hist(x, bins, color=NULL if label in grey else colour, alpha=0.75, label=label)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=titled(title, verdict))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    show(session, name, figure, values)
+
+
+def matrices(session: Session, name: str, panels: Mapping[str, np.ndarray], labels: Sequence[str], title: str) -> None:
+    """Square tables of cosines {panel title: (n, n)} with one row and column for each label, drawn, saved and shown."""
+    n = len(labels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1.5 + (1.6 + 0.42 * n) * len(panels), 1.4 + 0.42 * n), squeeze=False
+    )
+    for axis, (head, table) in zip(axes[0], panels.items(), strict=True):
+        image = axis.imshow(table, vmin=-1, vmax=1, cmap="RdBu_r")
+        axis.set_xticks(range(n), labels, rotation=45, ha="right")
+        axis.set_yticks(range(n), labels)
+        axis.grid(False)
+        axis.set_title(head)
+        for i, j in np.ndindex(table.shape):
+            axis.text(j, i, f"{table[i, j]:.1f}", ha="center", va="center", fontsize=9)
+    figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11)
+    show(session, name, figure, {"labels": labels, **panels})
 
 
 def scatter(

@@ -21,6 +21,10 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def map(self, f: Callable[[float], float]) -> "Interval":
+        """The interval of f(value), f rising: of a mean of logs, exp gives that of the geometric mean."""
+        return Interval(*(float(f(x)) for x in self))
+
     def __format__(self, spec: str) -> str:
         spec = spec or ".2f"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
@@ -103,6 +107,12 @@ def seen(found: Interval, power: float = 0.8) -> float:
     """How far from a threshold a value must lie for its interval to clear it in `power` of all repetitions, spread as here."""
     half = (found.high - found.low) / 2
     return half * (1 + float(scipy_stats.norm.ppf(power)) / float(scipy_stats.norm.ppf((1 + LEVEL) / 2)))
+
+
+def grouped(values: np.ndarray, groups: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Sums (groups, ...) of `values` (units, ...) over units of one group, groups in the order in which they come."""
+    names = np.asarray(groups)
+    return np.stack([np.asarray(values, np.float64)[names == g].sum(0) for g in dict.fromkeys(names.tolist())])
 
 
 def p_value(value: float, null: Sequence[float] | np.ndarray) -> float:

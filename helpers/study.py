@@ -51,11 +51,14 @@ class Single:
         """The behaviours, in the profile's order."""
         return list(self.data)
 
+    @property
+    def _prompts(self) -> list[tokens.Tokens]:
+        return [tokens.chat(self.model.tokenizer, q) for b in self.data.values() for q in b.open[:OPEN]]
+
     @cached_property
     def residuals(self) -> Tensor:
         """Rows (tokens, d_model) float32 after the layer, of the user's tokens in some open prompts of every behaviour."""
-        prompts = [tokens.chat(self.model.tokenizer, q) for b in self.data.values() for q in b.open[:OPEN]]
-        return reading.rows(self.model, prompts, self.layer)
+        return reading.rows(self.model, self._prompts, self.layer)
 
     @cached_property
     def residual_norm(self) -> float:
@@ -108,6 +111,24 @@ class Single:
         units = [v / v.norm() * self.residual_norm for v in vectors]
         scores = scoring.log_odds(self.tested(items)[name], units, [0.0, length])
         return scores[:, 1] - scores[:, 0]
+
+    def by_layer(self, kind: str = ANSWERS, length: float = 0.1) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """On the dev items alone and by gradient, at every layer of `layers`: each behaviour's response (layers,) in nats to its own
+        vector of that kind, `length` residual norms long; and the standard deviation of random directions' responses (layers,)."""
+        own, chance = {}, {}
+        sizes = torch.stack([reading.rows(self.model, self._prompts, k).norm(dim=1).median() for k in self.layers])
+        for n, h in self.halves(kind, self.layers).items():
+            where = propensity.of_items(self.model, self.data[n].dev, self.layers[0])
+            at_each = (
+                scoring.linear_response(where, self.layers[1:])
+                .reshape(len(self.layers), -1, self.model.d_model)
+                .mean(1)
+            )
+            at_each = at_each * length * sizes.double().numpy()[:, None]
+            units = [directions.mean(*h.at(k)).numpy() for k in self.layers]
+            own[n] = np.array([g @ u / np.linalg.norm(u) for g, u in zip(at_each, units, strict=True)])
+            chance[n] = np.linalg.norm(at_each, axis=1) / self.model.d_model**0.5
+        return own, chance
 
     def say(self, question: str, vectors: dict[str, Tensor], length: float, tokens: int = 40) -> Markdown:
         """A table of what the model answers when each vector, at `length` residual norms, is added to its answer."""

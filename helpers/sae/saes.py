@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -434,6 +435,32 @@ class LossRecovered(NamedTuple):
     def recovered(self) -> float:
         """(mean - SAE) / (mean - model): 1 if the SAE costs nothing, 0 if it is no better than the mean activation."""
         return float((self.mean.sum() - self.sae.sum()) / (self.mean.sum() - self.model.sum()))
+
+
+def by_document(samples: Rows, *per_sample: Tensor) -> list[np.ndarray]:
+    """Sums over documents (documents,) of numbers a sample (samples,), documents without any left out."""
+    documents = samples.named("document")[: len(per_sample[0])].numpy()
+    some = np.bincount(documents) > 0
+    return [np.bincount(documents, weights=x.double().numpy())[some] for x in per_sample]
+
+
+class Spliceable(NamedTuple):
+    """Token rows (rows, context) in which an SAE can be put: `ids`, the positions it is put at, `kept`, and each row's `document`."""
+
+    ids: Tensor
+    kept: Tensor
+    document: np.ndarray
+
+
+def spliceable(samples: Rows, rows: int, seed: int = 0) -> Spliceable:
+    """A random choice of the rows of tokens that `samples` were harvested from, those that have two kept tokens in a row."""
+    ids, row_of = samples.token_rows()
+    kept = torch.zeros_like(ids, dtype=torch.bool)
+    kept[row_of.long(), samples.named("position").long()] = True
+    document = torch.full((len(ids),), -1).scatter(0, row_of.long(), samples.named("document").long())
+    some = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:rows]
+    some = some[(kept[some][:, :-1] & kept[some][:, 1:]).any(1)]
+    return Spliceable(ids[some], kept[some], document[some].numpy())
 
 
 def loss_recovered(

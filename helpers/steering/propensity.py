@@ -7,12 +7,13 @@ free text. Steerability as the slope over multipliers with its per-item spread: 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from helpers.lm import replies, tokens
+from helpers.lm import replies, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
 from helpers.lm.tokens import ANSWER, USER, Tokens
-from helpers.steering.behaviors import Behavior, Item
+from helpers.steering.behaviors import Behavior, Item, SystemPair
 
 
 def of_items(lm: LM, items: Sequence[Item], layer: int) -> Continuations:
@@ -42,6 +43,19 @@ def of_replies(lm: LM, questions: Sequence[str], layer: int, max_new_tokens: int
         for q, row in zip(questions, unsteered, strict=True)
     ]
     return Continuations(lm, groups, layer)
+
+
+def instructed(lm: LM, items: Sequence[Item], layer: int, pair: SystemPair) -> np.ndarray:
+    """The items' log-odds (items,) under a pair's positive system prompt less those under its negative one, in nats."""
+    odds = []
+    for system in (pair.positive, pair.negative):
+        rows = [
+            [tokens.chat(lm.tokenizer, i.question, system=system, answer=a) for a in (i.matching, i.non_matching)]
+            for i in items
+        ]
+        where = Continuations(lm, rows, layer)
+        odds.append(scoring.log_odds(where, [torch.zeros(lm.d_model)], [0.0])[0, 0])
+    return odds[0] - odds[1]
 
 
 def of_text(lm: LM, text: str, layer: int, length: int = 64, chunks: int = 16) -> Continuations:
