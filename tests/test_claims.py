@@ -153,3 +153,23 @@ def test_saved_claims_read_back_as_they_were_shown(ledger):
     assert result["claims"][0]["verdict"] == "holds" and result["claims"][0]["rule"] == claim.rule
     assert result["profile"] == "smollm2" and result["parameters"] == {"n_items": 5} and result["layer"] == 14
     assert claims.markdown(result["claims"]) == ledger.table() and "a \\| thing" in ledger.table()
+
+
+def test_what_hoards_is_an_artefact_and_what_does_not_is_not(ledger):
+    for id, value, null, verdict in (
+        ("h.1", (0.8, 0.7, 0.9), 0.01, "artefact"),
+        ("h.2", (0.8, 0.7, 0.9), 0.2, "undecided"),
+        ("h.3", (0.2, 0.1, 0.3), 0.01, "fails"),
+        ("h.4", (0.5, 0.4, 0.6), 0.01, "undecided"),
+    ):
+        ledger.state(id, "a few hold it all", claims.artefact(0.5, 0.05), **SAID)
+        assert ledger.judge(id, Interval(*value), null).verdict == verdict
+
+
+def test_a_ratio_without_a_denominator_is_not_run(ledger):
+    ledger.state("r.1", "a ratio", claims.at_least(0), **SAID)
+    assert ledger.judge("r.1", None, 0.0).verdict == "not run"
+
+
+def test_a_table_keeps_its_cells_whole():
+    assert claims.table(["a", "b"], [["x|y", "two\nlines"]]).data == "| a | b |\n| --- | --- |\n| x\\|y | two lines |"

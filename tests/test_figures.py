@@ -1,10 +1,14 @@
 """Curves laid over one another at an event, and series over words, show the numbers they are given."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
 from helpers import figures
+from helpers.stats import Interval
 
 
 def test_series_of_different_lengths_are_averaged_at_the_same_distance_from_their_starts():
@@ -39,3 +43,22 @@ def test_text_is_shown_letter_by_letter():
     figure = figures.over_words(["$x", "_{", "$"], {"a": {"v": [1, 2, 3]}}, 1, "t", {"v": "red"})
     figure.canvas.draw()  # a formula cut short would raise here
     plt.close(figure)
+
+
+def test_one_call_draws_saves_and_shows(tmp_path):
+    session_like = SimpleNamespace(notebook="99_a", figures=tmp_path)
+    x = Interval(1, 0.5, 1.5)
+    figures.forest(session_like, "a", ["one", "two"], {"s": [x, None], "t": [x, x]}, title="T", xlabel="x",
+                   null=[(0, 1), (0, 2)], pooled={"s": x, "t": x}, marks={"m": 1.0}, verdict="holds")  # fmt: skip
+    figures.lines(session_like, "b", [1, 2, 4], {"s": [x, x, x], "t": [1.0, 2.0, 3.0]}, title="T", xlabel="x",
+                  ylabel="y", null=[(0, 1)] * 3, marks={"m": 1.0}, log=True, log_y=True)  # fmt: skip
+    figures.scatter(session_like, "c", {"s": ([1, 2], [3, 4])}, curves={"t": ([1, 2], [1, 2])}, title="T",
+                    xlabel="x", ylabel="y", log=True)  # fmt: skip
+    figures.histogram(session_like, "d", {"s": [1, 2, 3], "t": [0, 1]}, grey=["t"], title="T", xlabel="x", ylabel="y")
+    figures.matrices(session_like, "e", {"p": np.eye(3), "q": np.eye(3)}, ["x", "y", "z"], "T")
+    figures.at_the_seam(session_like, "f", {"y": {"s": [[1.0, 2, 3, 4]] * 2, "n": [[1.0, 1, 1, 1]] * 2}},
+                        {"s": [2, 2], "n": [2, 2]}, 2, 2, title="T", grey=["n"])  # fmt: skip
+    for name in "abcdef":
+        assert (session_like.figures / f"99_{name}.png").stat().st_size > 5000
+        assert json.loads((session_like.figures / f"99_{name}.json").read_text())
+    assert figures.titled("Is it?", "holds") == "Is it? HOLDS" and figures.titled("Is it?", "") == "Is it?"

@@ -15,7 +15,7 @@ from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, USER
 from helpers.pair import overlap, patching
 from helpers.sae import decompose, harvest, saes, train
-from helpers.steering import caa, directions, propensity
+from helpers.steering import caa, propensity
 from helpers.steering.behaviors import AnswerPair, Item
 
 LAYER = 1

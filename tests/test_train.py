@@ -340,3 +340,20 @@ def test_a_planted_dictionary_is_recovered_at_least_as_well_as_by_saelens(seed):
     assert recovered(ours.W_dec) > 0.9
     assert recovered(ours.W_dec) >= recovered(sae.W_dec.detach()) - 1e-3
     assert recovered(torch.randn(128, 48)) < 0.6  # the floor
+
+
+def test_frozen_decoder_rows_stay_as_they_were_drawn():
+    config = SMALL._replace(decoder="frozen")
+    x, _ = planted(samples=2048)
+    state = train.State.new(topk.initial(x.shape[1], config.latents, x.mean(0), 0))
+    before = state.weights.W_dec.clone()
+    first = train.update(state, x[:256], config).mse
+    for i in range(1, 40):
+        last = train.update(state, x[(i % 8) * 256 : (i % 8 + 1) * 256], config).mse
+    assert torch.equal(state.weights.W_dec, before) and not torch.equal(state.weights.W_enc, before)
+    assert last < first
+
+
+def test_a_registrys_sae_has_no_frozen_one(cache):
+    with pytest.raises(saes.SaeError, match="from a registry"):
+        train.dictionary(a_profile(sae={"release": "r", "id": "i"}), Array(torch.randn(8, 4)), frozen=True)
