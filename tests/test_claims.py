@@ -105,7 +105,10 @@ def test_verdicts_that_follow_from_others_follow_them(ledger):
         ledger.state(id, id, claims.at_least(0), **SAID)
         ledger.judge(id, Interval(1, 0.5, 1.5), 0.0)
     ledger.state("both", "both", claims.Rule("holds if a and b do", lambda found: ""), **SAID)
-    decide = lambda parts: "holds" if set(parts) == {"holds"} else "undecided"
+
+    def decide(parts):
+        return "holds" if set(parts) == {"holds"} else "undecided"
+
     assert ledger.combine("both", ["a", "b"], decide).verdict == "holds"
     ledger.not_run("b", "there is no b")
     assert ledger["both"].verdict == "undecided" and "b not run" in ledger["both"].reason
