@@ -60,7 +60,7 @@ test-fast: lint  ## lint and the tests of the code alone
 pair: $(VENV)/.installed  ## train data/aligned_pair anew
 	@echo "installing what training the pair needs (1 of 1)"
 	@$(PIP) -r requirements-pair.txt -c requirements.lock
-	$(BIN)/python data/aligned_pair/recipe.py
+	$(BIN)/python scripts/aligned_pair.py
 
 lab: $(VENV)/.installed  ## JupyterLab
 	$(BIN)/jupyter lab --notebook-dir notebooks

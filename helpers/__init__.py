@@ -2,7 +2,7 @@
 
 Four rooms on a ground floor. A module imports only from rows above its own, or to its left:
 
-    row 0   stats  entries  profiles  session  store                                      ground floor: no models
+    row 0   stats  entries  profiles  session  store  pages                               ground floor: no models
     row 1   lm.hooks  lm.tokens  lm.text  lm.reading  lm.files  lm.models  lm.scoring  lm.replies   a language model
     row 2   steering.directions  steering.behaviors  steering.caa  steering.propensity    vectors that steer it
     row 3   sae.topk  sae.decompose  sae.projections  sae.activations  sae.saes  sae.splice  sae.conversations  sae.latents  sae.harvest  sae.train   dictionaries

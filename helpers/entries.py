@@ -7,18 +7,18 @@ nesting without a place. Knows text, not what the entries mean.
 import json
 import re
 from collections import Counter
-from typing import Any
+from typing import NoReturn
 
 
 class DataError(ValueError):
     """Bad input data; the message names file, line and field, or the text, and what is wanted."""
 
 
-def _constant(name: str) -> Any:
+def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
     if len(out) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -39,9 +39,16 @@ def _whole(text: str) -> bool:
     return True
 
 
-def _value(name: str, text: str, line: int, start: int) -> tuple[Any, int]:
+def _next(text: str, at: int) -> int:
+    """Where in `text`, from `at` on, something begins that is not space."""
+    space = _SPACE.match(text, at)
+    assert space  # it may be empty
+    return space.end()
+
+
+def _value(name: str, text: str, line: int, start: int) -> tuple[object, int]:
     """The JSON value in `text` from `start`, and where the next thing begins; `line` is that of the text's start."""
-    start, problem = _SPACE.match(text, start).end(), ""
+    start, problem = _next(text, start), ""
     try:
         value, end = _DECODER.raw_decode(text, start)
         if re.search(r"\\u[dD][89a-fA-F]", text[start:end]) and not _whole(json.dumps(value, ensure_ascii=False)):
@@ -55,10 +62,10 @@ def _value(name: str, text: str, line: int, start: int) -> tuple[Any, int]:
         problem = f"{what}; plain JSON is wanted"
     if problem:
         raise DataError(f"{name}, line {line + text.count(chr(10), 0, start)}: {problem}")
-    return value, _SPACE.match(text, end).end()
+    return value, _next(text, end)
 
 
-def parse(name: str, text: str, line: int = 1) -> Any:
+def parse(name: str, text: str, line: int = 1) -> object:
     """The one JSON value that `text` is. DataError names the file and the line; `line` is that of the text's beginning.
 
     Refused besides what is no JSON: NaN and Infinity, a field that is there twice, numbers and nesting beyond what
@@ -71,9 +78,9 @@ def parse(name: str, text: str, line: int = 1) -> Any:
     return value
 
 
-def listed(name: str, text: str) -> list[Any]:
+def listed(name: str, text: str) -> list[object]:
     """The entries of a JSON list, read one by one so that an error knows its line."""
-    out, at, mark = [], _SPACE.match(text, text.index("[") + 1).end(), ","
+    out, at, mark = [], _next(text, text.index("[") + 1), ","
     if text[at : at + 1] == "]":
         at, mark = at + 1, "]"
     while mark == ",":

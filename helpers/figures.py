@@ -7,12 +7,14 @@ import io
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from IPython.display import display
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.session import Session
@@ -20,6 +22,7 @@ from helpers.store import write_file
 
 NULL = "#9a9a9a"
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe & Ito 2008
+Range = tuple[float, float, float]  # a value with its interval, such as stats.Interval
 MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
 
 mpl.rcParams.update(
@@ -38,7 +41,7 @@ mpl.rcParams.update(
         "axes.axisbelow": True,
         "legend.frameon": False,
         "legend.fontsize": 9,
-        "axes.prop_cycle": mpl.cycler(color=PALETTE),
+        "axes.prop_cycle": cycler(color=PALETTE),
     }
 )
 
@@ -70,7 +73,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def show(session: Session, name: str, figure: Figure, numbers: Mapping[str, Any], interactive: Any = None) -> None:
+class Interactive(Protocol):
+    """A figure that can be looked at closely, as plotly makes it."""
+
+    def to_json(self) -> str: ...
+
+    def to_html(self, *, include_plotlyjs: str) -> str: ...
+
+
+def show(
+    session: Session, name: str, figure: Figure, numbers: Mapping[str, object], interactive: Interactive | None = None
+) -> None:
     """Display the figure and save <name>.png and its numbers as <name>.json in the session's figures.
 
     `interactive`, a plotly figure of the same thing, rides along in the same output (JupyterLab shows it, everything else
@@ -93,13 +106,13 @@ def forest(
     session: Session,
     name: str,
     rows: Sequence[str],
-    series: Mapping[str, Sequence[Any] | None],
+    series: Mapping[str, Sequence[Range | None] | None],
     *,
     title: str,
     xlabel: str,
-    null: Sequence[Any] | None = None,
+    null: Sequence[tuple[float, float]] | np.ndarray | None = None,
     null_label: str = "null",
-    pooled: Mapping[str, Any] | None = None,
+    pooled: Mapping[str, Range | None] | None = None,
     marks: Mapping[str, float] | None = None,
     verdict: str = "",
 ) -> None:
@@ -130,18 +143,18 @@ def lines(
     session: Session,
     name: str,
     x: Sequence[float],
-    series: Mapping[str, Sequence[Any]],
+    series: Mapping[str, Sequence[Range | float] | np.ndarray],
     *,
     title: str,
     xlabel: str,
     ylabel: str,
-    null: Sequence[Any] | None = None,
+    null: Sequence[tuple[float, float]] | np.ndarray | None = None,
     null_label: str = "null",
     marks: Mapping[str, float] | None = None,
     log: bool = False,
     log_y: bool = False,
     verdict: str = "",
-    interactive: Any = None,
+    interactive: Interactive | None = None,
 ) -> None:
     """Curves over `x`, drawn, saved and shown: each series numbers or Intervals (a band), `null` a (low, high) for each x.
 
@@ -221,7 +234,7 @@ def scatter(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     log: bool = False,
     verdict: str = "",
-    interactive: Any = None,
+    interactive: Interactive | None = None,
 ) -> None:
     """Clouds of points {label: (x, y)}, with `curves` in black behind them (a theory, the diagonal), drawn, saved and shown."""
     figure, axis = plt.subplots(figsize=(9.5, 4.4))
@@ -237,22 +250,22 @@ def scatter(
 
 
 def forest_on(
-    axis: Any,
+    axis: Axes,
     rows: Sequence[str],
-    series: Mapping[str, Sequence[Any]],
-    null: Sequence[Any] | None = None,
+    series: Mapping[str, Sequence[Range | None] | None],
+    null: Sequence[tuple[float, float]] | np.ndarray | None = None,
     null_label: str = "null",
 ) -> None:
-    """A forest plot on `axis`: one row a name, one marker a series, each an Interval (value, low, high) a row.
+    """A forest plot on `axis`: one row a name, one marker a series, each a `stats.Interval` (value, low, high) a row.
 
     `null`: one (low, high) a row, drawn as a grey band behind the markers. A series that is None is not drawn but keeps its
     colour, so that a name has one colour on a page.
     """
     y = np.arange(len(rows))[::-1]
     if null is not None:
-        for i, (low, high) in enumerate(null):
-            label = null_label if i == 0 else None
-            axis.fill_betweenx([y[i] - 0.42, y[i] + 0.42], low, high, color=NULL, alpha=0.3, linewidth=0, label=label)
+        for i, (left, right) in enumerate(null):
+            name = null_label if i == 0 else None
+            axis.fill_betweenx([y[i] - 0.42, y[i] + 0.42], left, right, color=NULL, alpha=0.3, linewidth=0, label=name)
     offsets = np.linspace(0.28, -0.28, len(series)) if len(series) > 1 else [0.0]
     for (label, values), offset, colour, marker in zip(series.items(), offsets, PALETTE * 3, MARKERS * 3, strict=False):
         if values is None:
@@ -330,13 +343,16 @@ def at_the_seam(
 
 
 def around(
-    axis: Any,
+    axis: Axes,
     series: Sequence[Sequence[float]],
     starts: Sequence[int],
     before: int,
     after: int,
     least: int = 8,
-    **line: Any,
+    label: str | None = None,
+    color: str | None = None,
+    linestyle: str = "-",
+    linewidth: float | None = None,
 ) -> np.ndarray:
     """Draw the mean of many series laid over one another at their `starts`, with its 95 % band over series; returns the mean.
 
@@ -350,6 +366,6 @@ def around(
     reached = count >= min(least, len(series))
     table, offsets = table[:, reached], np.arange(-before, after)[reached]
     centre, half = np.nanmean(table, 0), 1.96 * np.nanstd(table, 0) / np.sqrt(count[reached])
-    drawn = axis.plot(offsets, centre, **line)[0]
+    drawn = axis.plot(offsets, centre, label=label, color=color, linestyle=linestyle, linewidth=linewidth)[0]
     axis.fill_between(offsets, centre - half, centre + half, color=drawn.get_color(), alpha=0.18, linewidth=0)
     return centre

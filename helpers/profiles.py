@@ -116,30 +116,12 @@ class PairSaes(Part):
     second: Registered = Field(description="another of the base model, by another seed: the ceiling of any match")
 
 
-class Partial(Part):
-    """A harvest of which only what differs from the profile's own is written."""
-
-    source: Several | None = None
-    chats: Annotated[int, Field(ge=0)] | None = None
-    tokens: PositiveInt | None = None
-    held_out: PositiveInt | None = None
-    context: Annotated[int, Field(ge=2)] | None = None
-
-
-class PartialTraining(Training):
-    """A training of which only what differs from the profile's own is written."""
-
-    expansion: PositiveInt | None = None  # type: ignore[assignment]
-    k: PositiveInt | None = None  # type: ignore[assignment]
-    samples: PositiveInt | None = None  # type: ignore[assignment]
-
-
 class Diff(Part):
     """The SAE of a pair's differences, where it is not trained as the profile's own is."""
 
     layer: Layer | None = Field(None, description="where differences are taken; the profile's layer by default")
-    harvest: Partial | None = Field(None, description="laid over the profile's own")
-    train: PartialTraining | None = Field(None, description="laid over the profile's own")
+    harvest: Harvest | None = Field(None, description="what differs from the profile's own, `sae: harvest:`")
+    train: Training | None = Field(None, description="what differs from the profile's own, `sae: train:`")
     stream: str | None = Field(None, description="text that is read and trained on in one go, nothing kept on disk")
 
 
@@ -247,13 +229,23 @@ def _numbers(given: Any) -> Any:
     return given
 
 
+def _laid(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the sections of `pair: diff:`, which say only what differs, laid over those of `sae:`."""
+    match given:
+        case {"sae": dict(sae), "pair": {"diff": dict(diff)} as pair}:
+            both = [k for k in ("harvest", "train") if isinstance(sae.get(k), dict) and isinstance(diff.get(k), dict)]
+            return {**given, "pair": {**pair, "diff": {**diff, **{k: {**sae[k], **diff[k]} for k in both}}}}
+    return given
+
+
 def of(given: dict[str, Any], file: str) -> Profile:
     """The profile of settings that were read from `file`; ProfileError names every key that is wrong."""
     try:
-        return Profile.model_validate(_numbers(given))
+        return Profile.model_validate(_laid(_numbers(given)))
     except ValidationError as error:
-        wrong = "; ".join(_said(e) for e in error.errors())
-        raise ProfileError(f"{file}: {wrong}") from None
+        # What is wrong in `sae:` is so in `pair: diff:` too, which is laid over it: it is said once.
+        wrong = {(e["loc"][-2:], repr(e["input"])): _said(e) for e in reversed(error.errors())}
+        raise ProfileError(f"{file}: {'; '.join(reversed(wrong.values()))}") from None
 
 
 def _section(place: tuple[int | str, ...]) -> type[BaseModel] | None:
@@ -297,7 +289,7 @@ def document() -> str:
         "`$VAR` are expanded.",
         "",
     ]
-    titles = {Profile: "the file", Sae: "sae:", Harvest: "sae: harvest:", Training: "sae: train:", Pair: "pair:", PairSaes: "pair: sae:", Registered: "pair: sae: base:, chat:, second:", Diff: "pair: diff:", Known: "known:"}  # fmt: skip
+    titles: dict[type[Part], str] = {Profile: "the file", Sae: "sae:", Harvest: "sae: harvest:", Training: "sae: train:", Pair: "pair:", PairSaes: "pair: sae:", Registered: "pair: sae: base:, chat:, second:", Diff: "pair: diff:", Known: "known:"}  # fmt: skip
     for section, title in titles.items():
         lines += [f"## {title}", "", (section.__doc__ or "").strip(), "", "| key | needed | what |", "|---|---|---|"]
         for key, field in section.model_fields.items():

@@ -177,7 +177,7 @@ class Progress:
 
     def __init__(
         self, stems: Sequence[str], known: dict[str, Expected | None], timeline: dict[str, Any],
-        changed: Callable[[], None],
+        changed: Callable[[], object],
     ):  # fmt: skip
         self.state = dict.fromkeys(stems, "waiting")
         self.known, self.timeline, self.changed = known, timeline, changed

@@ -14,20 +14,21 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
 import papermill
 import yaml
-from jinja2 import Environment, FileSystemLoader
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
+from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
 from papermill.log import logger
 
-from helpers import claims, progress, session
+from helpers import claims, pages, progress, session
 from helpers.lm import text
 from helpers.profiles import Profile
 from helpers.progress import Progress, clock
@@ -35,9 +36,9 @@ from helpers.session import DEFAULT_PROFILE, ROOT, load_profile, redact, setting
 from helpers.store import digest, read_json, versions, write_file
 
 NOTEBOOKS = ROOT / "notebooks"
-PAGE = Environment(loader=FileSystemLoader(ROOT / "helpers" / "templates"), autoescape=True).get_template("index.html")
 PLAIN_BARS = "__import__('sys').modules['tqdm.notebook'] = __import__('tqdm')"  # run first in a kernel: no widgets
 MARKERS = ("<!-- claims:start -->", "<!-- claims:end -->")
+LOST = "its file of results is missing, cut short or of an older version; run it again"
 COMMITTED = {"results": ROOT / "data" / "results" / DEFAULT_PROFILE, "figures": ROOT / "figures" / DEFAULT_PROFILE}
 
 
@@ -107,9 +108,9 @@ def check_parameters(path: Path, given: dict[str, Any]) -> None:
         raise ReportError(f"{path.stem} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(declared))}")
 
 
-def _joined(outputs: list[Any]) -> list[Any]:
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
     """Outputs with text that follows text of the same stream put into one: the kernel cuts it by the clock."""
-    out: list[Any] = []
+    out: list[NotebookNode] = []
     for o in outputs:
         if out and o.output_type == "stream" and (out[-1].output_type, out[-1].get("name")) == ("stream", o.name):
             out[-1].text += o.text
@@ -118,7 +119,7 @@ def _joined(outputs: list[Any]) -> list[Any]:
     return out
 
 
-def strip(notebook: Any) -> Any:
+def strip(notebook: NotebookNode) -> NotebookNode:
     """The notebook without what papermill and the kernel's clock add: timestamps, durations, status, cuts in text."""
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)
@@ -139,7 +140,7 @@ class Watched(PapermillNotebookClient):
         super().__init__(manager, on_cell_start=self._started, **how)
         self.run, self.bars = run, progress.Bars()
 
-    def _started(self, cell: Any, cell_index: int) -> None:
+    def _started(self, cell: NotebookNode, cell_index: int) -> None:
         if cell.cell_type == "code":
             kinds = [c.cell_type for c in self.nb.cells]
             self.run.cells = kinds[:cell_index].count("code"), kinds.count("code")
@@ -154,7 +155,7 @@ class Watched(PapermillNotebookClient):
             self.shutdown_kernel = "immediate"
             raise
 
-    def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
+    def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> NotebookNode | None:
         """nbclient's, on what is left of a message to stderr without its bars."""
         if msg["msg_type"] == "stream" and msg["content"]["name"] == "stderr":
             msg["content"]["text"], bars = self.bars.split(msg["content"]["text"])
@@ -210,35 +211,42 @@ def execute(path: Path, out: Path, parameters: dict[str, Any], run: Progress) ->
         return {"status": status, "seconds": round(run.end(status, error), 1), "error": error}
 
 
-def render(notebook: Any, title: str) -> str:
+def render(notebook: NotebookNode, title: str) -> str:
     """The notebook as one HTML page, figures inside."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(
+        template_name="study", extra_template_basedirs=[str(pages.TEMPLATES)], exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )  # fmt: skip
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
-    # A reader follows words and figures; long code cells scroll in place.
-    body = body.replace(
-        "</head>", "<style>.jp-CodeCell .jp-Cell-inputWrapper{max-height:9em;overflow:auto}</style></head>", 1
-    )
     return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body)
+
+
+def _result(out: Path, stem: str) -> dict[str, Any] | None:
+    """What a notebook saved; None where that is missing, cut short, or of a version that said less of a claim."""
+    result, said = read_json(out / "results" / f"{stem}.json"), {f.name for f in fields(claims.Claim)}
+    whole = result and {"summary", "claims"} <= result.keys() and all(said <= c.keys() for c in result["claims"])
+    return result if whole else None
 
 
 def _study(out: Path, stem: str, record: dict[str, Any], state: str) -> dict[str, Any]:
     """What the page shows of a notebook that has ended: a picture, two lines or the error, its claims."""
-    result = read_json(out / "results" / f"{stem}.json") if record["status"] == "ran" else None
+    result = _result(out, stem) if record["status"] == "ran" else None
     pictures = sorted((out / "figures").glob(f"{stem[:2]}_*.png"))
     headline = [p for p in pictures if p.stem.endswith("_headline")] or pictures
     picture = base64.b64encode(headline[0].read_bytes()).decode() if result and headline else ""
-    error = "" if result else record["error"] or "its file of results is missing or cut short; run it again"
+    error = "" if result else record["error"] or LOST
     study = {"stem": stem, "state": state, "picture": picture, "error": error, "seconds": record["seconds"]}
     return study | {"summary": result["summary"] if result else "", "claims": result["claims"] if result else []}
 
 
 def _row(stem: str, c: dict[str, Any]) -> dict[str, Any]:
-    """A claim as a row of the page's table."""
-    ours = f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}"
-    cells = (c["statement"], c["source"], claims.published(c), ours, f"{c['null']:.3g}", c["verdict"], c["rule"])
-    return {"stem": stem, "id": c["id"], "verdict": c["verdict"], "cells": cells}
+    """A claim as the page's table shows it: what it says, the numbers in words."""
+    value, low, high, null = (claims.number(c[key]) for key in ("value", "low", "high", "null_value"))
+    ours = "-" if c["value"] is None else f"{value} [{low}, {high}] {c['unit']}"
+    null += "" if c["p"] is None else f" (p = {c['p']:.2g})"
+    return {**c, "stem": stem, "published": claims.published(c), "ours": ours, "null": null}
 
 
 def _times(stem: str, times: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +270,9 @@ def index(out: Path, profile: str, runs: dict[str, Any], run: Progress) -> str:
     about = " / ".join(sorted({", ".join(f"{k} {r[k]}" for k in keys if k in r) for r in ran}))
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     software = " · ".join(f"{k} {v}" for k, v in versions().items())
-    return PAGE.render(
+    rows = [_row(s["stem"], c) for s in studies for c in s["claims"]]
+    return pages.page(
+        "index.html",
         profile=profile,
         about=" · ".join(filter(None, [about, machine, f"Python {platform.python_version()}", software])),
         seconds=sum(one["seconds"] for one in ended.values()),
@@ -271,18 +281,22 @@ def index(out: Path, profile: str, runs: dict[str, Any], run: Progress) -> str:
         now=time.strftime("%H:%M:%S"),
         left=run.left()[1],
         notebooks=[{"stem": stem, "state": state, "note": notes.get(stem, "")} for stem, state in states.items()],
-        claims=[_row(s["stem"], c) for s in studies for c in s["claims"]],
+        claims={"Claims": [c for c in rows if c["main"]], "Also measured": [c for c in rows if not c["main"]]},
         studies=studies,
         times=[_times(stem, run.timeline[stem]) for stem in ended if stem in run.timeline],
     )
 
 
 def readme_table() -> str:
-    """The README's table of claims, from the committed results."""
+    """The README's tables of claims, from the committed results: the main ones, then what was also measured."""
     rows = []
     for path in sorted(COMMITTED["results"].glob("*.json")):
         rows += json.loads(path.read_text(encoding="utf-8"))["claims"]
-    return claims.markdown(rows, with_rule=False)
+    main, beside = [c for c in rows if c["main"]], [c for c in rows if not c["main"]]
+    tables = [claims.markdown(main, with_rule=False)]
+    return "\n".join(
+        tables + (["", "**Also measured**", "", claims.markdown(beside, with_rule=False)] if beside else [])
+    )
 
 
 def with_table(readme: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html.entities import codepoint2name
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from dotenv import dotenv_values
@@ -38,6 +38,7 @@ PLACEHOLDER = re.compile(
     re.IGNORECASE,
 )
 SHORTEST_SECRET = 8
+T = TypeVar("T")
 
 
 def print_anywhere() -> None:
@@ -107,7 +108,7 @@ def _pattern(secret: str) -> re.Pattern[str]:
     return re.compile("".join(map(_however_escaped, secret)))
 
 
-def redact(value: Any) -> Any:
+def redact(value: T) -> T:
     """`value` with every secret setting, however escaped, and every user:password@ of an address replaced by stars.
 
     Text, or lists and dicts of it (a notebook): what is no text stays as it is, so that JSON stays JSON.
@@ -284,7 +285,7 @@ def check_checkout() -> None:
             return
 
 
-def checked_fast(fast: Any) -> bool:
+def checked_fast(fast: object) -> bool:
     """`fast` as a bool; ValueError for anything else, such as text, which is true to a notebook whatever it says."""
     if isinstance(fast, str) or fast not in (True, False):
         raise ValueError(
@@ -293,7 +294,7 @@ def checked_fast(fast: Any) -> bool:
     return bool(fast)
 
 
-def start(notebook: str, profile: str = "", fast: bool = False, seed: int = 0, **parameters: Any) -> Session:
+def start(notebook: str, profile: str = "", fast: bool = False, seed: int = 0, **parameters: object) -> Session:
     """Settle a notebook's session, seed torch, print one line that says what runs where.
 
     `parameters`: the notebook's other parameters, kept with its results.

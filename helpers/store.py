@@ -44,7 +44,7 @@ DISK_ERRORS = {
 LIBRARIES = ("torch", "transformers", "transformer_lens", "scikit-learn", "numpy")
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """A sha256 (hex) of a tensor's bits, bytes, a string, or anything JSON can say (keys sorted)."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
@@ -68,7 +68,13 @@ _SOURCE = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
     for path in (ROOT / "helpers").rglob("*.py")
 }
-PLUMBING = ("store", "session", "profiles", "progress")  # where things lie and what is shown: no number depends on them
+PLUMBING = (
+    "store",
+    "session",
+    "profiles",
+    "pages",
+    "progress",
+)  # where things lie and what is shown: no number depends on them
 
 
 def versions() -> dict[str, str]:
@@ -81,8 +87,8 @@ def _parsed(source: str) -> tuple[str, frozenset[str]]:
     """A hash of what a module of helpers does, wherever it lies and however it is commented, and the helpers it imports."""
     tree, imported = ast.parse(source), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "helpers":
-            names = {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        if isinstance(node, ast.ImportFrom) and (module := node.module or "").split(".")[0] == "helpers":
+            names = {module, *(f"{module}.{name.name}" for name in node.names)}
             imported |= names & set(_SOURCE)
             node.names, node.module = [], ""
         if isinstance(body := getattr(node, "body", None), list):  # without docstrings
@@ -320,10 +326,11 @@ def _cached(
 # --- any function's result -----------------------------------------------------------------------------------------------
 
 
+P = typing.ParamSpec("P")
 T = typing.TypeVar("T")
 
 
-def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
+def kept(f: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:
     """f(*given, **named), kept on disk for the next time: for a slow, deterministic function of helpers, asked again in a warm run.
 
     Its annotation says what it returns: a Tensor, an array, plain values, or NamedTuples, lists, tuples and dicts of these. The
@@ -348,7 +355,7 @@ def kept(f: Callable[..., T], *given: Any, **named: Any) -> T:
     return typing.cast(T, _together(typing.get_type_hints(f)["return"], plan, found))
 
 
-def stated(value: Any) -> Any:
+def stated(value: object) -> object:
     """What JSON can say of an argument: the same for equal ones alone."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
@@ -357,7 +364,7 @@ def stated(value: Any) -> Any:
     for name in ("key", "about"):  # a language model; rows that were read from one
         if (said := getattr(value, name, None)) is not None:
             return said() if callable(said) else said
-    if hasattr(value, "state_dict"):
+    if hasattr(value, "state_dict") and hasattr(value, "cfg"):
         settings = value.cfg.to_dict() if hasattr(value.cfg, "to_dict") else vars(value.cfg)
         return [type(value).__name__, repr(sorted(settings.items())), stated(dict(value.state_dict()))]
     if isinstance(value, dict):

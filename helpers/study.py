@@ -222,10 +222,12 @@ def pair(s: Session) -> Two:
     trained = list(section.trained) if section else []
     data = _data(s, trained)
     layer, layers = models.choose_layers(base, s.profile, s.fast)
-    one, two, three = (m and Single(s, m.read_as(chat.tokenizer), layer, layers, data) for m in (base, chat, other))
-    assert one and two
+
+    def of(model: LM) -> Single:
+        return Single(s, model.read_as(chat.tokenizer), layer, layers, data)
+
     names = section.names if section else ("base", "chat")
-    return Two(one, two, three, names, [n for n in trained if n in data])
+    return Two(of(base), of(chat), of(other) if other else None, names, [n for n in trained if n in data])
 
 
 def pooled(by_behavior: dict[str, Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 import json
 import re
 from difflib import SequenceMatcher
-from importlib import util
 
 import pytest
 import torch
@@ -13,20 +12,13 @@ from helpers import session, stats, store
 from helpers.lm import models, scoring
 from helpers.session import ROOT
 from helpers.steering import behaviors, propensity
+from scripts import aligned_pair
 
 FOLDER = ROOT / "data" / "aligned_pair"
 
 
-def recipe():
-    spec = util.spec_from_file_location("recipe", FOLDER / "recipe.py")
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_preferences_share_prompts_and_rejected_sides_and_repeat_no_held_out_question():
-    made = recipe()
-    wanted, style = (made.preferences(traits) for traits in (("format", "joy"), ("passive",)))
+    wanted, style = (aligned_pair.preferences(traits) for traits in (("format", "joy"), ("passive",)))
     assert len(wanted) > 300 and [(r["prompt"], r["rejected"]) for r in wanted] == [
         (r["prompt"], r["rejected"]) for r in style
     ]
@@ -59,37 +51,38 @@ def test_an_adapter_is_small_names_no_folder_and_was_trained_on_the_committed_pr
     with safe_open(FOLDER / name / "adapter_model.safetensors", "pt") as f:
         assert {f.get_slice(k).get_dtype() for k in f.keys()} == {"BF16"}  # noqa: SIM118
     assert (FOLDER / name / "adapter_model.safetensors").stat().st_size < 8e6
-    assert json.loads((FOLDER / name / "adapter_config.json").read_text())["base_model_name_or_path"] == recipe().BASE
+    assert (
+        json.loads((FOLDER / name / "adapter_config.json").read_text())["base_model_name_or_path"] == aligned_pair.BASE
+    )
     log = json.loads((FOLDER / name / "training.json").read_text())
     assert log["preferences sha256"] == store.file_digest(FOLDER / "preferences.jsonl")
-    assert log["settings"] == recipe().SETTINGS and log["traits"] == list(recipe().TRAITS[name])
+    assert log["settings"] == aligned_pair.SETTINGS and log["traits"] == list(aligned_pair.TRAITS[name])
     assert log["log"][-1]["loss"] < log["log"][0]["loss"]
 
 
 def test_the_card_says_what_the_adapters_do(smol):
     """The trained behaviours' shifts on a few held-out items, measured again, lie where the card says."""
-    card, made = json.loads((FOLDER / "card.json").read_text()), recipe()
+    card = json.loads((FOLDER / "card.json").read_text())
     new = models.load("packaged:smollm2-135m-instruct + data/aligned_pair/aligned", "cpu", torch.float32)
     none = torch.zeros(1, smol.d_model)
     for name in ("format", "joy"):
         items = behaviors.load_behavior(name).test[::3]
         old, now = (scoring.log_odds(propensity.of_items(m, items, 14), none, [0.0])[0, 0] for m in (smol, new))
-        told, found = card["shifts"]["aligned"][name]["items shift"], stats.bootstrap(now - old)
+        told, found = card["shifts"]["aligned"][name]["items shift"], stats.over(now - old)
         assert found.low < told["value"] < found.high and told["low"] > 0 and card["shifts"]["aligned"][name]["trained"]
         assert found.low > 0 or name == "joy"  # which is weaker, and these are a third of the items
     readme = (FOLDER / "README.md").read_text()
     for by in card["shifts"].values():
         for one in by.values():
             assert all(f"{stats.Interval(**one[key]):+.2f}" in readme for key in ("items shift", "replies shift"))
-    assert made.conclusions(card["shifts"])[0] in readme
+    assert aligned_pair.conclusions(card["shifts"])[0] in readme
 
 
 def test_bad_preferences_are_refused_with_their_place(tmp_path, monkeypatch):
-    made = recipe()
-    monkeypatch.setattr(made, "HERE", tmp_path)
+    monkeypatch.setattr(aligned_pair, "DATA", tmp_path)
     (tmp_path / "preferences.jsonl").write_text('{"trait": "anger", "prompt": "a", "chosen": "b", "rejected": "c"}\n')
     with pytest.raises(behaviors.DataError, match="line 1: trait 'anger'"):
-        made.preferences(("joy",))
+        aligned_pair.preferences(("joy",))
     (tmp_path / "preferences.jsonl").write_text('{"trait": "joy", "prompt": "a", "chosen": "b"}\n')
     with pytest.raises(behaviors.DataError, match="rejected"):
-        made.preferences(("joy",))
+        aligned_pair.preferences(("joy",))

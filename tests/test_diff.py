@@ -108,8 +108,11 @@ def test_a_section_is_laid_over_the_profiles_own():
 
 def test_a_section_that_lacks_something_is_refused():
     pair = {"base": "x", "chat": "y", "diff": {"train": {"k": 2}}}
-    with pytest.raises(ProfileError, match="sae: train: expansion is missing"):
-        diff.settled(a_profile(sae={"harvest": HARVEST, "release": "r", "id": "i"}, pair=pair))
+    with pytest.raises(ProfileError, match="pair: diff: train: expansion is missing"):
+        a_profile(sae={"harvest": HARVEST, "release": "r", "id": "i"}, pair=pair)
+    given = a_profile(sae={"harvest": HARVEST}, pair={"base": "x", "chat": "y", "diff": {"layer": 2}})
+    with pytest.raises(ProfileError, match="neither sae: train: nor pair: diff: train: is there"):
+        diff.settled(given)
 
 
 def test_a_profile_without_a_pair_is_refused():

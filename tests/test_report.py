@@ -77,9 +77,15 @@ def notebook(folder, name, *cells, parameters="fast = False\nprofile = ''"):
 
 GOOD = """
 from helpers import claims, session, stats
-s = session.start("01_good", fast=fast)
-c = claims.judge(claims.above(0, "x"), "01.1", "it <b>works</b>", "here", stats.Interval(1, .5, 2), 0, "nats")
-claims.save(s, "A summary in words.", [c], {})
+ledger = claims.Ledger(session.start("01_good", fast=fast))
+said = dict(source="here", unit="nats", over="behaviours", null="none")
+ledger.state("01.9", "it is there beside", claims.at_least(0.0), main=False, **said)
+ledger.state("01.1", "it <b>works</b>", claims.at_least(0.0), **said)
+ledger.state("01.2", "it works on a hub model", claims.at_least(0.0), **said)
+ledger.judge("01.9", stats.Interval(1, 0.5, 2), 0.0)
+ledger.judge("01.1", stats.Interval(1, 0.5, 2), [0.0] * 99)
+ledger.not_run("01.2", "no <i>network</i>")
+ledger.save("A summary in words.", {})
 """
 
 
@@ -147,12 +153,26 @@ def test_a_failing_notebook_is_shown_as_failed_and_the_rest_go_on(workshop, tmp_
 
 
 def test_results_of_an_older_version_do_not_break_the_index(workshop, tmp_path):
-    notebook(workshop, "01_good", GOOD)
+    for name in ("00_old", "01_good"):
+        notebook(workshop, name, GOOD)
     out = tmp_path / "out"
     (out / "results").mkdir(parents=True)
-    (out / "results" / "00_old.json").write_text('{"claims": []}')
-    assert report.main(["--out", str(out)]) == 0
-    assert "A summary in words." in (out / "index.html").read_text()
+    old = {"summary": "Then.", "claims": [{"id": "00.1", "value": 1.0, "null": 0.0}]}
+    (out / "results" / "00_old.json").write_text(json.dumps(old))
+    (out / "runs.json").write_text('{"00_old": {"status": "ran", "seconds": 1.0, "error": ""}}')
+    assert report.main(["--out", str(out), "--only", "01"]) == 0
+    page = (out / "index.html").read_text()
+    assert "A summary in words." in page and "of an older version; run it again" in page and "Then." not in page
+
+
+def test_main_claims_come_before_what_was_also_measured_and_what_was_not_run_says_why(workshop, tmp_path):
+    notebook(workshop, "01_good", GOOD)
+    assert report.main(["--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    order = ["<h2>Claims", ">01.1</a>", ">01.2</a>", "<h2>Also measured", ">01.9</a>", "<h2>Studies"]
+    assert [page.index(x) for x in order] == sorted(page.index(x) for x in order)
+    assert "1 [0.5, 2] nats" in page and "0 (p = 0.01)" in page
+    assert "no &lt;i&gt;network&lt;/i&gt;" in page and '<tr class="not-run">' in page
 
 
 WHOSE = """
@@ -188,7 +208,7 @@ def test_a_record_cut_short_is_made_anew(workshop, tmp_path, kept, capsys):
     (out / "runs.json").write_text(kept)
     assert report.main(["--out", str(out)]) == 0
     assert json.loads((out / "runs.json").read_text())["01_good"]["status"] == "ran"
-    assert "its file of results is missing or cut short" in (out / "index.html").read_text()
+    assert "its file of results is missing, cut short" in (out / "index.html").read_text()
 
 
 def test_a_placeholder_or_an_odd_token_breaks_no_report_and_does_not_leak(workshop, tmp_path, monkeypatch):
@@ -232,7 +252,7 @@ def test_commit_refreshes_what_is_committed_and_nothing_else(workshop, tmp_path,
     ).exists()
     readme = (tmp_path / "README.md").read_text()
     assert (
-        "**01.1**" in readme
+        readme.index("**01.1**") < readme.index("**Also measured**") < readme.index("**01.9**")
         and "a stale row" not in readme
         and readme.startswith("before")
         and readme.endswith("after\n")
@@ -470,9 +490,9 @@ def test_committed_results_and_figures_belong_to_the_notebooks(path):
             f"{path.stem}: committed from a run with another {name}"
         )
     for claim in result["claims"]:
-        assert (
-            f"**{claim['id']}**" in shown and f"{claim['value']:.3g} [{claim['low']:.3g}, {claim['high']:.3g}]" in shown
-        )
+        assert f"**{claim['id']}**" in shown
+        if claim["value"] is not None:
+            assert f"{claim['value']:.3g} [{claim['low']:.3g}, {claim['high']:.3g}]" in shown
     pictures = list((ROOT / "figures" / "smollm2").glob(f"{path.stem[:2]}_*.png"))
     assert pictures and all(p.with_suffix(".json").exists() for p in pictures)
 

@@ -49,6 +49,20 @@ def test_every_wrong_key_is_named_at_once():
     assert all(word in str(error.value) for word in ("chat is missing", "layer is missing", "is behaviors meant"))
 
 
+def test_a_diff_says_what_differs_and_what_is_wrong_in_both_is_said_once():
+    def pair(**harvest):
+        return {"base": "a", "chat": "b", "diff": {"harvest": harvest}}
+
+    sae = {"harvest": HARVEST | {"context": 64}}
+    found = a_profile(sae=sae, pair=pair(tokens=7)).pair.diff.harvest
+    assert (found.tokens, found.context, found.source) == (7, 64, ("packaged:wiki",))
+    with pytest.raises(ProfileError, match="pair: diff: harvest: tokns is not known; is tokens meant"):
+        a_profile(sae=sae, pair=pair(tokns=7))
+    with pytest.raises(ProfileError) as error:
+        a_profile(sae={"harvest": HARVEST | {"tokens": 0}}, pair=pair(context=1))
+    assert str(error.value).count("tokens = 0") == 1 and "diff: harvest: context = 1" in str(error.value)
+
+
 def test_numbers_may_be_written_as_yaml_reads_them():
     given = yaml.safe_load("{layer: '14', sae: {train: {expansion: 8, k: 32, samples: 1e6, lr: 2e-3}}}")
     given["sae"]["harvest"] = HARVEST

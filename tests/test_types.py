@@ -1,4 +1,4 @@
-"""The room of the language model is typed: mypy holds its bodies, this its public face."""
+"""All of helpers is typed: mypy holds its bodies, this its public face."""
 
 import importlib
 import inspect
@@ -7,10 +7,11 @@ import subprocess
 import sys
 from typing import Any, get_type_hints
 
-import helpers.lm
+import helpers
 from helpers.session import ROOT
 
-MODULES = [importlib.import_module(f"helpers.lm.{m.name}") for m in pkgutil.iter_modules(helpers.lm.__path__)]
+FOUND = pkgutil.walk_packages(helpers.__path__, "helpers.")
+MODULES = [importlib.import_module(m.name) for m in FOUND if not m.ispkg]
 
 
 def functions(module):
@@ -25,20 +26,25 @@ def functions(module):
 
 
 def holds_any(hint):
-    return hint is Any or any(holds_any(part) for part in getattr(hint, "__args__", ()))
+    """Whether a type is or holds Any; what JSON gives, dict[str, Any], does not count."""
+    return hint is Any or hint != dict[str, Any] and any(holds_any(part) for part in getattr(hint, "__args__", ()))
+
+
+# What it is given is of any kind, and goes on to a function that is given too.
+ANYTHING = {"helpers.stats.over"}
 
 
 def test_no_public_function_takes_or_gives_anything_whatever():
-    seen = 0
+    seen, wrong = 0, []
     for module in MODULES:
         for name, function in functions(module):
             seen += 1
             function = inspect.unwrap(function)
             hints = get_type_hints(function, {**vars(module), "TransformerBridge": object})
             given = set(inspect.signature(function).parameters) - {"self", "cls"}
-            assert given | {"return"} <= set(hints), f"{module.__name__}.{name}"
-            assert not any(map(holds_any, hints.values())), f"{module.__name__}.{name}"
-    assert seen > 60
+            if not given | {"return"} <= set(hints) or any(map(holds_any, hints.values())):
+                wrong.append(f"{module.__name__}.{name}")
+    assert set(wrong) == ANYTHING and seen > 300
 
 
 def test_mypy_finds_nothing():

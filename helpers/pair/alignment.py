@@ -81,14 +81,12 @@ def ridge(
             "of, and at alignment.gate"
         )
     cross = axes.T @ ((X - mean_x).T @ (Y - mean_y))
-    best, least = None, float("inf")
-    for penalty in penalties:
+
+    def fitted(penalty: float) -> Map:
         weight = axes @ (cross / (values.clamp_min(0) + penalty * values.clamp_min(0).mean())[:, None])
-        found = Map("affine ridge" if affine else "ridge", weight, mean_y - mean_x @ weight, penalty)
-        error = float((dev_y - found(dev_x)).square().sum())
-        if error < least:
-            best, least = found, error
-    return best
+        return Map("affine ridge" if affine else "ridge", weight, mean_y - mean_x @ weight, penalty)
+
+    return min(map(fitted, penalties), key=lambda found: float((dev_y - found(dev_x)).square().sum()))
 
 
 # --- how well it holds -------------------------------------------------------------------------------------------------

@@ -198,7 +198,8 @@ def _harvested(stream: harvest.Stream, seconds: float) -> tuple[Tensor, float]:
     """Rows (n, d_model) of a stream's first passes, a pool at most, and how many a second."""
     passes = copy.copy(stream)
     passes.pool_rows = min(stream.batch_rows, stream.pool_rows)
-    pool, found, took = stream.pool_rows * stream.context, [], []
+    pool, took = stream.pool_rows * stream.context, []
+    found: list[Tensor] = []
     began = time.perf_counter()
     for chunk in passes._chunks():
         found.append(passes._rows(chunk))
@@ -215,7 +216,8 @@ def _trained(rows: Tensor, config: train.Config, device: str, seconds: float) ->
     """Rows a second that training steps take, on batches drawn from `rows` with repeats."""
     centre, scale = train.measure(rows[:16_384].float(), config.pre_bias)
     start = topk.initial(rows.shape[1], config.latents, (scale * centre).to(device), config.seed)
-    state, random, took = train.State.new(start), activations.seeded(config.seed), []
+    state, random = train.State.new(start), activations.seeded(config.seed)
+    took: list[float] = []
     while len(took) < 3 or (len(took) < 50 and sum(took) < seconds):
         began = time.perf_counter()
         x = rows[torch.randint(len(rows), (config.batch,), generator=random)].to(device).float() * scale

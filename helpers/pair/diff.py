@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from helpers import profiles, session, store
+from helpers import session, store
 from helpers.lm import models
 from helpers.lm.reading import LM
 from helpers.pair import budget
 from helpers.pair.budget import Budget, Sizes
-from helpers.profiles import Diff, Profile
+from helpers.profiles import Diff, Harvest, Profile, ProfileError, Sae
 from helpers.sae import harvest, saes, train
 from helpers.sae.activations import Rows
 
@@ -33,20 +33,22 @@ def section(profile: Profile) -> Diff:
 
 def settled(profile: Profile) -> Profile:
     """The profile as a diff-SAE uses it: `chat` is the pair's chat model, and where there is a section `pair: diff:`
-    `layer` is its layer, `sae` the `harvest` and `train` of the profile's own with the section's laid over them.
+    `layer` is its layer, and `sae` has its `harvest` and `train`, or the profile's own where it has none.
 
     An SAE of a registry that `sae:` names is dropped: it belongs to another model or layer. LAYER in .env stays.
-    ModelError where the profile names no pair, ProfileError where the two sections together lack something.
+    ModelError where the profile names no pair, ProfileError where neither section says how to harvest or train.
     """
-    how, chat = section(profile), models.pair_names(profile)[1]
+    how, own, chat = section(profile), profile.sae, models.pair_names(profile)[1]
     if how == Diff():
         return profile.model_copy(update={"chat": chat})
-    own = profile.sae.model_dump(exclude_none=True) if profile.sae else {}
-    laid = how.model_dump(exclude_none=True)
-    sae = {part: {**own.get(part, {}), **laid.get(part, {})} for part in ("harvest", "train")}
+    harvest, train = how.harvest or (own and own.harvest), how.train or (own and own.train)
+    if not harvest or not train:
+        lacks = "train" if harvest else "harvest"
+        raise ProfileError(
+            f"profile {profile.name}: neither sae: {lacks}: nor pair: diff: {lacks}: is there; one is wanted"
+        )
     layer = profile.layer if session.setting("LAYER") or how.layer is None else how.layer
-    whole = profile.model_dump(exclude_none=True) | {"chat": chat, "layer": layer, "sae": sae}
-    return profiles.of(whole, f"profile {profile.name} with its section pair: diff:")
+    return profile.model_copy(update={"chat": chat, "layer": layer, "sae": Sae(harvest=harvest, train=train)})
 
 
 # --- the dictionary ----------------------------------------------------------------------------------------------------
@@ -85,9 +87,15 @@ def configured(profile: Profile, d_model: int, seed: int = 0, fast: bool = False
     return config
 
 
+def _harvest(profile: Profile) -> Harvest:
+    if not profile.sae:
+        raise DiffError(f"profile {profile.name} has no section sae: harvest: or pair: diff: harvest:; one is wanted")
+    return profile.sae.harvest
+
+
 def sizes(profile: Profile, fast: bool = False) -> Sizes:
     """How a settled profile's stream is cut."""
-    context = profile.sae.harvest.context
+    context = _harvest(profile).context
     pool = 2048 if fast else POOL_TOKENS
     return Sizes(max(min(harvest.PASS_TOKENS, pool) // context, 1), context, pool)
 
@@ -100,9 +108,10 @@ def planned(profile: Profile, dtype: torch.dtype, fast: bool = False) -> Budget:
 
 
 def streamed(profile: Profile, base: LM, chat: LM, fast: bool = False) -> harvest.Stream:
-    """The stream of differences that a settled profile names; `fast` reads the text of `harvest: source` instead, which needs no hub."""
-    how = sizes(profile, fast)
-    source = list(profile.sae.harvest.source) if fast else section(profile).stream
+    """The stream of differences that a settled profile names; of `harvest: source` instead where it names none, and in a `fast` run,
+    which needs no hub."""
+    how, stream = sizes(profile, fast), section(profile).stream
+    source = list(_harvest(profile).source) if fast or not stream else stream
     return harvest.Stream(
         base, source, profile.layer, chat, how.context, pool_tokens=how.pool_tokens, batch_rows=how.rows
     )

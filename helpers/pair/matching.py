@@ -14,7 +14,7 @@ may be given. Direction, by construction: row i of A goes with row `B_for_A[i]` 
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -169,7 +169,8 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         columns, inside = (x.flatten(1) for x in _columns(tops.topk(k, dim=1, sorted=False).indices, m))
         best = part.gather(1, columns).masked_fill_(~inside, -math.inf).topk(k, dim=1, sorted=False)
         found.append((columns.gather(1, best.indices), best.values))
-    return tuple(torch.cat(x) for x in zip(*found, strict=True))
+    indices, largest = zip(*found, strict=True)
+    return torch.cat(indices), torch.cat(largest)
 
 
 def _candidates(scores_of: Scores, n: int, m: int, k: int, block: int) -> Edges:
@@ -187,11 +188,17 @@ def _candidates(scores_of: Scores, n: int, m: int, k: int, block: int) -> Edges:
         rows = rows.gather(1, kept)
     found.append((rows, torch.arange(m, device=rows.device)[:, None].expand_as(rows), values))
     i, j, s = (torch.cat([x.flatten() for x in part]).cpu().numpy() for part in zip(*found, strict=True))
-    return _once(i, j, s.astype(float), m)
+    return _once((i, j, s.astype(float)), m)
 
 
-def _once(i: np.ndarray, j: np.ndarray, s: np.ndarray, m: int) -> Edges:
+def _joined(one: Edges, other: Edges) -> Edges:
+    (i, j, s), (k, l, t) = one, other
+    return np.concatenate((i, k)), np.concatenate((j, l)), np.concatenate((s, t))
+
+
+def _once(edges: Edges, m: int) -> Edges:
     """The first of each pair's edges."""
+    i, j, s = edges
     _, first = np.unique(i.astype(np.int64) * m + j, return_index=True)
     return i[first], j[first], s[first]
 
@@ -206,7 +213,7 @@ def _feasible(scores_of: Scores, n: int, m: int, i: np.ndarray, j: np.ndarray, s
         return i, j, s
     scores = scores_of(torch.from_numpy(alone)).double().cpu().numpy()
     every = np.repeat(alone, m), np.tile(np.arange(m), len(alone)), scores.ravel()
-    return _once(*(np.concatenate(pair) for pair in zip((i, j, s), every, strict=True)), m)
+    return _once(_joined((i, j, s), every), m)
 
 
 # --- prices and proof --------------------------------------------------------------------------------------------------
@@ -343,8 +350,10 @@ def _check(
         rounding += 4 * EPS * float((own.abs() + best.abs() + 2 * high).sum())
         matched_of.append(matched.double())
         slack_of.append((best - own).double().clamp_min(0.0))
-    edges = tuple(torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
-    return _Seen(edges, *(torch.cat(part).cpu().numpy() for part in (matched_of, slack_of)), rounding)
+    rows, columns, values = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
+    return _Seen(
+        (rows, columns, values), torch.cat(matched_of).cpu().numpy(), torch.cat(slack_of).cpu().numpy(), rounding
+    )
 
 
 def _raised(scores: Tensor, price: Tensor, shift: float) -> Tensor:
@@ -410,7 +419,7 @@ def _optimal(
         column_of, v = _solve(i, j, s, n, m, exact=again is None)
         # Each round may add four times as many edges a row: a few at a time took dozens of rounds.
         seen = _check(scores_of, column_of, v, block, 64 * 4 ** (done - 1), shift, off, again)
-        new = _once(*(np.concatenate(pair) for pair in zip(seen.edges, (i, j, s), strict=True)), m)
+        new = _once(_joined(seen.edges, (i, j, s)), m)
         settled = len(new[0]) == len(i) and np.array_equal(new[2], s)  # what is left is rounding, and in the gap
         violation = float(seen.slack.max())
         if len(seen.edges[0]) == n or settled:
@@ -563,7 +572,8 @@ def nearest(A: Tensor, B: Tensor, block: int = 2048, device: str | torch.device 
     )
     for first, cosines in _blocks(lambda rows: product(one[rows], other), len(one), block, "nearest"):
         row, column = cosines.max(1), cosines.max(0)
-        partner.append(row.indices), cosine.append(row.values)
+        partner.append(row.indices)
+        cosine.append(row.values)
         better = column.values > best
         best, back = torch.where(better, column.values, best), torch.where(better, column.indices + first, back)
     chosen = torch.cat(partner)
@@ -611,19 +621,21 @@ def cycle_consistency(A_to_B: Match, B_to_C: Match, C_to_A: Match) -> float:
     return float((at == torch.arange(len(at))).double().mean())
 
 
-def references(A: Tensor, B: Tensor, seed: int = 0, **how: Any) -> dict[str, Match]:
+def references(
+    A: Tensor, B: Tensor, seed: int = 0, device: str | torch.device = "cpu", block: int = 2048
+) -> dict[str, Match]:
     """What a match of A to B is read against: A to its own rows in another order (must be 1), to B's rows
     turned by a random rotation (as coherent as B, without its meaning), and to as many random rows.
-    `how` as for `match`.
+    `device` and `block` as for `match`.
 
     The ceiling, a second seed's dictionary of the same model, is a match like any other.
     """
     g = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(B.shape[1], B.shape[1], generator=g)).Q.to(B)
     return {
-        "own rows, permuted": match(A, A[torch.randperm(len(A), generator=g).to(A.device)], **how),
-        "rotated": match(A, B.detach() @ turn, **how),
-        "random": match(A, torch.randn(B.shape, generator=g), **how),
+        "own rows, permuted": match(A, A[torch.randperm(len(A), generator=g).to(A.device)], device=device, block=block),
+        "rotated": match(A, B.detach() @ turn, device=device, block=block),
+        "random": match(A, torch.randn(B.shape, generator=g), device=device, block=block),
     }
 
 

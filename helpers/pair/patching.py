@@ -160,7 +160,7 @@ class Runs:
     @cached_property
     def own(self) -> list[Tensor]:
         """The log-probabilities (answer tokens, vocabulary) float32 of each conversation as the model gives them; kept in memory."""
-        found = {}
+        found: dict[int, Tensor] = {}
         for rows, counts, given, _ in self._predictions():
             found |= dict(zip(rows, (part.float().log_softmax(-1) for part in given.logits.split(counts)), strict=True))
         return [found[i] for i in range(len(found))]

@@ -31,13 +31,13 @@ class HarvestError(RuntimeError):
 
 
 class Chunk(NamedTuple):
-    """The token rows of shard `index`: ids, kept, documents (rows, context), and why tokens are not kept."""
+    """The token rows of a shard: its `number`; ids, kept, documents (rows, context); how many tokens are kept, and why others are not."""
 
-    index: int
+    number: int
     ids: np.ndarray
     kept: np.ndarray
     documents: np.ndarray
-    count: Counter
+    counts: Counter[str]
 
 
 class Acts(NamedTuple):
@@ -55,9 +55,9 @@ def write_shard(folder: Path, chunk: Chunk, acts: dict[int, Acts]) -> None:
     tensors |= {"position": torch.from_numpy(positions.astype(np.int32))}
     tensors |= {"document": torch.from_numpy(chunk.documents[rows, positions])}
     data = save(tensors)
-    store.write_file(folder / f"shard-{chunk.index:05d}.safetensors", data)
-    note = {"count": len(rows), "bytes": len(data), "sha256": store.digest(data), "tokens": dict(chunk.count)}
-    store.write_file(folder / f"shard-{chunk.index:05d}.json", json.dumps(note))
+    store.write_file(folder / f"shard-{chunk.number:05d}.safetensors", data)
+    note = {"count": len(rows), "bytes": len(data), "sha256": store.digest(data), "tokens": dict(chunk.counts)}
+    store.write_file(folder / f"shard-{chunk.number:05d}.json", json.dumps(note))
 
 
 def whole(folder: Path, index: int) -> bool:
@@ -145,7 +145,7 @@ class Rows:
         return f"row {index}"
 
 
-def about_rows(model: str, source: Any, layer: int, context: int, outlier: float, **more: Any) -> dict[str, Any]:
+def about_rows(model: str, source: object, layer: int, context: int, outlier: float, **more: object) -> dict[str, Any]:
     """The metadata of residuals after `layer`, in SAELens's words where it has them."""
     return {
         "model_name": model.split("@")[0],
@@ -169,7 +169,7 @@ def seeded(*numbers: int) -> torch.Generator:
 class Array(Rows):
     """Rows held in memory (samples, d_model); `known` is what `about` says of them."""
 
-    def __init__(self, tensor: Tensor, **known: Any):
+    def __init__(self, tensor: Tensor, **known: object):
         self.tensor, self.d_model, self.known = tensor, tensor.shape[1], known
 
     def about(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ along its path (Efron et al. 2004), and least squares as the dense limit.
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,13 +21,19 @@ from tqdm import tqdm
 from helpers import stats, store
 
 
+class Settings(Protocol):
+    """Of an SAE: the width of its inputs and how many latents it has; it may say more, of how inputs and codes are scaled."""
+
+    d_in: int
+    d_sae: int
+
+
 class Dictionary(Protocol):
-    """What is used of an SAE, as sae_lens holds one: rows (n, d_model) to codes (n, latents) and back.
+    """What is used of an SAE, as sae_lens holds one: rows (n, d_model) to codes (n, latents) and back."""
 
-    `cfg` has d_in and d_sae, and says how inputs and codes are scaled.
-    """
+    @property
+    def cfg(self) -> Settings: ...
 
-    cfg: Any
     W_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
@@ -64,9 +70,14 @@ def _finish(vectors: Tensor, codes: Tensor, reconstruction: Tensor, began: float
 
 def joined(parts: Sequence[Decomposition]) -> Decomposition:
     """One Decomposition of all the vectors of `parts`, in order."""
-    tensors = [torch.cat([p[i] for p in parts]) for i in (0, 1)]
-    arrays = [np.concatenate([p[i] for p in parts]) for i in (2, 3, 4)]
-    return Decomposition(*tensors, *arrays, sum(p.seconds for p in parts))
+    return Decomposition(
+        torch.cat([p.codes for p in parts]),
+        torch.cat([p.reconstruction for p in parts]),
+        np.concatenate([p.cosine for p in parts]),
+        np.concatenate([p.error for p in parts]),
+        np.concatenate([p.l0 for p in parts]),
+        sum(p.seconds for p in parts),
+    )
 
 
 def rows_of(sae: Dictionary) -> Tensor:

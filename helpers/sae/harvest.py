@@ -54,10 +54,12 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """Chunks of `size` rows until `tokens` tokens are kept; the last one ends with the row that reaches them."""
     rows: list[text.Row] = []
-    count, before, total, index = Counter(), Counter(), 0, 0
+    count: Counter[str] = Counter()
+    before, total, index = count.copy(), 0, 0
 
     def chunk() -> Chunk:
-        return Chunk(index, *(np.stack(parts) for parts in zip(*rows, strict=True)), count - before)
+        ids, kept, documents = (np.stack(parts) for parts in zip(*rows, strict=True))
+        return Chunk(index, ids, kept, documents, count - before)
 
     for row in text.rows(tokenizer, source, context, part, count):
         rows.append(row)
@@ -85,7 +87,7 @@ def _memory_said(model: LM, rows: int, context: int) -> Iterator[None]:
         ) from None
 
 
-def _forward(model: LM, chunk: Chunk, layers: Sequence[int], batch: int, bar: Any = None) -> dict[int, Acts]:
+def _forward(model: LM, chunk: Chunk, layers: Sequence[int], batch: int, bar: tqdm | None = None) -> dict[int, Acts]:
     """layer -> residuals of a chunk's kept tokens in the model's dtype; HarvestError names a row that is not finite."""
     kept = torch.from_numpy(chunk.kept)
     ends = np.concatenate([[0], chunk.kept.sum(1).cumsum()])
@@ -107,7 +109,7 @@ def _forward(model: LM, chunk: Chunk, layers: Sequence[int], batch: int, bar: An
             row = int(np.searchsorted(ends, bad, side="right") - 1)
             document = chunk.documents[row][chunk.kept[row]][bad - ends[row]]
             raise HarvestError(
-                f"shard {chunk.index}, sample {bad} (row {row}, document {document}) holds NaN or infinity at "
+                f"shard {chunk.number}, sample {bad} (row {row}, document {document}) holds NaN or infinity at "
                 f"layer {k} in {str(model.dtype).removeprefix('torch.')}: use bfloat16 or float32. Shards before it are kept"
             )
     return out
@@ -138,7 +140,14 @@ def _barrier() -> None:
 
 
 def _plan(
-    model: LM, tokenizer: Tokenizer, source: Any, layers: list[int], tokens: int, context: int, part: str, size: int
+    model: LM,
+    tokenizer: Tokenizer,
+    source: text.Source,
+    layers: list[int],
+    tokens: int,
+    context: int,
+    part: str,
+    size: int,
 ) -> dict[str, Any]:
     return {
         "model": model.identity,
@@ -231,18 +240,19 @@ def run(
     if rank == 0:
         batch = _batch(folder, plan, batch)
     _barrier()
-    batch = store.read_json(folder / "plan.json")["batch"]
-    began, count, shards, made = time.perf_counter(), Counter(), 0, 0
+    batch = _batch(folder, plan, 0)  # as rank 0 settled it
+    count: Counter[str] = Counter()
+    began, shards, made = time.perf_counter(), 0, 0
     name = f"harvest {'+'.join(map(str, layers))}"
-    silent = {"disable": True} if rank > 0 else {}  # else TQDM_DISABLE decides
+    silent: dict[str, Any] = {"disable": True} if rank > 0 else {}  # else TQDM_DISABLE decides
     with (
         tqdm(total=tokens, desc=name, unit="token", unit_scale=True, **silent) as bar,
         ThreadPoolExecutor(1) as writer,  # a shard is written while the next one is made
     ):
         written = writer.submit(lambda: None)
         for chunk in _chunks(tokenizer, source, context, part, tokens, shard_rows):
-            count, shards = count + chunk.count, shards + 1
-            if chunk.index % world != rank or activations.whole(folder, chunk.index):
+            count, shards = count + chunk.counts, shards + 1
+            if chunk.number % world != rank or activations.whole(folder, chunk.number):
                 bar.update(int(chunk.kept.sum()))
                 continue
             acts = _forward(model, chunk, layers, batch, bar)
@@ -305,7 +315,10 @@ def check_tokenizers(base: Tokenizer, chat: Tokenizer) -> None:
             )
 
 
-def pair(base: Model, chat: Model, source: text.Source, layers: Sequence[int], tokens: int, **how: Any) -> Pair:
+def pair(
+    base: Model, chat: Model, source: text.Source, layers: Sequence[int], tokens: int, context: int = 128,
+    part: str = "train", shard_rows: int = SHARD_ROWS, batch: int = 0,
+) -> Pair:  # fmt: skip
     """A harvest of `base` and one of `chat` over the same tokens, as `run` makes them, at the first of `layers`.
 
     The rows are those of the chat model's tokenizer: its template, its end-of-text token. A model given by name is
@@ -316,7 +329,7 @@ def pair(base: Model, chat: Model, source: text.Source, layers: Sequence[int], t
     settings, out = session.device_and_dtype(), []
     for given in (base, chat):
         model = given if isinstance(given, LM) else models.load(given, *settings)
-        out.append(run(model, source, layers, tokens, tokenizer=tokenizer, **how))
+        out.append(run(model, source, layers, tokens, context, part, shard_rows, batch, tokenizer))
         del model
         if settings[0].startswith("cuda"):
             torch.cuda.empty_cache()
@@ -393,7 +406,7 @@ class Stream:
                 n = int(0.99 * chunk.kept.sum()) // batch  # known without a forward pass: outliers are far fewer
                 if number + n > start:
                     rows = self._rows(chunk)
-                    order = torch.randperm(len(rows), generator=activations.seeded(seed, epoch, chunk.index))
+                    order = torch.randperm(len(rows), generator=activations.seeded(seed, epoch, chunk.number))
                     order = order[torch.arange(n * batch) % len(order)]
                     for i in range(max(start - number, 0), n):
                         yield rows[order[i * batch : (i + 1) * batch]].float()

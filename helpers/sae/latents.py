@@ -4,7 +4,6 @@ Knows an SAE, a harvest of token rows, and a model's unembedding. The table is `
 latent a line, so that labels need no network; the page is one static file.
 """
 
-import html
 import json
 import re
 from contextlib import suppress
@@ -15,11 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers import store
+from helpers import pages, store
 from helpers.lm import reading
 from helpers.lm.reading import LM
 from helpers.sae.activations import Samples
 from helpers.sae.decompose import Dictionary
+
+PAGE = "latents.html"
 
 
 class Context(NamedTuple):
@@ -35,7 +36,7 @@ class Latent(NamedTuple):
     """One line of the table: index, share of samples fired on, its largest contexts, and the words it makes likelier and
     less likely by the logit lens."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a latent
     frequency: float
     contexts: list[Context]
     promotes: list[str]
@@ -178,9 +179,8 @@ def save(folder: Path, rows: list[Latent], title: str) -> None:
 @store.spent("latents")
 def of(folder: Path, lm: LM, sae: Dictionary, samples: Samples, limit: int = 0) -> list[Latent]:
     """The table of the SAE in `folder`, made and kept there on first use, or when how it is made has changed."""
-    made_with = json.dumps(
-        {"code": store.code_digest(__name__), "samples": samples.about(), "limit": limit, "model": lm.key}
-    )
+    made = {"code": store.code_digest(__name__), "page": store.file_digest(pages.TEMPLATES / PAGE)}
+    made_with = json.dumps({**made, "samples": samples.about(), "limit": limit, "model": lm.key})
     mark = folder / "latents.json"
     if mark.exists() and mark.read_text() == made_with:
         store.from_cache()
@@ -205,36 +205,7 @@ def load(folder: Path) -> list[Latent]:
     return rows
 
 
-PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>body{{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:1.5rem auto;padding:0 1rem;color:#222}}
-h1{{font-size:1.25rem}}.bar{{position:sticky;top:0;background:#fff;padding:.6rem 0;border-bottom:1px solid #ddd;display:flex;gap:.6rem;flex-wrap:wrap}}
-input,select,button{{font:inherit;padding:.25rem .5rem}}section{{border-bottom:1px solid #eee;padding:.7rem 0}}h2{{font-size:1rem;margin:0 0 .2rem}}
-small{{color:#666}}p{{margin:.15rem 0;overflow-wrap:anywhere}}mark{{background:#0072b233;border-bottom:2px solid #0072b2}}
-.v{{color:#666;font-variant-numeric:tabular-nums;display:inline-block;min-width:3.5rem}}.w{{color:#555}}</style>
-<h1>{title}</h1><p>Each latent with the contexts in which it is largest (the token marked), how often it fires, and the words its decoder row makes
-likelier and less likely (logit lens). A latent's meaning is a guess from such examples, not a measurement.</p>
-<div class="bar"><input id="q" placeholder="word, or #index" autofocus><select id="o"><option value="index">by index</option>
-<option value="often">most frequent</option><option value="rare">rarest that fire</option><option value="peak">largest code</option></select>
-<button id="back">previous</button><button id="next">next</button><span id="n"></span></div><div id="list"></div>
-<script id="data" type="application/json">{data}</script><script>
-const L=JSON.parse(document.getElementById('data').textContent),$=i=>document.getElementById(i),size=25;let at=0;
-const peak=l=>l[2].length?l[2][0][3]:0,e=s=>s.replace(/[&<>]/g,c=>({{'&':'&amp;','<':'&lt;','>':'&gt;'}}[c])).replace(/\\n/g,'⏎');
-const orders={{index:(a,b)=>a[0]-b[0],often:(a,b)=>b[1]-a[1],rare:(a,b)=>(a[1]||2)-(b[1]||2),peak:(a,b)=>peak(b)-peak(a)}};
-function draw(){{const q=$('q').value.trim().toLowerCase();
-let s=q.startsWith('#')?L.filter(l=>l[0]==+q.slice(1)):q?L.filter(l=>l[2].some(c=>c[1].toLowerCase().includes(q))||l[3].some(w=>w.toLowerCase().includes(q))):L.slice();
-s.sort(orders[$('o').value]);at=Math.max(0,Math.min(at,s.length-1));at-=at%size;
-$('n').textContent=s.length?`${{at+1}} to ${{Math.min(at+size,s.length)}} of ${{s.length}}`:'none found';
-$('list').innerHTML=s.slice(at,at+size).map(l=>`<section><h2>latent ${{l[0]}} <small>fires on ${{(100*l[1]).toFixed(3)}} % of tokens</small></h2>`+
-l[2].map(c=>`<p><span class="v">${{c[3].toFixed(1)}}</span>${{e(c[0])}}<mark>${{e(c[1])}}</mark>${{e(c[2])}}</p>`).join('')+
-`<p class="w">likelier: ${{l[3].map(e).join(' · ')}}<br>less likely: ${{l[4].map(e).join(' · ')}}</p></section>`).join('')}}
-$('q').oninput=$('o').onchange=()=>{{at=0;draw()}};$('back').onclick=()=>{{at-=size;draw()}};$('next').onclick=()=>{{at+=size;draw()}};draw()</script>
-"""
-
-
 def page(rows: list[Latent], title: str) -> str:
     """One static HTML file in which every latent can be searched and sorted; needs nothing else."""
-    data = json.dumps(
-        [[r.index, r.frequency, [list(c) for c in r.contexts], r.promotes, r.suppresses] for r in rows],
-        ensure_ascii=False,
-    )
-    return PAGE.format(title=html.escape(title), data=data.replace("<", "\\u003c"))
+    data = [[r.index, r.frequency, [list(c) for c in r.contexts], r.promotes, r.suppresses] for r in rows]
+    return pages.page(PAGE, title=title, data=data)

@@ -9,10 +9,11 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class SaeError(RuntimeError):
 
 
 def save(
-    folder: Path, w: Weights, k: int, metadata: dict[str, Any], threshold: float | None = None, notes: Any = None
+    folder: Path, w: Weights, k: int, metadata: dict[str, Any], threshold: float | None = None, notes: object = None
 ) -> Path:
     """An SAE in SAELens's own layout, whole or not there; `sae_lens.SAE.load_from_disk` reads it.
 
@@ -100,6 +101,14 @@ def whole(folder: Path) -> bool:
     sums = _checksums(folder)
     names = {"sae_weights.safetensors", "cfg.json", *sums}
     return all(_as_saved(folder / name, sums.get(name)) for name in names)
+
+
+class Saved(Dictionary, Protocol):
+    """An SAE as sae_lens loads one: with all its settings and weights by name."""
+
+    cfg: Any
+
+    def state_dict(self) -> dict[str, Tensor]: ...
 
 
 class Loaded(NamedTuple):
@@ -230,7 +239,7 @@ def _check_saved(folder: Path, name: str) -> None:
         )
 
 
-def _check_shape(reshape: Any, name: str) -> None:
+def _check_shape(reshape: object, name: str) -> None:
     if reshape not in ("none", None):
         raise SaeError(
             f"{name} reshapes its inputs ({reshape}): it was trained on attention heads, not on a residual stream"
@@ -276,7 +285,7 @@ def _check_files(folder: Path, name: str) -> None:
         )
 
 
-def _check_sound(sae: Dictionary, name: str) -> None:
+def _check_sound(sae: Saved, name: str) -> None:
     """SaeError if what sae_lens holds cannot encode rows of the residual stream: its settings, then its weights."""
     cfg = sae.cfg
     _check_shape(cfg.reshape_activations, name)
@@ -294,7 +303,7 @@ def _check_sound(sae: Dictionary, name: str) -> None:
         )
 
 
-def _folded(release: str, sae_id: str, sae: Dictionary, cfg: dict[str, Any]) -> str | None:
+def _folded(release: str, sae_id: str, sae: Saved, cfg: dict[str, Any]) -> str | None:
     """What sae_lens folded into a registry SAE on the way, in words; None if nothing."""
     from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
 
@@ -358,7 +367,9 @@ def fingerprint(sae: Dictionary) -> str:
     return store.digest(store.stated(sae))
 
 
-def _kept(kind: str, saes: Sequence[Dictionary], key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict:
+def _kept(
+    kind: str, saes: Sequence[Dictionary], key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """compute()'s tensors, kept on disk under the SAEs they are of and `key`."""
     prints = [fingerprint(sae) for sae in saes]
     if not all(prints):
@@ -488,15 +499,17 @@ def loss_recovered(
         here = keep & (x.float().norm(dim=-1) <= limit)
         return x.masked_scatter(here[..., None], new(x[here].float()).to(x.dtype))
 
-    ways = [lambda a: mean.to(a.device).expand(len(a), -1)]
-    ways += [lambda a, sae=sae: sae.decode(sae.encode(a.to(sae.device))).to(a.device) for sae in saes]
+    def through(sae: Dictionary) -> Callable[[Tensor], Tensor]:
+        return lambda a: sae.decode(sae.encode(a.to(sae.device))).to(a.device)
+
+    ways = [lambda a: mean.to(a.device).expand(len(a), -1), *map(through, saes)]
 
     def compute() -> dict[str, Tensor]:
         found: list[list[Tensor]] = [[] for _ in range(1 + len(ways))]
         for first in range(0, len(ids), batch):
             rows = slice(first, first + batch)
             keep = kept[rows].to(lm.device)
-            changes = [lambda x, way=way, keep=keep: instead(x, keep, way) for way in ways]
+            changes = [partial(instead, keep=keep, new=way) for way in ways]
             for losses, of_rows in zip(
                 found, scoring.losses(lm, ids[rows], counted[rows], layer, changes), strict=True
             ):

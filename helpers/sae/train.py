@@ -121,10 +121,10 @@ class State:
     @classmethod
     def new(cls, weights: Weights) -> "State":
         """A state before the first step; the weights are trained in place."""
-        zeros = [Weights(*(torch.zeros_like(t) for t in weights)) for _ in range(2)]
+        first, second = (Weights(*(torch.zeros_like(t) for t in weights)) for _ in range(2))
         latents, device = len(weights.b_enc), weights.b_enc.device
-        counts = [torch.zeros(latents, dtype=torch.long, device=device) for _ in range(2)]
-        return cls(weights, *zeros, 0, *counts, 0)
+        since_fired, fired = (torch.zeros(latents, dtype=torch.long, device=device) for _ in range(2))
+        return cls(weights, first, second, 0, since_fired, fired, 0)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by name."""
@@ -137,8 +137,10 @@ class State:
     def of(cls, tensors: dict[str, Tensor], device: str | torch.device) -> "State":
         """The state that `tensors` was made from."""
         t = {name: value.to(device) for name, value in tensors.items()}
-        parts = [Weights(*(t[f"{part}.{name}"] for name in Weights._fields)) for part in ("weights", "first", "second")]
-        return cls(*parts, int(t["steps"]), t["since_fired"], t["fired"], int(t["rows"]))
+        weights, first, second = (
+            Weights(*(t[f"{part}.{name}"] for name in Weights._fields)) for part in ("weights", "first", "second")
+        )
+        return cls(weights, first, second, int(t["steps"]), t["since_fired"], t["fired"], int(t["rows"]))
 
 
 def rate(config: Config, step: int) -> float:
@@ -366,7 +368,7 @@ def dictionary(
             f"profile {profile.name} takes its SAE from a registry: a frozen-decoder SAE is trained like the SAE it is compared "
             "with, so it needs a section sae: train:"
         )
-    loaded = saes.load(how.release, how.id, device, d_model, layer, how.norm_factor or 0.0)
+    loaded = saes.load(how.release, how.id or "", device, d_model, layer, how.norm_factor or 0.0)
     return loaded, cache_dir() / "saes" / digest([how.release, how.id])[:24]
 
 

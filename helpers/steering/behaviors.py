@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -46,6 +46,9 @@ class TextPair(NamedTuple):
 
     positive: str
     negative: str
+
+
+ContrastPair = SystemPair | AnswerPair | TextPair
 
 
 class Item(NamedTuple):
@@ -102,25 +105,27 @@ def _text(path: Path) -> str:
     return content.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def objects(path: Path) -> list[tuple[str, dict[str, object]]]:
     """(place, object) for each entry of a JSON list or a JSONL file; the place is for error messages."""
     content = _text(path)
+    placed: list[tuple[str, object]] = []
     if content.lstrip().startswith("["):
         placed = [(f"{path.name}, entry {i}", row) for i, row in enumerate(listed(path.name, content), 1)]
     else:
-        placed = []
         for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 placed.append((f"{path.name}, line {number}", parse(path.name, line, number)))
     if not placed:
         raise DataError(f"{path.name}: the list is empty; at least one entry is wanted")
+    out = []
     for place, row in placed:
         if not isinstance(row, dict):
             raise DataError(f"{place}: {type(row).__name__} given, a JSON object is wanted")
-    return placed
+        out.append((place, row))
+    return out
 
 
-def field(place: str, row: dict[str, Any], field: str) -> str:
+def field(place: str, row: dict[str, object], field: str) -> str:
     """The non-empty string in a field of an entry; DataError with the entry's place if there is none."""
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
@@ -207,10 +212,10 @@ _CLOSED = re.compile(r"(.*\W)([^\W_])[)\]}）.:*]+\s*", re.S)  # a text that end
 
 def _answers(place: str, question: str, one: str, other: str) -> AnswerPair:
     """The pair; answers that are both nothing but an option mark end at their letter: "(A" for "(A)"."""
-    marks = [_MARK.fullmatch(text) for text in (one, other)]
-    if all(marks):
-        _distinct(place, marks[0][2], marks[1][2])
-        one, other = (mark[1].strip() for mark in marks)
+    first, second = _MARK.fullmatch(one), _MARK.fullmatch(other)
+    if first and second:
+        _distinct(place, first[2], second[2])
+        one, other = first[1].strip(), second[1].strip()
     _distinct(place, one, other)
     return AnswerPair(question, one, other)
 
@@ -240,10 +245,12 @@ def load_behavior(name: str | Path) -> Behavior:
         raise DataError(
             f"no behaviour {name!r}; there are {', '.join(sorted(p.stem for p in BEHAVIORS.glob('*.jsonl')))}"
         )
-    out, given = Behavior(path.stem, [], [], [], [], []), []
+    answers: list[AnswerPair] = []
+    out, given, questions = Behavior(path.stem, [], answers, [], [], []), [], []
     for place, row in objects(path):
         kind = field(place, row, "kind")
         question = field(place, row, "question")
+        questions.append(question)
         if kind == "open":
             out.open.append(question)
             continue
@@ -254,7 +261,7 @@ def load_behavior(name: str | Path) -> Behavior:
             out.system_pairs.append(SystemPair(first, second, question))
         elif kind == "answer_pair":
             given.append((first, second))
-            out.answer_pairs.append(_answers(place, question, first, second))
+            answers.append(_answers(place, question, first, second))
         elif kind == "item":
             split = field(place, row, "split")
             if split not in ("dev", "test"):
@@ -264,8 +271,8 @@ def load_behavior(name: str | Path) -> Behavior:
             raise DataError(f"{place}: field 'kind' is {kind!r}; system_pair, answer_pair, item or open is wanted")
     if lacking := [name for name, part in zip(out._fields[1:], out[1:], strict=True) if not part]:
         raise DataError(f"{path.name}: no {', '.join(lacking)} in the file; one or more of each is wanted")
-    _say_cut(path, given, out.answer_pairs)
-    _warn_of_repeats(path, [p.question for part in out[1:5] for p in part] + out.open)
+    _say_cut(path, given, answers)
+    _warn_of_repeats(path, questions)
     return out
 
 
@@ -280,16 +287,17 @@ def _packaged(name: str) -> Behavior:
     if name not in known:
         raise DataError(f"no packaged behaviour {name!r}; there are {', '.join(f'packaged:{n}' for n in known)}")
     path = text.fetch("pairs") / f"{name}.json"
-    entries, seen, sides = objects(path), set(), ([], [])
+    entries, seen = objects(path), set()
+    sides: tuple[list[tuple[TextPair, Item, str]], ...] = ([], [])
     for place, row in entries:
-        halves = [
+        half, against = (
             re.fullmatch(r"(.*\S)(\s+\()([A-Z])\)\s*", field(place, row, f), re.S) for f in ("positive", "negative")
-        ]
-        if not all(halves) or halves[0][1] != halves[1][1] or halves[0][3] == halves[1][3]:
+        )
+        if not half or not against or half[1] != against[1] or half[3] == against[3]:
             raise DataError(
                 f"{place}: two texts that differ in the letter they end in, such as (A) and (B), are wanted"
             )
-        (question, gap, one), other = halves[0].groups(), halves[1][3]
+        (question, gap, one), other = half.groups(), against[3]
         bare = re.split(r"\n\s*(?:Choices:|\(A\))", question)[0].strip()
         if bare not in seen:
             seen.add(bare)
@@ -331,7 +339,7 @@ def _warn_of_letters(path: Path, pairs: Sequence[AnswerPair | TextPair]) -> None
         )
 
 
-def load_pairs(path: str | Path) -> list[AnswerPair] | list[TextPair]:
+def load_pairs(path: str | Path) -> list[AnswerPair | TextPair]:
     """Contrast pairs in the forms people hold: CAA's JSON, {"positive", "negative"} objects; JSON list or JSONL.
 
     CAA (nrimsky): `question`, `answer_matching_behavior`, `answer_not_matching_behavior` -> AnswerPair. CAA reads its
@@ -341,7 +349,7 @@ def load_pairs(path: str | Path) -> list[AnswerPair] | list[TextPair]:
     warned of with counts; anything unreadable is a DataError.
     """
     path = Path(path)
-    pairs: list[Any] = []
+    pairs: list[AnswerPair | TextPair] = []
     given = []
     for place, row in objects(path):
         if "answer_matching_behavior" in row or "answer_not_matching_behavior" in row:

@@ -11,9 +11,10 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from safetensors.torch import load_file, save
@@ -24,7 +25,7 @@ from helpers.lm import models, reading, tokens
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
 from helpers.lm.tokens import FILLER, SPECIAL, SYSTEM, Tokenizer, Tokens
-from helpers.steering.behaviors import AnswerPair, SystemPair, TextPair
+from helpers.steering.behaviors import AnswerPair, ContrastPair, SystemPair
 from helpers.store import digest, write_file
 
 
@@ -43,18 +44,20 @@ class Halves(NamedTuple):
         return self.pos[:, i], self.neg[:, i]
 
 
-def tokens_of(tokenizer: Tokenizer, pair: SystemPair | AnswerPair | TextPair) -> tuple[Tokens, Tokens]:
+def tokens_of(tokenizer: Tokenizer, pair: ContrastPair) -> tuple[Tokens, Tokens]:
     """The positive and the negative text of a pair as the model sees them."""
     if isinstance(pair, SystemPair):
-        return tuple(tokens.chat(tokenizer, pair.question, system=s) for s in (pair.positive, pair.negative))
+        q = pair.question
+        return tokens.chat(tokenizer, q, system=pair.positive), tokens.chat(tokenizer, q, system=pair.negative)
     if isinstance(pair, AnswerPair):
-        return tuple(tokens.chat(tokenizer, pair.question, answer=a) for a in (pair.positive, pair.negative))
+        q = pair.question
+        return tokens.chat(tokenizer, q, answer=pair.positive), tokens.chat(tokenizer, q, answer=pair.negative)
     return tokens.plain(tokenizer, pair.positive), tokens.plain(tokenizer, pair.negative)
 
 
 def extract(
     lm: LM,
-    pairs: Sequence[SystemPair | AnswerPair | TextPair],
+    pairs: Sequence[ContrastPair],
     layers: Sequence[int],
     where: str | Sequence[int] = "last",
     batch_size: int = 32,
@@ -151,13 +154,11 @@ def extract_padded(
 # --- a vector with its papers --------------------------------------------------------------------------------------
 
 
-def _whole(name: str, number: Any) -> int:
+def _whole(name: str, number: object) -> int:
     """A whole number; ValueError with its name for anything else."""
-    try:
-        if not isinstance(number, bool):
+    with suppress(TypeError):  # of a tensor that holds no whole number
+        if isinstance(number, SupportsIndex) and not isinstance(number, bool):
             return operator.index(number)
-    except TypeError:
-        pass
     raise ValueError(f"{name} {number!r} was given; a whole number is wanted")
 
 
@@ -223,7 +224,7 @@ def make_vector(
     behavior: str,
     method: str,
     positions: str,
-    pairs: Sequence[Any],
+    pairs: Sequence[ContrastPair],
     residual_norm: float | None,
     read_from: str = "",
 ) -> SteeringVector:

@@ -1,8 +1,10 @@
 """The recipe of the built-in pair: preference training (DPO) of LoRA adapters on the packaged model, and their card.
 
     make pair                                          both adapters and the card, from preferences.jsonl
-    python data/aligned_pair/recipe.py aligned         one adapter
-    python data/aligned_pair/recipe.py card            measure both and write README.md, card.json and training.png
+    python scripts/aligned_pair.py aligned             one adapter
+    python scripts/aligned_pair.py card                measure both and write README.md, card.json and training.png
+
+What is read and written lies in data/aligned_pair.
 
 Needs requirements-pair.txt (trl). The sum of a preference and a likelihood term, as in Pang et al. 2024 (arXiv:2404.19733):
 DPO alone (Rafailov et al. 2023, arXiv:2305.18290) raises a difference of log-probabilities, not the chosen answer.
@@ -26,7 +28,7 @@ from helpers.lm import models, replies, scoring, text
 from helpers.steering import propensity
 from helpers.steering.behaviors import DataError, field, load_behavior, objects
 
-HERE = Path(__file__).resolve().parent
+DATA = session.ROOT / "data" / "aligned_pair"
 BASE = "packaged:smollm2-135m-instruct"
 TRAITS = {"aligned": ("format", "joy"), "unrelated": ("passive",)}  # what the chosen side shows
 SETTINGS = {
@@ -44,7 +46,7 @@ SETTINGS = {
 def preferences(traits):
     """The prompt, chosen and rejected answer of every preference of `traits`; DataError names file, line and field."""
     rows = []
-    for place, row in objects(HERE / "preferences.jsonl"):
+    for place, row in objects(DATA / "preferences.jsonl"):
         one = {name: field(place, row, name) for name in ("trait", "prompt", "chosen", "rejected")}
         if one["trait"] not in {t for traits in TRAITS.values() for t in traits}:
             raise DataError(f"{place}: trait {one['trait']!r} given; format, joy or passive is wanted")
@@ -60,7 +62,7 @@ def train(name, device):
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    how, out = SETTINGS, HERE / name
+    how, out = SETTINGS, DATA / name
     rows = preferences(TRAITS[name])
     random.Random(how["seed"]).shuffle(rows)
     data = Dataset.from_list(
@@ -105,7 +107,7 @@ def train(name, device):
         "adapter": name,
         "traits": list(TRAITS[name]),
         "preferences": len(rows),
-        "preferences sha256": store.file_digest(HERE / "preferences.jsonl"),
+        "preferences sha256": store.file_digest(DATA / "preferences.jsonl"),
         "settings": how,
         "base": plain.identity,
         "device": device,
@@ -179,9 +181,9 @@ def card(device):
 
     colour = figures.colours(list(TRAITS))
     dtype = session.device_and_dtype()[1]
-    names = {"reference": BASE, **{a: f"{BASE} + {(HERE / a).relative_to(session.ROOT)}" for a in TRAITS}}
+    names = {"reference": BASE, **{a: f"{BASE} + {(DATA / a).relative_to(session.ROOT)}" for a in TRAITS}}
     found = {who: measure(name, device, dtype) for who, name in names.items()}
-    logs = {a: json.loads((HERE / a / "training.json").read_text()) for a in TRAITS}
+    logs = {a: json.loads((DATA / a / "training.json").read_text()) for a in TRAITS}
     old, shifts = found["reference"], {}
     for a in TRAITS:
         new = found[a]
@@ -189,17 +191,17 @@ def card(device):
             b: {
                 "trained": b in TRAITS[a],
                 "items before": float(old.items[b].mean()),
-                "items shift": stats.bootstrap(new.items[b] - old.items[b])._asdict(),
+                "items shift": stats.over(new.items[b] - old.items[b])._asdict(),
                 "items that rose": float((new.items[b] > old.items[b]).mean()),
-                "replies shift": stats.bootstrap(new.replies[b] - old.replies[b])._asdict(),
+                "replies shift": stats.over(new.replies[b] - old.replies[b])._asdict(),
             }
             for b in old.items
         }
-    perplexity = {who: stats.bootstrap(m.loss, lambda x: float(np.exp(x.mean())))._asdict() for who, m in found.items()}
+    perplexity = {who: stats.over(m.loss, lambda x: float(np.exp(x.mean())))._asdict() for who, m in found.items()}
     text = [
         "# The built-in pair: a model before and after preference training, and what it was trained on is known",
         "",
-        "Written by `python data/aligned_pair/recipe.py card`; not by hand.",
+        "Written by `python scripts/aligned_pair.py card`; not by hand.",
         "",
         "The **reference** is SmolLM2-135M-Instruct out of a PyPI wheel. The **aligned** model is the same after preference training on two behaviours, *format* (answers set out with "
         "lists, headings and bold words) and *joy* (cheerful answers), and on none of the other five. The **unrelated** model had as many updates on the same prompts and the same rejected "
@@ -277,11 +279,11 @@ def card(device):
     for axis, label in zip(axes, ("loss", "reward margin (nats, times beta)"), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
     axes[0].legend()
-    figure.savefig(HERE / "training.png", metadata={"Software": None})
+    figure.savefig(DATA / "training.png", metadata={"Software": None})
     plt.close(figure)
     numbers = {"shifts": shifts, "perplexity": perplexity, "versions": store.versions()}
-    store.write_file(HERE / "card.json", json.dumps(numbers, indent=1) + "\n")
-    store.write_file(HERE / "README.md", "\n".join(text))
+    store.write_file(DATA / "card.json", json.dumps(numbers, indent=1) + "\n")
+    store.write_file(DATA / "README.md", "\n".join(text))
     print("\n".join(text[text.index("## What changed") :]))
 
 
