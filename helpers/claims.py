@@ -12,7 +12,7 @@ where nothing is there and where something is, stands in docs/verdicts.md.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -305,7 +305,7 @@ class Ledger:
             verdict=verdict, reason=reason,
         )  # fmt: skip
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Claim]:
         return (self[id] for id in self._stated)
 
     def reading(self, id: str) -> str:

@@ -194,7 +194,7 @@ def histogram(
     verdict: str = "",
 ) -> None:
     """Distributions {label: values} in the same 40 bins, those of `grey` in grey, drawn, saved and shown."""
-    bins = np.histogram_bin_edges(np.concatenate([np.asarray(v) for v in values.values()]), 40)
+    bins = np.histogram_bin_edges(np.concatenate([np.asarray(v) for v in values.values()]), 40).tolist()
     figure, axis = plt.subplots(figsize=(9.5, 3.4))
     for (label, x), colour in zip(values.items(), PALETTE, strict=False):
         axis.hist(x, bins, color=NULL if label in grey else colour, alpha=0.75, label=label)
@@ -329,12 +329,10 @@ def at_the_seam(
         colour = dict(zip([w for w in lines if w not in grey], PALETTE * 3, strict=False))
         for who, series in lines.items():
             named = who not in grey[1:]
-            look = {
-                "color": colour.get(who, NULL),
-                "label": who if named else None,
-                "linewidth": 1.4 if who in colour else 0.8,
-            }
-            drawn[f"{label}: {who}"] = around(axis, series, starts[who], before, after, **look)
+            drawn[f"{label}: {who}"] = around(
+                axis, series, starts[who], before, after, color=colour.get(who, NULL), label=who if named else None,
+                linewidth=1.4 if who in colour else 0.8,
+            )  # fmt: skip
         axis.axvline(-0.5, color="black", linestyle=":", linewidth=1)
         axis.set(xlabel="tokens from the first of the answer", ylabel=label)
     axes[0, 0].set_title(titled(title, verdict))

@@ -143,9 +143,8 @@ def concepts(lm: LM, layer: int, questions: int = QUESTIONS) -> dict[str, Tensor
     asked = listed("instructions.json", (text.fetch("pairs") / "instructions.json").read_text(encoding="utf-8"))
     found = {}
     for one, other in named_concepts():
-        pairs = [
-            SystemPair(*(f"You are a very {x} assistant." for x in (one, other)), question=q) for q in asked[:questions]
-        ]
+        first, second = (f"You are a very {x} assistant." for x in (one, other))
+        pairs = [SystemPair(first, second, str(q)) for q in asked[:questions]]
         found[one] = directions.mean(*caa.extract(lm, pairs, [layer]).at(layer))
     return found
 

@@ -140,11 +140,11 @@ class Single:
     def contrast(self, name: str, kind: str = ANSWERS, rows: int = 3) -> Markdown:
         """A table of a behaviour's first contrast pairs: both sides, the length of their difference, its cosine with the mean."""
         b, (pos, neg) = self.data[name], self.halves(kind)[name].at(self.layer)
-        pairs = b.answer_pairs if kind == ANSWERS else b.system_pairs
+        pairs = [(p.positive, p.negative) for p in (b.answer_pairs if kind == ANSWERS else b.system_pairs)]
         difference = (pos - neg).double()
         cosine = stats.cosine(difference.numpy(), difference.mean(0).numpy())
         found = zip(pairs[:rows], difference.norm(dim=1).tolist(), cosine, strict=False)
-        body = [[p.positive, p.negative, f"{norm:.0f}", f"{c:.2f}"] for p, norm, c in found]
+        body = [[*both, f"{norm:.0f}", f"{c:.2f}"] for both, norm, c in found]
         return table(["positive", "negative", "length", "cosine with the mean"], body)
 
     @cached_property

@@ -53,16 +53,19 @@ def held(lm: LM, layer: int, asked: Sequence[tuple[str, str]], pushes: Tensor, l
         rows = store.kept(reading.residuals, lm, whole, layer)
         return [splice.spoken(t, x, limit) for t, x in zip(whole, rows, strict=True)]
 
-    runs = zip(asked, read(plain), read(steered), read(plain, own_turn=False), steered, strict=True)
-    found = [Talk(*who, *three, lm.tokenizer.decode(reply)) for who, *three, reply in runs]
-    return [t for t in found if all(min(x.answer.sum(), (~x.answer).sum()) >= LEAST for x in t[2:5])]
+    texts = [lm.tokenizer.decode(reply) for reply in steered]
+    runs = zip(asked, read(plain), read(steered), read(plain, own_turn=False), texts, strict=True)
+    found = [Talk(name, q, one, two, three, said) for (name, q), one, two, three, said in runs]
+    return [
+        t for t in found if all(min(x.answer.sum(), (~x.answer).sum()) >= LEAST for x in (t.plain, t.steered, t.inside))
+    ]
 
 
 def added(lm: LM, layer: int, talks: Sequence[tuple[str, Sequence[int]]], vector: Tensor) -> np.ndarray:
     """Cosine (tokens,) of (steered - unsteered) with the vector, read at the layer where it is added, over whole conversations
     (question, reply ids)."""
     whole = [tokens.conversation(lm.tokenizer, q, list(reply)) for q, reply in talks]
-    with_v, without = (reading.residuals(lm, whole, layer, **steering) for steering in ({"vector": vector}, {}))
+    with_v, without = (reading.residuals(lm, whole, layer, push) for push in (vector, None))
     gaps = [splice.spoken(t, a).rows - splice.spoken(t, b).rows for t, a, b in zip(whole, with_v, without, strict=True)]
     return stats.cosine(torch.cat(gaps).numpy(), vector.numpy())
 

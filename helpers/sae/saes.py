@@ -26,7 +26,7 @@ from helpers.lm import reading, scoring
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
 from helpers.sae import topk
-from helpers.sae.activations import Rows
+from helpers.sae.activations import Rows, Samples
 from helpers.sae.decompose import Dictionary
 from helpers.sae.topk import Weights
 
@@ -448,7 +448,7 @@ class LossRecovered(NamedTuple):
         return float((self.mean.sum() - self.sae.sum()) / (self.mean.sum() - self.model.sum()))
 
 
-def by_document(samples: Rows, *per_sample: Tensor) -> list[np.ndarray]:
+def by_document(samples: Samples, *per_sample: Tensor) -> list[np.ndarray]:
     """Sums over documents (documents,) of numbers a sample (samples,), documents without any left out."""
     documents = samples.named("document")[: len(per_sample[0])].numpy()
     some = np.bincount(documents) > 0
@@ -463,7 +463,7 @@ class Spliceable(NamedTuple):
     document: np.ndarray
 
 
-def spliceable(samples: Rows, rows: int, seed: int = 0) -> Spliceable:
+def spliceable(samples: Samples, rows: int, seed: int = 0) -> Spliceable:
     """A random choice of the rows of tokens that `samples` were harvested from, those that have two kept tokens in a row."""
     ids, row_of = samples.token_rows()
     kept = torch.zeros_like(ids, dtype=torch.bool)
