@@ -9,11 +9,10 @@ import torch
 
 from helpers.lm import text, tokens
 from helpers.lm.tokens import ANSWER, FILLER, PAD, SPECIAL, SYSTEM, USER
-from helpers.session import DEFAULT_PROFILE, ROOT, load_profile
 from helpers.steering import behaviors, caa
 from helpers.steering.behaviors import DataError, SystemPair
 
-NAMES = load_profile(DEFAULT_PROFILE).behaviors
+WRITTEN = sorted(path.stem for path in behaviors.BEHAVIORS.glob("*.jsonl"))
 
 
 def text_of(tokenizer, batch, chosen, row=0):
@@ -125,23 +124,26 @@ def test_padded_pair_has_equal_length_and_equal_tokens_after(tokenizer):
     assert one.ids[last + 1 :] == other.ids[last + 1 :]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "pirate"])
+@pytest.mark.parametrize("name", WRITTEN)
 def test_behaviours_hold_what_their_cards_promise(name):
-    """The default profile's are of full size; pirate serves one vector of one profile and is small."""
+    """All are of full size but pirate, which serves one vector of one profile."""
     b = behaviors.load_behavior(name)
     counts = (len(b.system_pairs), len(b.answer_pairs), len(b.dev), len(b.test), len(b.open))
-    assert counts == ((40, 40, 10, 50, 20) if name in NAMES else (12, 12, 4, 20, 8))
+    assert counts == ((12, 12, 4, 20, 8) if name == "pirate" else (40, 40, 10, 50, 20))
     questions = [p.question for p in [*b.system_pairs, *b.answer_pairs, *b.dev, *b.test]] + b.open
     systems = [text for p in b.system_pairs for text in (p.positive, p.negative)]
     matching, other = [i.matching for i in b.dev + b.test], [i.non_matching for i in b.dev + b.test]
     for texts in (questions, systems[0::2], systems[1::2], matching, other, [p.positive for p in b.answer_pairs]):
         assert behaviors.near_duplicates(texts) == []
-    assert (ROOT / "data" / "behaviors" / f"{name}.md").exists()
+    card = (behaviors.BEHAVIORS / f"{name}.md").read_text(encoding="utf-8")
+    if "Both sides of every pair and item end in a full stop" in card:
+        sides = [*systems, *matching, *other, *(side for p in b.answer_pairs for side in (p.positive, p.negative))]
+        assert all(side.endswith(".") for side in sides)
 
 
 def test_no_behaviour_is_another_or_its_negative():
     sides = {}
-    for name in NAMES:
+    for name in WRITTEN:
         b = behaviors.load_behavior(name)
         for pole, texts in (("+", [p.positive for p in b.answer_pairs]), ("-", [p.negative for p in b.answer_pairs])):
             sides[name + pole] = set(texts)
@@ -271,7 +273,7 @@ def test_one_sided_letters_and_near_duplicates_are_warned_of(tmp_path):
 def test_bad_behaviours_name_line_and_field(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
         behaviors.load_behavior(write(tmp_path / "mine.jsonl", json.dumps(row)))
-    with pytest.raises(DataError, match="no behaviour 'kindness'; there are anger"):
+    with pytest.raises(DataError, match="no behaviour 'kindness'; there are agreement, anger"):
         behaviors.load_behavior("kindness")
 
 
