@@ -9,7 +9,7 @@ import torch
 
 from helpers.lm import text, tokens
 from helpers.lm.tokens import ANSWER, FILLER, PAD, SPECIAL, SYSTEM, USER
-from helpers.session import DEFAULT_PROFILE, ROOT, load_profile
+from helpers.session import ROOT
 from helpers.steering import behaviors, caa
 from helpers.steering.behaviors import DataError, SystemPair
 
