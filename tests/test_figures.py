@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot as plt
 
 from helpers import figures
@@ -38,4 +39,17 @@ def test_text_is_shown_letter_by_letter():
     assert figures.literal("a $5 – $6 bill\nnaïve 你") == "a \\$5 – \\$6 bill⏎naïve ?"
     figure = figures.over_words(["$x", "_{", "$"], {"a": {"v": [1, 2, 3]}}, 1, "t", {"v": "red"})
     figure.canvas.draw()  # a formula cut short would raise here
+    plt.close(figure)
+
+
+def test_bars_have_their_labels_and_their_group(tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "show", lambda session, name, figure, numbers: shown.update({name: (figure, numbers)}))
+    groups = {"none": (torch.tensor([True, False, False]), "black"), "some": ([False, True, True], "blue")}
+    figures.bars(None, "b", ["a", " $b", "\n"], [0.0, 2.0, 3.0], groups, title="t", ylabel="y")
+    figure, numbers = shown["b"]
+    axis = figure.axes[0]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["a", r"\$b", "⏎"]
+    assert [p.get_height() for p in axis.patches] == [0, 2, 3] and numbers["values"].tolist() == [0, 2, 3]
+    assert [len(line.get_xdata()) for line in axis.lines] == [1, 0]  # a tick where a bar has no height
     plt.close(figure)
