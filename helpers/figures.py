@@ -223,6 +223,31 @@ def matrices(session: Session, name: str, panels: Mapping[str, np.ndarray], labe
     show(session, name, figure, {"labels": labels, **panels})
 
 
+def bars(
+    session: Session,
+    name: str,
+    labels: Sequence[str],
+    values: Sequence[float] | np.ndarray,
+    groups: Mapping[str, tuple[Sequence[bool] | np.ndarray, str]],
+    *,
+    title: str,
+    ylabel: str,
+) -> None:
+    """A bar for each label, drawn, saved and shown. `groups`: {group: (which bars, colour)}; a bar of no height gets a tick."""
+    height = np.asarray(values, float)
+    figure, axis = plt.subplots(figsize=(max(8.0, 0.22 * len(labels)), 3.8))
+    for group, (chosen, colour) in groups.items():
+        at = np.flatnonzero(np.asarray(chosen))
+        axis.bar(at, height[at], color=colour, label=group)
+        none = at[height[at] == 0]
+        axis.plot(none, np.zeros(len(none)), "|", color=colour, markersize=8)
+    axis.set_xticks(range(len(labels)), [literal(label.strip(" ")) or "·" for label in labels], rotation=90, fontsize=9)
+    axis.set(ylabel=ylabel, title=title)
+    axis.legend()
+    numbers = {"labels": labels, "values": height, "groups": {group: chosen for group, (chosen, _) in groups.items()}}
+    show(session, name, figure, numbers)
+
+
 def scatter(
     session: Session,
     name: str,

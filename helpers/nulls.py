@@ -113,6 +113,13 @@ def equal_response(v: Tensor, gradient: Tensor | np.ndarray, draws: int = 1, see
     return along * unit + _scaled(z, (length**2 - along**2).clamp_min(0).sqrt())
 
 
+def other_items(responses: Sequence[np.ndarray], draws: int, seed: int = 0) -> Iterator[list[np.ndarray]]:
+    """Each behaviour's responses (vectors, items) with its items in a random order: what other items would have answered."""
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield [x[:, rng.permutation(x.shape[1])] for x in responses]
+
+
 def rotations(d_model: int, draws: int, seed: int = 0) -> Iterator[Tensor]:
     """Random rotations (d_model, d_model) float64, uniform (Stewart 1980): `rows @ rotation` keeps every angle between rows."""
     g = torch.Generator().manual_seed(seed)

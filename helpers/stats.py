@@ -139,6 +139,22 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide((a * b).sum(-1), norm, out=np.zeros(np.shape(norm)), where=norm > 0)
 
 
+def correlation(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Pearson's correlation of x with y over all values of all parts, a part (x, y) being two arrays of one shape."""
+    x, y = (np.concatenate([np.asarray(part[i], np.float64).ravel() for part in parts]) for i in (0, 1))
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def dealt(table: Sequence[Sequence[float]] | np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
+    """Means of table[i, order[i]] for random orders of the columns of a square table, (draws,): the null of its diagonal's mean
+    where rows and columns have nothing to do with one another. ValueError for a table that is not square."""
+    x = np.asarray(table, np.float64)
+    if x.ndim != 2 or len(x) != x.shape[1]:
+        raise ValueError(f"a table {x.shape} was given; a square one is wanted")
+    rng = np.random.default_rng(seed)
+    return np.array([x[np.arange(len(x)), rng.permutation(len(x))].mean() for _ in range(draws)])
+
+
 def at_level(x: Sequence[float], y: Sequence[float], level: float) -> float:
     """y where the piecewise-linear curve through (x, y), x increasing from 0, reaches `level`; NaN if it never does."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)

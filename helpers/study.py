@@ -7,7 +7,7 @@ Everything is made when it is first asked for, at the sizes of a fast run where 
 how they fit together; nothing here measures or judges.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,7 +29,7 @@ from helpers.steering import behaviors, caa, directions, propensity
 from helpers.steering.behaviors import Behavior
 from helpers.steering.caa import Halves
 
-ANSWERS, SYSTEM = "answer pairs", "system pairs"
+ANSWERS, SYSTEM, PADDED = "answer pairs", "system pairs", "padded system pairs"
 RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", "shuffled labels", "another behaviour"
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
 FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS = 3, 6, 6
@@ -66,9 +66,19 @@ class Single:
         return float(self.residuals.norm(dim=1).median())
 
     def halves(self, kind: str = ANSWERS, layers: Sequence[int] | None = None) -> dict[str, Halves]:
-        """What each behaviour's contrast pairs give at the last position, at the layer or at several; read once, then cached."""
+        """What each behaviour's contrast pairs give, at the layer or at several; read once, then cached.
+
+        At the last position; of PADDED pairs over all positions but fillers and special tokens (`parts`).
+        """
+        if kind == PADDED:
+            return {n: part["masked"] for n, part in self.parts(layers).items()}
         pairs = {n: b.answer_pairs if kind == ANSWERS else b.system_pairs for n, b in self.data.items()}
         return {n: caa.extract(self.model, p, list(layers or [self.layer])) for n, p in pairs.items()}
+
+    def parts(self, layers: Sequence[int] | None = None) -> dict[str, dict[str, Halves]]:
+        """What each behaviour's padded system pairs give over each position set of `caa.PARTS`, from the same passes."""
+        at = list(layers or [self.layer])
+        return {n: caa.extract_padded(self.model, b.system_pairs, at, caa.PARTS) for n, b in self.data.items()}
 
     def vectors(self, kind: str = ANSWERS) -> dict[str, Tensor]:
         """The mean difference (d_model,) float64 of each behaviour's pairs, as long as it is."""
@@ -106,10 +116,15 @@ class Single:
         unit = (vectors / vectors.norm(dim=-1, keepdim=True)).double().numpy()
         return length * self.residual_norm * unit @ scoring.linear_response(self.tested(items)[name]).T
 
-    def change(self, name: str, vectors: Tensor, length: float, items: int = 0) -> np.ndarray:
-        """The same by a finite step: the steered model's log-odds less the unsteered one's, (n, items)."""
+    def responses(self, vectors: Mapping[str, Tensor], length: float, items: int = 0) -> np.ndarray:
+        """The same for each behaviour's own `vectors` (n, d_model), mean of its items: (n, behaviours)."""
+        return np.stack([self.response(n, v, length, items).mean(1) for n, v in vectors.items()], axis=1)
+
+    def change(self, name: str, vectors: Tensor, length: float, items: int = 0, per_token: bool = False) -> np.ndarray:
+        """The same by a finite step: the steered model's log-odds less the unsteered one's, (n, items); `per_token`, of log-odds in
+        which each log p is divided by its completion's tokens."""
         units = [v / v.norm() * self.residual_norm for v in vectors]
-        scores = scoring.log_odds(self.tested(items)[name], units, [0.0, length])
+        scores = scoring.log_odds(self.tested(items)[name], units, [0.0, length], per_token)
         return scores[:, 1] - scores[:, 0]
 
     def by_layer(self, kind: str = ANSWERS, length: float = 0.1) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -380,3 +380,54 @@ def test_control_vectors_that_no_reader_takes_are_not_written(tmp_path):
         with pytest.raises(ValueError, match=word):
             caa.export_repeng(vectors, tmp_path / "v.gguf", "llama")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_pair_that_needs_most_fillers_is_shown_with_what_is_averaged(bpe):
+    pair = caa.most_filled(bpe, PAIRS)
+    lengths = [abs(len(one.ids) - len(other.ids)) for one, other in (caa.tokens_of(bpe, p) for p in PAIRS)]
+    assert pair == PAIRS[int(np.argmax(lengths))] and max(lengths) > 0
+    one, other = caa.padded_pair(bpe, pair)
+    masks = caa.padded_masks(one, other)
+    for side, shown in zip((one, other), caa.shown_padded(bpe, pair), strict=True):
+        assert shown.count("«") == int(masks["masked"].sum())
+        assert shown.replace("«", "").replace("»", "") == bpe.decode(side.ids).replace("\n", "⏎")
+
+
+def test_what_is_averaged_from_the_start_is_what_is_masked_and_what_is_before(tiny, cache):
+    masks = caa.padded_masks(*caa.padded_pair(tiny.tokenizer, PAIRS[0]))
+    assert masks["from the start"].equal(masks["masked"] | masks["before"]) and masks["before"].any()
+    assert not (masks["masked"] & masks["before"]).any()
+    cosines = caa.same_from_the_start(caa.extract_padded(tiny, PAIRS, [2], caa.PARTS), 2)
+    assert cosines.shape == (3,) and cosines == pytest.approx(np.ones(3), abs=1e-6)
+    halves = caa.extract_padded(tiny, PAIRS, [2], ["masked", "after"])
+    other = caa.same_from_the_start({"masked": halves["masked"], "from the start": halves["after"]}, 2)
+    assert other.max() < 0.999  # other positions are another direction
+
+
+def test_a_difference_is_zero_until_the_prompts_differ(tiny):
+    lengths = caa.position_lengths(tiny, PAIRS[0], 2)
+    one, other = caa.padded_pair(tiny.tokenizer, PAIRS[0])
+    first = next(i for i, (a, b) in enumerate(zip(one.ids, other.ids, strict=True)) if a != b)
+    assert len(lengths) == len(one.ids) and not lengths[:first].any() and lengths[first:].all()
+
+
+def test_the_fillers_vector_is_what_attending_to_them_adds(tiny, cache):
+    found = caa.filler_vector(tiny, PAIRS, 2)
+    parts = []
+    for pair in PAIRS:
+        both = caa.padded_pair(tiny.tokenizer, pair)
+        after = caa.padded_masks(*both)["after"]
+        for side in both:
+            if tokens.FILLER in side.roles:
+                batch = tokens.pad([side], tiny.pad_id)
+                acts = []
+                for attend in (True, False):
+                    with hooks.capture(tiny, [2]) as a:
+                        reading.forward(tiny, batch, attend_filler=attend)
+                    acts.append(a[2][0, after].double().mean(0))
+                parts.append(acts[0] - acts[1])
+    torch.testing.assert_close(found, torch.stack(parts).mean(0), atol=1e-5, rtol=1e-4)
+    assert found.norm() > 1e-3
+    equal = [SystemPair("You are cross.", "You are calm.", "What is tin?")]
+    assert tokens.FILLER not in [r for side in caa.padded_pair(tiny.tokenizer, equal[0]) for r in side.roles]
+    assert not caa.filler_vector(tiny, equal, 2).any()

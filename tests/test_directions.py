@@ -226,3 +226,35 @@ def test_chosen_cases_are_averaged_by_behaviour_and_beat_cases_dealt_at_random()
     assert found == [1, 1, 1] and abs(null.mean() - 0.5) < 0.05
     none = d.mean_where(races, dict.fromkeys(races, False), 10, 0)
     assert none[0] == [] and len(none[1]) == 0
+
+
+def test_means_of_subsets_are_of_pairs_that_are_there():
+    rows = torch.eye(6, dtype=torch.float64)
+    found = d.of_subsets({"a": rows, "b": 2 * rows[:4]}, 3, 20, seed=1)
+    assert {n: x.shape for n, x in found.items()} == {"a": (20, 6), "b": (20, 6)}
+    for n, length in (("a", 1 / 3), ("b", 2 / 3)):  # three different pairs each, a third of one in every dimension
+        assert ((found[n] > 0).sum(1) == 3).all()
+        torch.testing.assert_close(found[n].sum(1), torch.full((20,), 3 * length, dtype=torch.float64))
+    assert len(found["a"].unique(dim=0)) > 10
+    torch.testing.assert_close(d.of_subsets({"a": rows}, 1, 8)["a"], rows[torch.arange(8) % 6])
+    torch.testing.assert_close(d.of_subsets({"a": rows}, 6, 2)["a"], rows.mean(0).expand(2, -1))
+    with pytest.raises(ValueError, match="a: 7 of 6 pairs"):
+        d.of_subsets({"a": rows}, 7, 2)
+
+
+def test_halves_agree_where_there_is_a_direction_and_not_where_sides_are_swapped():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(40, 200, generator=g, dtype=torch.float64)
+    rows = {"shifted": noise + 1.0, "longer": 3 * (noise + 1.0)}
+    assert d.split_cosines(rows, 40, 30).min() > 0.9
+    assert d.split_cosines(rows, 8, 30).mean() < d.split_cosines(rows, 40, 30).mean()
+    assert abs(d.split_cosines({"noise": noise}, 40, 30).mean()) < 0.2  # these forty have some direction by chance
+    for size in (4, 6, 40):  # of three pairs a half, one stays out
+        assert abs(d.split_cosines(rows, size, 200, swapped=True).mean()) < 0.05
+    shared = torch.ones(4, 3) * torch.tensor(
+        [[1.0], [2.0], [3.0], [4.0]]
+    )  # one direction: halves of no common pair still agree
+    assert d.split_cosines({"a": shared}, 4, 5) == pytest.approx(np.ones(5))
+    for size, swapped in ((1, False), (41, False), (3, True)):
+        with pytest.raises(ValueError, match="cannot be split"):
+            d.split_cosines(rows, size, 5, swapped=swapped)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot as plt
 
 from helpers import figures
@@ -62,3 +63,16 @@ def test_one_call_draws_saves_and_shows(tmp_path):
         assert (session_like.figures / f"99_{name}.png").stat().st_size > 5000
         assert json.loads((session_like.figures / f"99_{name}.json").read_text())
     assert figures.titled("Is it?", "holds") == "Is it? HOLDS" and figures.titled("Is it?", "") == "Is it?"
+
+
+def test_bars_have_their_labels_and_their_group(tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "show", lambda session, name, figure, numbers: shown.update({name: (figure, numbers)}))
+    groups = {"none": (torch.tensor([True, False, False]), "black"), "some": ([False, True, True], "blue")}
+    figures.bars(None, "b", ["a", " $b", "\n"], [0.0, 2.0, 3.0], groups, title="t", ylabel="y")
+    figure, numbers = shown["b"]
+    axis = figure.axes[0]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["a", r"\$b", "⏎"]
+    assert [p.get_height() for p in axis.patches] == [0, 2, 3] and numbers["values"].tolist() == [0, 2, 3]
+    assert [len(line.get_xdata()) for line in axis.lines] == [1, 0]  # a tick where a bar has no height
+    plt.close(figure)

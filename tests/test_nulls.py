@@ -139,3 +139,14 @@ def test_concept_vectors_are_those_of_the_pairs(smol):
     unit = stack / stack.norm(dim=1, keepdim=True)
     cosine = (unit @ unit.T).fill_diagonal_(0)
     assert len(found) >= 50 and stack.isfinite().all() and float(cosine.abs().max()) < 0.999
+
+
+def test_other_items_keep_a_behaviours_responses_and_lose_whose_they_are():
+    rng = np.random.default_rng(0)
+    responses = [rng.normal(size=(3, 40)), rng.normal(size=(2, 30))]
+    drawn = list(nulls.other_items(responses, 50, seed=1))
+    for one in drawn:
+        for was, now in zip(responses, one, strict=True):
+            order = [int(np.flatnonzero(was[0] == x)[0]) for x in now[0]]
+            np.testing.assert_array_equal(now, was[:, order])  # one order for all vectors
+    assert abs(np.mean([np.corrcoef(responses[0].ravel(), one[0].ravel())[0, 1] for one in drawn])) < 0.1

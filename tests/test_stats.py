@@ -66,3 +66,22 @@ def test_p_values_count_the_value_itself_and_holm_is_hand_arithmetic():
     np.testing.assert_allclose(stats.holm([0.9, 0.5]), [1.0, 1.0])
     with pytest.raises(ValueError, match="between 0 and 1"):
         stats.holm([0.5, 1.2])
+
+
+def test_a_correlation_over_parts_is_that_of_all_their_values():
+    x, y = np.random.default_rng(0).normal(size=(2, 3, 8))
+    parts = [(x[:2], y[:2]), (x[2], y[2])]
+    assert stats.correlation(parts) == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
+    assert stats.correlation([(x, 3 * x + 1)]) == pytest.approx(1)
+
+
+def test_columns_dealt_out_are_the_null_of_a_diagonal():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(7, 7))
+    assert stats.p_value(np.trace(noise + 2 * np.eye(7)) / 7, stats.dealt(noise + 2 * np.eye(7), 500)) < 0.01
+    drawn = stats.dealt(noise, 2000)
+    assert drawn.shape == (2000,) and drawn.mean() == pytest.approx(noise.mean(), abs=0.03)
+    tables = rng.normal(size=(200, 7, 7))
+    assert np.mean([stats.p_value(np.trace(x) / 7, stats.dealt(x, 100)) < 0.05 for x in tables]) < 0.1
+    with pytest.raises(ValueError, match="a square one"):
+        stats.dealt(noise[:3], 5)

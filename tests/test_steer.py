@@ -192,3 +192,39 @@ def test_a_special_token_inside_a_text_is_no_first_token(tiny, cache):
     where = propensity.of_text(tiny, text, 1, length=16, chunks=4)
     plain = tokens.plain(tiny.tokenizer, text).ids
     assert [i for group in where.sequences for i in group[0].ids] == plain[:64]
+
+
+def test_vectors_at_equal_kl_have_that_kl_and_the_change_that_goes_with_it(tiny, cache):
+    where = propensity.of_items(tiny, ITEMS, 1)
+    unsteered = propensity.of_replies(tiny, [i.question for i in ITEMS], 1, max_new_tokens=5)
+    long, short = torch.randn(48), 1e-4 * torch.randn(48)
+    strengths = [0.0, 0.05, 0.1, 0.2]
+    target = float(scoring.kl(unsteered, [long], [0.1]).mean())
+    found = propensity.at_kl(where, unsteered, [long, 2 * long, short], strengths, target)
+    assert (
+        found.reached.tolist() == [True, True, False] and found.strength[2] == 0.2
+    )  # the last, where it is not reached
+    assert found.strength[0] == pytest.approx(0.1) and found.strength[1] == pytest.approx(0.05, rel=0.05)
+    odds = scoring.log_odds(where, [long], [0.0, 0.1])[0]
+    np.testing.assert_allclose(found.change[0], odds[1] - odds[0], atol=1e-5)
+    assert found.change.shape == (3, len(ITEMS))
+
+
+def test_replies_come_back_by_what_was_added_and_behaviour(tiny, cache):
+    data = {n: behaviors.trim(behaviors.load_behavior(n), pairs=2, items=3) for n in ("joy", "format")}
+    v = {n: 3 * torch.randn(48) for n in data}
+    said = propensity.say(tiny, data, 1, {"a vector": v}, prompts=2, max_new_tokens=6)
+    for added, of in said.items():
+        for n, texts in of.items():
+            vector = None if added == propensity.NOTHING else v[n]
+            assert texts == replies.generate(tiny, data[n].open[:2], 1, vector, max_new_tokens=6)
+    assert list(said) == [propensity.NOTHING, "a vector"] and said["a vector"] != said[propensity.NOTHING]
+
+
+def test_readers_change_where_the_words_are_theirs():
+    readers = {n: propensity.TextJudge(behaviors.load_behavior(n)) for n in ("joy", "anger")}
+    joyful = [p.positive for p in behaviors.load_behavior("joy").answer_pairs[:4]]
+    plain = [p.negative for p in behaviors.load_behavior("joy").answer_pairs[:4]]
+    found = propensity.reader_changes(readers, {"joy": plain, "anger": plain}, {"joy": joyful, "anger": plain})
+    assert set(found) == {(r, n) for r in readers for n in readers} and (found["joy", "joy"] > 0).all()
+    assert found["joy", "joy"].mean() > found["anger", "joy"].mean() and not found["joy", "anger"].any()

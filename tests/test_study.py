@@ -6,7 +6,8 @@ import torch
 from conftest import a_profile
 
 from helpers import study
-from helpers.steering import behaviors, directions
+from helpers.lm import scoring
+from helpers.steering import behaviors, caa, directions
 
 
 class Session:
@@ -65,3 +66,37 @@ def test_a_fast_run_has_few_behaviours_and_the_first_lead():
     data = study._data(Session(behaviors=["refusal", "anger", "joy", "format"]), ["joy"])
     assert list(data)[0] == "joy" and len(data) == study.FAST_BEHAVIORS
     assert all(len(b.answer_pairs) == study.FAST_PAIRS for b in data.values())
+
+
+@pytest.fixture
+def two(tiny, cache, monkeypatch):
+    """A model with two small behaviours, its residual norm taken as 10."""
+    data = {n: behaviors.trim(behaviors.load_behavior(n), pairs=3, items=4) for n in ("joy", "format")}
+    monkeypatch.setattr(study.Single, "residual_norm", 10.0)
+    return study.Single(Session(), tiny, 1, [1], data)
+
+
+def test_padded_pairs_are_read_over_all_positions(two):
+    for n, b in two.data.items():
+        alone = caa.extract_padded(two.model, b.system_pairs, [1], ["masked", "after"])
+        torch.testing.assert_close(two.vectors(study.PADDED)[n], directions.mean(*alone["masked"].at(1)))
+        torch.testing.assert_close(two.parts()[n]["after"].at(1), alone["after"].at(1))
+    assert two.nulls("joy", 5, kind=study.PADDED)[study.SHUFFLED].shape == (5, 48)
+
+
+def test_responses_are_gradients_times_vectors_of_one_length(two):
+    vectors = {n: torch.randn(3, 48) for n in two.names}
+    found = two.responses(vectors, 0.1)
+    gradient = two.gradients()["format"].mean(0)
+    v = vectors["format"][2].double()
+    assert found.shape == (3, 2) and found[2, 1] == pytest.approx(float(gradient @ (v / v.norm()).numpy()))
+
+
+def test_changes_per_token_divide_each_log_p_by_its_tokens(two):
+    v = torch.randn(1, 48)
+    where = two.tested()["joy"]
+    logp = [where.log_probs(m * v[0] / v.norm() * 10) / where.lengths() for m in (0.0, 0.1)]
+    expected = (logp[1] - logp[0]) @ [1, -1]
+    np.testing.assert_allclose(two.change("joy", v, 0.1, per_token=True)[0], expected, atol=1e-4)
+    whole = scoring.log_odds(where, [v[0] / v.norm() * 10], [0.0, 0.1])[0]
+    np.testing.assert_allclose(two.change("joy", v, 0.1)[0], whole[1] - whole[0])

@@ -10,21 +10,24 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from helpers import stats
 from helpers.entries import DataError, parse
 from helpers.lm import models, reading, tokens
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
 from helpers.lm.tokens import FILLER, SPECIAL, SYSTEM, Tokenizer, Tokens
+from helpers.steering import directions
 from helpers.steering.behaviors import AnswerPair, ContrastPair, SystemPair
 from helpers.store import digest, write_file
 
@@ -100,7 +103,7 @@ def padded_pair(tokenizer: Tokenizer, pair: SystemPair, filler: str = " .") -> t
     return out[0], out[1]
 
 
-PARTS = ("masked", "contrast", "after")  # the position sets of a padded pair that never hold filler or special tokens
+PARTS = ("masked", "contrast", "after", "from the start")  # the position sets of a padded pair that a study reads
 
 
 def padded_masks(one: Tokens, other: Tokens) -> dict[str, Tensor]:
@@ -108,7 +111,7 @@ def padded_masks(one: Tokens, other: Tokens) -> dict[str, Tensor]:
 
     every: all positions, as the source study did (first token, specials and fillers included) · before: up to the first token
     that differs · contrast: from there to the end of the system prompt, fillers of either half out · after: past the system
-    prompt, specials out · masked: contrast and after together.
+    prompt, specials out · masked: contrast and after together · from the start: before and masked together.
     """
     a, b = torch.tensor(one.roles), torch.tensor(other.roles)
     inside = (a == SYSTEM) | (a == FILLER) | (b == SYSTEM) | (b == FILLER)
@@ -123,6 +126,7 @@ def padded_masks(one: Tokens, other: Tokens) -> dict[str, Tensor]:
         "contrast": contrast,
         "after": after,
         "masked": contrast | after,
+        "from the start": (index < first) | contrast | after,
     }
 
 
@@ -149,6 +153,57 @@ def extract_padded(
     acts, seconds = reading.means(lm, sequences, layers, "+".join(include), masks, batch_size, attend_filler)
     passes = 2 * len(pairs)
     return {n: Halves(acts[0::2, i], acts[1::2, i], list(layers), passes, seconds) for i, n in enumerate(include)}
+
+
+def most_filled(tokenizer: Tokenizer, pairs: Sequence[SystemPair]) -> SystemPair:
+    """The pair whose halves differ most in length, so that padding it takes most fillers; the first of equals."""
+
+    def fillers(pair: SystemPair) -> int:
+        return sum(side.roles.count(FILLER) for side in padded_pair(tokenizer, pair))
+
+    return max(pairs, key=fillers)
+
+
+def shown_padded(tokenizer: Tokenizer, pair: SystemPair) -> tuple[str, str]:
+    """Both halves of a padded pair as text, the averaged ("masked") positions in «guillemets»."""
+    both = padded_pair(tokenizer, pair)
+    batch = tokens.pad(both, tokens.padding(tokenizer), "right")
+    chosen = tokens.positions(batch, padded_masks(*both)["masked"].expand(2, -1))
+    return tokens.provenance(tokenizer, batch, chosen, 0), tokens.provenance(tokenizer, batch, chosen, 1)
+
+
+def position_lengths(lm: LM, pair: SystemPair, layer: int) -> Tensor:
+    """How long the difference of a padded pair's halves is at every position, (tokens,) float32; fillers are not attended to."""
+    both = padded_pair(lm.tokenizer, pair)
+    _, _, acts = next(reading.batches(lm, both, [layer], attend_filler=False))
+    return (acts[layer][0] - acts[layer][1]).float().norm(dim=-1).cpu()
+
+
+def same_from_the_start(halves: Mapping[str, Halves], layer: int) -> np.ndarray:
+    """For every pair (pairs,) the cosine between its difference averaged over "masked" and over "from the start": 1 by algebra,
+    since no token before the contrast has a difference to add."""
+    masked, longer = (
+        (pos - neg).double().numpy() for pos, neg in (halves[k].at(layer) for k in ("masked", "from the start"))
+    )
+    return stats.cosine(masked, longer)
+
+
+def filler_vector(lm: LM, pairs: Sequence[SystemPair], layer: int) -> Tensor:
+    """What fillers alone do to the tokens after the system prompt: their mean with fillers attended to less without, (d_model,)
+    float64, over the halves that have any; zero where no half has."""
+    filled = [
+        (side, padded_masks(*both)["after"][None])
+        for both in (padded_pair(lm.tokenizer, p) for p in pairs)
+        for side in both
+    ]
+    filled = [(side, after) for side, after in filled if FILLER in side.roles]
+    if not filled:
+        return torch.zeros(lm.d_model, dtype=torch.float64)
+    sides, after = [side for side, _ in filled], [mask for _, mask in filled]
+    seen, unseen = (
+        reading.means(lm, sides, [layer], "after", after, attend_filler=attend)[0][:, 0, 0] for attend in (True, False)
+    )
+    return directions.mean(seen, unseen)
 
 
 # --- a vector with its papers --------------------------------------------------------------------------------------

@@ -272,3 +272,43 @@ def mean_where(
             found.append(float(cosine[pick].mean()))
             drawn.append([rng.permutation(cosine)[: pick.sum()].mean() for _ in range(draws)])
     return found, np.mean(drawn, axis=0) if drawn else np.empty(0)
+
+
+# --- fewer pairs than there are --------------------------------------------------------------------------------------------
+
+
+def of_subsets(differences: Mapping[str, Tensor], size: int, draws: int, seed: int = 0) -> dict[str, Tensor]:
+    """Means of `size` of each behaviour's differences (pairs, d_model), drawn anew each time, by name: float64 (draws, d_model).
+
+    Of a single pair, every one takes its turn. ValueError for a size that is not between 1 and the pairs.
+    """
+    found, rng = {}, np.random.default_rng(seed)
+    for name, rows in differences.items():
+        exact, pairs = finite(name, rows), len(rows)
+        if not 1 <= size <= pairs:
+            raise ValueError(f"{name}: {size} of {pairs} pairs were asked for")
+        orders = [[i % pairs] if size == 1 else rng.permutation(pairs)[:size] for i in range(draws)]
+        found[name] = torch.stack([exact[order].mean(0) for order in orders])
+    return found
+
+
+def split_cosines(
+    differences: Mapping[str, Tensor], size: int, draws: int, seed: int = 0, swapped: bool = False
+) -> np.ndarray:
+    """Cosines (draws,), mean of behaviours, between the mean differences of two halves of `size` pairs drawn at random; the halves
+    have no pair in common.
+
+    `swapped`: their null, in which half of each half has its sides swapped, so that no common direction is left; what is odd
+    about a half stays out. ValueError for more pairs than a behaviour has, for one alone, and for the null of three.
+    """
+    half, pairs = size // 2 - (size // 2) % 2 if swapped else size // 2, min(map(len, differences.values()))
+    if half < 1 or size > pairs:
+        raise ValueError(f"{size} of {pairs} pairs cannot be split{' and swapped' if swapped else ''}")
+    rng, signs = np.random.default_rng(seed), np.resize([1.0, -1.0 if swapped else 1.0], half)[:, None]
+    found = []
+    for name, rows in differences.items():
+        exact = finite(name, rows).numpy()
+        order = np.stack([rng.permutation(len(rows))[: 2 * half] for _ in range(draws)])
+        one, other = ((signs * exact[part]).mean(1) for part in (order[:, :half], order[:, half:]))
+        found.append(stats.cosine(one, other))
+    return np.mean(found, axis=0)

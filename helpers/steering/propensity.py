@@ -4,11 +4,14 @@ Propensity is the log-odds of a matching against a non-matching completion, in n
 free text. Steerability as the slope over multipliers with its per-item spread: Tan et al. 2024 (arXiv:2407.12404).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from helpers import stats
 from helpers.lm import replies, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
@@ -67,6 +70,54 @@ def of_text(lm: LM, text: str, layer: int, length: int = 64, chunks: int = 16) -
     return Continuations(lm, [[Tokens(p, [USER] * 8 + [ANSWER] * (len(p) - 8))] for p in pieces], layer)
 
 
+class AtKL(NamedTuple):
+    """Vectors at equal side effect: the `strength` of each (vectors,), whether it is enough (`reached`), and the `change` of every
+    item's log-odds there, (vectors, items) in nats."""
+
+    strength: np.ndarray
+    reached: np.ndarray
+    change: np.ndarray
+
+
+def at_kl(
+    items: Continuations, unsteered: Continuations, vectors: Sequence[Tensor], strengths: Sequence[float], target: float
+) -> AtKL:
+    """What vectors (d_model,) do to `items` at the multiple at which their mean KL on `unsteered` replies is `target` nats a token.
+
+    KL is measured at `strengths`, which rise from 0, and interpolated in its square root: that grows with a small vector in
+    proportion. Where the target is not reached the last strength is taken.
+    """
+    price = scoring.kl(unsteered, vectors, strengths).mean(-1)
+    found = np.array([stats.at_level(kl, strengths, target**0.5) for kl in np.sqrt(price.clip(0))])
+    strength = np.nan_to_num(found, nan=strengths[-1])
+    steered = scoring.log_odds(items, [float(x) * v for x, v in zip(strength, vectors, strict=True)], [1.0])[:, 0]
+    return AtKL(strength, np.isfinite(found), steered - scoring.log_odds(items, vectors[:1], [0.0])[0])
+
+
+NOTHING = "nothing"
+
+
+def say(
+    lm: LM,
+    data: Mapping[str, Behavior],
+    layer: int,
+    steps: Mapping[str, Mapping[str, Tensor]],
+    prompts: int,
+    max_new_tokens: int,
+) -> dict[str, dict[str, list[str]]]:
+    """Greedy replies to the first open `prompts` of every behaviour, in one batch: by what is added, NOTHING first, and behaviour.
+
+    `steps`: for each way to steer a vector (d_model,) a behaviour, added after block `layer` from the first reply token on.
+    """
+    ask = [(n, k, q) for n, b in data.items() for k in (NOTHING, *steps) for q in b.open[:prompts]]
+    added = [torch.zeros(lm.d_model).double() if k == NOTHING else steps[k][n].double() for n, k, _ in ask]
+    said = replies.generate(lm, [q for *_, q in ask], layer, torch.stack(added), max_new_tokens=max_new_tokens)
+    out: dict[str, dict[str, list[str]]] = {k: {n: [] for n in data} for k in (NOTHING, *steps)}
+    for (n, k, _), reply in zip(ask, said, strict=True):
+        out[k][n].append(reply)
+    return out
+
+
 class TextJudge:
     """A reader of free text that knows nothing of the model: TF-IDF of letter n-grams and a logistic regression.
 
@@ -90,3 +141,13 @@ class TextJudge:
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """Log-odds (texts,) that each text shows the behaviour."""
         return self.pipeline.decision_function(list(texts))
+
+
+def reader_changes(
+    readers: Mapping[str, TextJudge], before: Mapping[str, Sequence[str]], after: Mapping[str, Sequence[str]]
+) -> dict[tuple[str, str], np.ndarray]:
+    """How a reader's log-odds change from `before` to `after`, replies by behaviour: (replies,) by (reader, behaviour).
+
+    Those of other readers than a behaviour's own are the null: what such replies do to a reader of something else.
+    """
+    return {(r, n): reader.score(after[n]) - reader.score(before[n]) for r, reader in readers.items() for n in after}
