@@ -712,6 +712,11 @@ def only_in_B(found: Match, A: Side, B: Side, scaling: Scaling, least: float = 1
     }
 
 
+def cosines(found: Match) -> np.ndarray:
+    """Each row of A's cosine with its partner (n,) float64, 0 where it has none."""
+    return np.nan_to_num(found.score.double().numpy())
+
+
 def turned(found: Match) -> Match:
     """The same match with A and B exchanged."""
     score = torch.full((len(found.A_for_B),), torch.nan, dtype=found.score.dtype)
