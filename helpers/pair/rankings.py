@@ -79,6 +79,18 @@ def top(values: np.ndarray, n: int) -> np.ndarray:
     return np.argsort(-values, kind="stable")[:n]
 
 
+def drawn(values: np.ndarray, n_top: int, n: int, seed: int = 0) -> np.ndarray:
+    """The places (n,) of latents drawn at random that are not among the `n_top` largest; fewer where there are not as many."""
+    rest = np.setdiff1d(np.arange(len(values)), top(values, n_top))
+    return np.random.default_rng(seed).choice(rest, min(n, len(rest)), replace=False)
+
+
+def likeness(rows: np.ndarray) -> float:
+    """The mean cosine between two of some unit rows (n, d_model): near 1 the latents are one direction, and fewer than they seem."""
+    n, total = len(rows), rows.sum(0)
+    return float((total @ total - n) / (n * (n - 1)))
+
+
 # --- what their rows do ------------------------------------------------------------------------------------------------
 
 
@@ -166,10 +178,9 @@ def dealt(points: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
 
 
 def norm_gaps(found: Match, A: Side, B: Side) -> np.ndarray:
-    """For every latent of A the encoder norm of its partner in B less its own, (n,) float64; NaN where it has none."""
-    partner = found.B_for_A
-    gap = B.encoder_norms[partner.clamp_min(0)] - A.encoder_norms
-    return torch.where(partner >= 0, gap, torch.nan).double().numpy()
+    """`matching.norm_excess` by the latents of A, whose partners they are, (n,) float64; NaN where one has none."""
+    excess = matching.norm_excess(found, A, B)[found.B_for_A.clamp_min(0)]
+    return torch.where(found.B_for_A >= 0, excess, torch.nan).numpy()
 
 
 def largest(gaps: np.ndarray, n: int) -> Interval:
