@@ -259,7 +259,8 @@ class Ledger:
     ) -> Claim:  # fmt: skip
         """Put a number to a claim: its interval and the null's draws, made by the same function as the value, or its one number.
 
-        The verdict is the rule's. Judged again it is replaced. None, which `stats.ratio_if_clear` gives, is not run, and neither is anything where `unless` says which condition is missing. ValueError for a claim not stated, or numbers that are none.
+        The verdict is the rule's. Judged again it is replaced. Not run: None, which `stats.ratio_if_clear` gives, and whatever lacks
+        a condition, which `unless` says. ValueError for a claim not stated, or numbers that are none.
         """
         self._known(id)
         if unless:

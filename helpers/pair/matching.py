@@ -719,7 +719,7 @@ def norm_excess(found: Match, A: Side, B: Side, backwards: bool = False) -> Tens
 
 def cosines(found: Match) -> np.ndarray:
     """Each row of A's cosine with its partner (n,) float64, 0 where it has none."""
-    return np.nan_to_num(found.score.double().numpy())
+    return np.asarray(np.nan_to_num(found.score.double().numpy()))
 
 
 def turned(found: Match) -> Match:

@@ -26,10 +26,10 @@ from helpers.stats import Interval
 
 
 class Alive(NamedTuple):
-    """The latents of an SAE that fire on held-out tokens of its own model: their numbers `index` (n,); `rows` of the decoder and
+    """The latents of an SAE that fire on held-out tokens of its own model: their numbers `ids` (n,); `rows` of the decoder and
     `columns` of the encoder (n, d_model) float32; the tokens each fires on, `fired` (n,); `side`, as `matching.side` has it."""
 
-    index: Tensor
+    ids: Tensor
     rows: Tensor
     columns: Tensor
     fired: Tensor
@@ -45,10 +45,10 @@ def alive(sae: Dictionary, frequency: Tensor, tokens: int) -> Alive:
 
 
 class Ranked(NamedTuple):
-    """Latents that can be ranked, `of` how many alive: their numbers `index` (n,), unit decoder `rows` (n, d_model) float64, and how
+    """Latents that can be ranked, `of` how many alive: their numbers `ids` (n,), unit decoder `rows` (n, d_model) float64, and how
     new each looks by every measure, `by` {measure: (n,)}, larger is newer."""
 
-    index: Tensor
+    ids: Tensor
     rows: np.ndarray
     by: dict[str, np.ndarray]
     of: int
@@ -65,13 +65,13 @@ def ranked(
     without a partner, those that fire on fewer than `least_fired` tokens, and those that their own model hardly uses (latent
     scaling below `least_used`): what is measured of them is noise.
     """
-    scaling = Scaling(*(x[new.index] for x in store.kept(matching.latent_scaling, sae, own, other)))
+    scaling = Scaling(*(x[new.ids] for x in store.kept(matching.latent_scaling, sae, own, other)))
     by = {k: v.numpy() for k, v in matching.only_in_B(found, old.side, new.side, scaling).items()}
     del by["encoder norm, wrong way"]
     sure = np.isfinite(np.stack(list(by.values()))).all(0) & (new.fired.numpy() >= least_fired)
     at = np.flatnonzero(sure & (scaling.own.numpy() > least_used))
     rows = torch.nn.functional.normalize(new.rows, dim=1).double().numpy()[at]
-    return Ranked(new.index[at], rows, {k: v[at] for k, v in by.items()}, len(new.index))
+    return Ranked(new.ids[at], rows, {k: v[at] for k, v in by.items()}, len(new.ids))
 
 
 def top(values: np.ndarray, n: int) -> np.ndarray:
@@ -104,7 +104,7 @@ def push(rows: np.ndarray, gradients: Mapping[str, np.ndarray], shifts: Mapping[
 
 
 def _standard(x: np.ndarray) -> np.ndarray:
-    return (x - x.mean()) / max(float(x.std()), 1e-300)
+    return np.asarray((x - x.mean()) / max(float(x.std()), 1e-300))
 
 
 def change_of_codes(sae: Dictionary, before: Tensor, after: Tensor, batch: int = 4096) -> Tensor:
@@ -145,7 +145,7 @@ def by_chance(tops: Sequence[Top], draws: int, seed: int = 0) -> np.ndarray:
     """What `beyond` gives where each top is as many latents drawn at random, (draws,)."""
     rng = np.random.default_rng(seed)
     drawn = [np.array([rng.choice(t.values, len(t.top), replace=False).mean() for _ in range(draws)]) for t in tops]
-    return drawn[0] - (drawn[1] if len(drawn) > 1 else tops[0].values.mean())
+    return np.asarray(drawn[0] - (drawn[1] if len(drawn) > 1 else tops[0].values.mean()))
 
 
 def correlation(points: np.ndarray) -> Interval:

@@ -57,7 +57,7 @@ def hits(said: Sequence[str], words: Sequence[set[str]]) -> np.ndarray:
 def gain(table: np.ndarray) -> np.ndarray:
     """Whether each latent's own reply hits, less the mean of the other latents' replies, (latents,) from `hits` (latents, latents)."""
     own, n = table.diagonal().astype(np.float64), len(table)
-    return own - (table.sum(1) - own) / (n - 1)
+    return np.asarray(own - (table.sum(1) - own) / (n - 1))
 
 
 def dealt(tables: Sequence[np.ndarray], draws: int, seed: int = 0) -> np.ndarray:
