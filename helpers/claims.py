@@ -120,8 +120,8 @@ def artefact(threshold: float, null_below: float) -> Rule:
 
 
 def by_mistake(reached: float, left: float) -> Rule:
-    """`artefact` if the value is `reached` or more only by a mistake: the null, the same measurement with the mistake in it, reaches that, and
-    the value, without it, is below `left`."""
+    """`artefact` if the value is `reached` or more only by a mistake: the null, the same measurement with the mistake in it,
+    reaches that, and the value, without it, is below `left`."""
 
     def decide(found: Found) -> str:
         if found.value.high < left:

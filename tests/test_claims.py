@@ -69,7 +69,7 @@ def test_algebra_and_reproduction_need_the_null_too(ledger):
 
 
 def test_an_artefact_is_there_with_the_mistake_and_gone_without_it(ledger):
-    rule = claims.artefact(0.99, 0.0)
+    rule = claims.by_mistake(0.99, 0.0)
     assert judged(ledger, rule, (-0.3, -0.4, -0.2), 1.0).verdict == "artefact"
     assert judged(ledger, rule, (-0.3, -0.4, -0.2), 0.5).verdict == "fails"  # the mistake was not found again
     assert judged(ledger, rule, (0.995, 0.992, 0.998), 1.0).verdict == "holds"
