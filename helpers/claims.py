@@ -12,6 +12,7 @@ where nothing is there and where something is, stands in docs/verdicts.md.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -116,6 +117,21 @@ def artefact(threshold: float, null_below: float) -> Rule:
 
     words = f"artefact if the 95 % interval lies above {threshold:g} and the null below {null_below:g}, fails (there is none)"
     return Rule(f"{words} if it lies below {threshold:g}, else undecided", decide)
+
+
+def by_mistake(reached: float, left: float) -> Rule:
+    """`artefact` if the value is `reached` or more only by a mistake: the null, the same measurement with the mistake in it,
+    reaches that, and the value, without it, is below `left`."""
+
+    def decide(found: Found) -> str:
+        if found.value.high < left:
+            return "artefact" if found.null >= reached else "fails"
+        return "holds" if found.value.low > reached else "undecided"
+
+    words = (
+        f"artefact if it is {reached:g} or more with the mistake, and its 95 % interval lies below {left:g} without it"
+    )
+    return Rule(f"{words}; holds if that lies above {reached:g}, else fails or undecided", decide)
 
 
 def reproduces(published: float, tolerance: float) -> Rule:
@@ -238,13 +254,17 @@ class Ledger:
         return claim
 
     def judge(
-        self, id: str, value: Interval | None, null: float | Sequence[float] | np.ndarray, ceiling: float | None = None
-    ) -> Claim:
+        self, id: str, value: Interval | None, null: float | Sequence[float] | np.ndarray, ceiling: float | None = None,
+        unless: str = "",
+    ) -> Claim:  # fmt: skip
         """Put a number to a claim: its interval and the null's draws, made by the same function as the value, or its one number.
 
-        The verdict is the rule's. Judged again it is replaced. None, which `stats.ratio_if_clear` gives, is not run. ValueError for a claim not stated, or numbers that are none.
+        The verdict is the rule's. Judged again it is replaced. Not run: None, which `stats.ratio_if_clear` gives, and whatever lacks
+        a condition, which `unless` says. ValueError for a claim not stated, or numbers that are none.
         """
         self._known(id)
+        if unless:
+            return self.not_run(id, unless)
         if value is None:
             return self.not_run(id, "what it would be divided by is not clear of zero")
         draws = np.atleast_1d(np.asarray(null, np.float64)).ravel()
@@ -411,4 +431,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
 
 
 def _cell(x: Any) -> str:
-    return str(x).replace("|", "\\|").replace("\n", " ")
+    return re.sub(r"(?<!\\)\|", r"\\|", str(x)).replace("\n", " ")

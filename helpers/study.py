@@ -31,6 +31,7 @@ from helpers.steering.caa import Halves
 
 ANSWERS, SYSTEM, PADDED = "answer pairs", "system pairs", "padded system pairs"
 RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", "shuffled labels", "another behaviour"
+UNRELATED, SECOND = "unrelated", "second seed"  # the fine-tune without preferences; the base's SAE from another seed
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
 FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS = 3, 6, 6
 
@@ -196,7 +197,12 @@ class Two:
     @property
     def fine_tunes(self) -> dict[str, Single]:
         """By name: the model after preference training, then the unrelated one."""
-        return {self.names[1]: self.after} | ({"unrelated": self.unrelated} if self.unrelated else {})
+        return {self.names[1]: self.after} | ({UNRELATED: self.unrelated} if self.unrelated else {})
+
+    @property
+    def models(self) -> dict[str, Single]:
+        """All models by name, the base first."""
+        return {self.names[0]: self.before} | self.fine_tunes
 
     @cached_property
     def texts(self) -> dict[str, tuple[Pair, Pair]]:
@@ -210,6 +216,34 @@ class Two:
         for parts in zip(*found.values(), strict=True):
             activations.common(*parts)
         return {name: (parts[0], parts[1]) for name, parts in found.items()}
+
+    def shifts(self, items: int = 0, part: str = "test") -> dict[str, dict[str, np.ndarray]]:
+        """By fine-tune and behaviour: how far training moved each held-out item's log-odds, in nats (items,); nothing steered."""
+        none = torch.zeros(1, self.before.model.d_model)
+
+        def odds(one: Single) -> dict[str, np.ndarray]:
+            each = {n: getattr(b, part)[: items or None] for n, b in one.data.items()}
+            scored = {n: propensity.of_items(one.model, x, one.layer) for n, x in each.items()}
+            return {n: scoring.log_odds(where, none, [0.0])[0, 0] for n, where in scored.items()}
+
+        start = odds(self.before)
+        found = {who: odds(one) for who, one in self.fine_tunes.items()}
+        return {who: {n: x - start[n] for n, x in by.items()} for who, by in found.items()}
+
+    def spreads(self) -> dict[str, float]:
+        """The standard deviation of each behaviour's log-odds over its test items in the base, in nats: the unit in which
+        behaviours compare, whose completions are of any length."""
+        none = torch.zeros(1, self.before.model.d_model)
+        odds = {n: scoring.log_odds(where, none, [0.0])[0, 0] for n, where in self.before.tested().items()}
+        return {n: float(x.std(ddof=1)) for n, x in odds.items()}
+
+    def saes(self, seed: int = 0) -> dict[str, Loaded]:
+        """The SAE of every model, by name, each trained on its own model's text from one seed and in one order of tokens; and
+        SECOND, another of the base that differs in its seed alone. Published ones where the profile's pair names them."""
+        s = self.before.session
+        made = train.dictionaries(s.profile, self.before.text[0], self.after.text[0], s.device, seed, s.fast)
+        found = {self.names[0]: made.base, self.names[1]: made.chat, SECOND: made.second}
+        return found | ({UNRELATED: self.unrelated.sae(seed)} if self.unrelated else {})
 
 
 def _data(s: Session, first: Sequence[str] = (), extra: bool = False) -> dict[str, Behavior]:

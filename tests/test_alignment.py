@@ -1,5 +1,7 @@
 """Maps that are known, maps of noise, and activations between which no map should be fitted."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,55 @@ def test_what_a_map_removes_of_the_identitys_error_and_the_shuffled_null_removes
     few = alignment.ridge(X[:8], mixed[:8], (X[:8], mixed[:8]))
     assert alignment.score(few, X[:8], mixed[:8], torch.arange(8)).r2 > 0.999  # perfect, on nothing
     assert alignment.score(few, hx, hy, documents).r2 < 0
+
+
+def test_the_sources_map_is_a_ridge_without_an_intercept_at_the_penalty_given():
+    X, Y, _ = rows(80, noise=3.0, weight=turned())
+    theirs = Ridge(alpha=1.0, fit_intercept=False).fit(X.numpy(), Y.numpy())
+    fitted = alignment.least_squares("source 002", X, Y)
+    assert np.allclose(fitted.weight.numpy(), theirs.coef_.T, atol=1e-8) and not fitted.bias.any()
+
+
+def test_texts_padded_on_the_left_and_cut_are_padding_but_for_the_longest():
+    cut = alignment.cut_after_padding([[1, 2], [3], [4, 5, 6, 7, 8, 9]], pad=0, width=3)
+    assert cut.tolist() == [[0, 0, 0], [0, 0, 0], [4, 5, 6]]
+    assert alignment.cut_after_padding([[1, 2], [3, 4, 5]], 0, 9).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_map_to_shuffled_rows_finds_nothing_and_one_to_shuffled_differences_their_mean():
+    (X, Y, _), (dx, dy, _), (hx, hy, documents) = (rows(600, 0.3, turned(), seed) for seed in range(3))
+    found = alignment.score(alignment.shuffled(X, Y, (dx, dy), seed=1), hx, hy, documents)
+    assert found.r2 < 0.05
+    X, Y, _ = rows(600, noise=0.5)  # Y = X + 1 + noise: all there is to find is the mean
+    null = alignment.shuffled(X, Y, (X, Y), differences=True)
+    assert torch.allclose(null.bias, torch.ones(D).double(), atol=0.2)
+    assert torch.allclose(null.weight, torch.eye(D).double(), atol=0.2)
+
+
+class Side:
+    """Rows of tokens in documents of ten, as a harvest gives them."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __len__(self):
+        return len(self.tensor)
+
+    def rows(self, index):
+        return self.tensor[index]
+
+    def named(self, name):
+        assert name == "document"
+        return torch.arange(len(self.tensor)) // 10
+
+
+def test_rows_are_split_by_document_and_both_sides_hold_the_same_tokens():
+    X, Y, _ = rows(400)
+    (x, y), (dev_x, dev_y) = alignment.split(SimpleNamespace(base=Side(X), chat=Side(Y)), 300, seed=2)
+    assert len(x) + len(dev_x) == 300 and torch.allclose(y, x + 1) and torch.allclose(dev_y, dev_x + 1)
+    place = {tuple(row.tolist()): i // 10 for i, row in enumerate(X)}
+    assert {place[tuple(row.tolist())] for row in dev_x} == {0, 10, 20, 30}
+    assert not {place[tuple(row.tolist())] for row in x} & {0, 10, 20, 30}
 
 
 def test_the_gate_lets_real_pairs_through_and_refuses_with_the_reason():

@@ -68,6 +68,25 @@ def test_algebra_and_reproduction_need_the_null_too(ledger):
     )
 
 
+def test_an_artefact_is_there_with_the_mistake_and_gone_without_it(ledger):
+    rule = claims.by_mistake(0.99, 0.0)
+    assert judged(ledger, rule, (-0.3, -0.4, -0.2), 1.0).verdict == "artefact"
+    assert judged(ledger, rule, (-0.3, -0.4, -0.2), 0.5).verdict == "fails"  # the mistake was not found again
+    assert judged(ledger, rule, (0.995, 0.992, 0.998), 1.0).verdict == "holds"
+    assert judged(ledger, rule, (0.5, 0.4, 0.6), 1.0).verdict == "undecided"
+
+
+def test_a_claim_whose_condition_is_missing_is_not_run_whatever_its_number(ledger):
+    ledger.state("t.1", "a thing", claims.at_least(0), **SAID)
+    refused = ledger.judge("t.1", Interval(1, 0.5, 1.5), 0.0, unless="the gate refuses")
+    assert refused.verdict == "not run" and refused.reason == "the gate refuses" and refused.value is None
+    assert ledger.judge("t.1", Interval(1, 0.5, 1.5), 0.0, unless="").verdict == "holds"
+
+
+def test_a_cell_of_a_table_is_escaped_once():
+    assert claims.table(["a"], [["x | y"], [r"x \| y"]]).data.splitlines()[2:] == [r"| x \| y |"] * 2
+
+
 def test_p_values_count_the_draws_and_are_corrected_within_a_family(ledger):
     draws = np.arange(99.0)
     for i in range(3):

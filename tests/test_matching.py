@@ -461,7 +461,11 @@ def test_rankings_find_a_planted_latent_the_right_way_round_and_not_the_wrong_wa
     wrong = ranked["encoder norm, wrong way"]
     assert torch.allclose(wrong, other.encoder_norms - norms[found.B_for_A]) and float(wrong.abs().median()) > 0.05
     assert torch.equal(matching.turned(matching.turned(found)).score, found.score)
+    assert torch.equal(matching.norm_excess(found, one, other), ranked["encoder norm"])
+    assert np.array_equal(matching.cosines(found), found.score.double().numpy())
     uneven = matching.only_in_B(
         matching.match(A[:150], B), matching.Side(norms[:150], often[:150]), other, matching.Scaling(share, share)
     )
     assert int(torch.isnan(uneven["encoder norm"]).sum()) == 50 and all(len(v) == n for v in uneven.values())
+    lone = matching.turned(matching.match(A[:150], B))
+    assert (matching.cosines(lone) == 0).sum() == 50 and np.isfinite(matching.cosines(lone)).all()

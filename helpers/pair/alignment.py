@@ -1,16 +1,19 @@
 """Linear maps from one model's activations to another's, how well they hold on held-out documents, and when not to fit one.
 
-Pure: tensors in, tensors out; sums and solutions in float64. Rows are tokens, row i of X and of Y the same token. The gate
-exists because a map between two constants is perfect: with more dimensions than distinct rows any fit interpolates.
+Tensors in, tensors out (`split` reads the rows it is asked for); sums and solutions in float64. Rows are tokens, row i of X and
+of Y the same token. The gate exists because a map between two constants is perfect: with more dimensions than distinct rows any
+fit interpolates.
 Sources: orthogonal Procrustes, Schoenemann 1966; ridge, Hoerl & Kennard 1970.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from helpers.sae.activations import Pair
 
 PENALTIES = tuple(10.0**e for e in range(-8, 1))  # in units of the mean eigenvalue of the covariance of X
 
@@ -89,6 +92,46 @@ def ridge(
     return min(map(fitted, penalties), key=lambda found: float((dev_y - found(dev_x)).square().sum()))
 
 
+def least_squares(kind: str, X: Tensor, Y: Tensor, penalty: float = 1.0) -> Map:
+    """Ridge without an intercept at a penalty that is given, in the units of X^T X: as source 002 fits its map."""
+    X, Y = _two(X, Y)
+    eye = torch.eye(X.shape[1], dtype=torch.float64)
+    return Map(kind, torch.linalg.solve(X.T @ X + penalty * eye, X.T @ Y), eye.new_zeros(len(eye)), penalty)
+
+
+# --- what it is fitted on ----------------------------------------------------------------------------------------------
+
+Rows = tuple[Tensor, Tensor]  # X and Y (n, d)
+
+
+def split(pair: Pair, n: int, seed: int = 0) -> tuple[Rows, Rows]:
+    """(X, Y) and (dev X, dev Y) of `n` tokens of a pair, drawn at random: to fit on, and those of every tenth document, to choose a
+    penalty by."""
+    index = torch.randperm(len(pair.base), generator=torch.Generator().manual_seed(seed))[:n]
+    dev = pair.base.named("document")[index] % 10 == 0
+    fit, choose = ((pair.base.rows(part), pair.chat.rows(part)) for part in (index[~dev], index[dev]))
+    return fit, choose
+
+
+def shuffled(X: Tensor, Y: Tensor, dev: Rows, seed: int = 0, differences: bool = False) -> Map:
+    """The null of `ridge`: the affine map of X to the rows of Y in another order, or with `differences` to X plus the rows of Y - X
+    in another order, so that only their mean is left to find."""
+    mixed = []
+    for x, y in ((X, Y), dev):
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        mixed.append(x + (y - x)[order] if differences else y[order])
+    return ridge(X, mixed[0], (dev[0], mixed[1]))
+
+
+def cut_after_padding(coded: Sequence[Sequence[int]], pad: int, width: int) -> Tensor:
+    """Token rows (texts, width) as source 002 makes them: padded on the *left* to the longest text, then cut to their first `width`.
+
+    All but the longest texts are padding to the end.
+    """
+    longest = max(map(len, coded))
+    return torch.tensor([([pad] * (longest - len(ids)) + list(ids))[:width] for ids in coded])
+
+
 # --- how well it holds -------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +197,16 @@ class Gate(NamedTuple):
         return "\n".join(["| condition | found | wanted | |", "|---|---|---|---|", *rows])
 
 
+class Fits(Protocol):
+    """How an SAE fits activations: a `Fit`, or all that `saes.evaluate` finds."""
+
+    @property
+    def explained_variance(self) -> float: ...
+
+    @property
+    def l0(self) -> float: ...
+
+
 class Fit(NamedTuple):
     """How an SAE fits activations: explained variance and mean L0."""
 
@@ -175,7 +228,7 @@ def rank(rows: Tensor, tolerance: float = 1e-6) -> int:
 
 
 def gate(
-    X: Tensor, Y: Tensor, transfer: Mapping[str, tuple[Fit, Fit]] | None = None, rows_per_dimension: float = 10,
+    X: Tensor, Y: Tensor, transfer: Mapping[str, tuple[Fits, Fits]] | None = None, rows_per_dimension: float = 10,
 ) -> Gate:  # fmt: skip
     """Whether two models' activations X, Y (tokens, d) can carry a linear map and their SAEs a comparison.
 

@@ -706,22 +706,32 @@ def only_in_B(found: Match, A: Side, B: Side, scaling: Scaling, least: float = 1
     scaling: -(other / own), with B's codes.
     """
 
-    def of_partner(values: Tensor, partner: Tensor) -> Tensor:
-        return torch.where(partner >= 0, values.double()[partner.clamp_min(0)], torch.nan)
-
-    score = turned(found).score.double()
-    backwards = found.B_for_A[: len(found.A_for_B)]
-    wrong = torch.full_like(score, torch.nan)
-    wrong[: len(backwards)] = B.encoder_norms[: len(backwards)] - of_partner(
-        A.encoder_norms, backwards.clamp_max(len(A.frequency) - 1)
-    )
+    partner = found.A_for_B
+    theirs = torch.where(partner >= 0, A.frequency.double()[partner.clamp_min(0)], torch.nan)
     return {
-        "encoder norm": B.encoder_norms - of_partner(A.encoder_norms, found.A_for_B),
-        "encoder norm, wrong way": wrong,
-        "matched cosine": -score,
-        "frequency": torch.log((B.frequency + least) / (of_partner(A.frequency, found.A_for_B) + least)),
+        "encoder norm": norm_excess(found, A, B),
+        "encoder norm, wrong way": norm_excess(found, A, B, backwards=True),
+        "matched cosine": -turned(found).score.double(),
+        "frequency": torch.log((B.frequency + least) / (theirs + least)),
         "latent scaling": -(scaling.other / scaling.own),
     }
+
+
+def norm_excess(found: Match, A: Side, B: Side, backwards: bool = False) -> Tensor:
+    """The encoder norm of each latent of B less that of its partner in A, (m,) float64, NaN where it has none. `backwards`: with the
+    permutation applied the wrong way round, as source 002 does, which pairs the latents at random."""
+    partner = found.A_for_B
+    if backwards:
+        partner = torch.full_like(found.A_for_B, -1)
+        given = found.B_for_A[: len(partner)]
+        partner[: len(given)] = given.clamp_max(len(A.encoder_norms) - 1)
+    theirs = A.encoder_norms.double()[partner.clamp_min(0)]
+    return torch.where(partner >= 0, B.encoder_norms - theirs, torch.nan)
+
+
+def cosines(found: Match) -> np.ndarray:
+    """Each row of A's cosine with its partner (n,) float64, 0 where it has none."""
+    return np.asarray(np.nan_to_num(found.score.double().numpy()))
 
 
 def turned(found: Match) -> Match:

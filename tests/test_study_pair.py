@@ -1,0 +1,65 @@
+"""A pair of models as a notebook gets it: shifts of items, the unit they compare in, the models and SAEs by name."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import study
+from helpers.lm import scoring
+from helpers.lm.reading import LM
+from helpers.sae import train
+from helpers.steering import behaviors
+
+
+@pytest.fixture
+def two(tiny, cache):
+    """A model and a copy whose weights were changed a little, with two small behaviours."""
+    weights = copy.deepcopy(tiny.weights)
+    for parameter in weights.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    after = LM.of(weights, tiny.tokenizer, "tiny-after")
+    data = {n: behaviors.trim(behaviors.load_behavior(n), pairs=2, items=4) for n in ("joy", "format")}
+    session = SimpleNamespace(profile=None, device="cpu", fast=True)
+    sides = [study.Single(session, m, 1, [1], data) for m in (tiny, after)]
+    return study.Two(*sides, None, ("before", "after"), ["joy"])
+
+
+def test_shifts_are_differences_of_unsteered_log_odds_and_spreads_their_unit_in_the_base(two):
+    found, spread = two.shifts(), two.spreads()
+    none = torch.zeros(1, two.before.model.d_model)
+    for n in ("joy", "format"):
+        before, after = (scoring.log_odds(one.tested()[n], none, [0.0])[0, 0] for one in (two.before, two.after))
+        assert np.allclose(found["after"][n], after - before) and spread[n] == pytest.approx(before.std(ddof=1))
+    assert two.untrained == ["format"] and list(two.models) == ["before", "after"]
+    same = study.Two(two.before, two.before, None, ("before", "after"), [])
+    assert not any(x.any() for x in same.shifts()["after"].values())
+
+
+def test_every_model_has_its_sae_and_the_base_a_second_one(two, monkeypatch):
+    class Single(study.Single):
+        text = property(lambda self: (f"text of {self.model.identity}", None))
+
+    one, other = (Single(s.session, s.model, 1, [1], s.data) for s in (two.before, two.after))
+    trained = []
+
+    def dictionary(profile, source, device, seed, fast):
+        trained.append((source, seed))
+        return f"SAE of {source}, {seed}", None
+
+    def dictionaries(profile, base, chat, device, seed, fast):
+        made = [
+            dictionary(profile, *x, True)[0]
+            for x in ((base, device, seed), (chat, device, seed), (base, device, seed + 1))
+        ]
+        return train.Dictionaries(*made)
+
+    monkeypatch.setattr(train, "dictionary", dictionary)
+    monkeypatch.setattr(train, "dictionaries", dictionaries)
+    found = study.Two(one, other, other, ("before", "after"), []).saes(seed=3)
+    assert list(found) == ["before", "after", study.SECOND, study.UNRELATED]
+    base, chat = (f"text of {m.model.identity}" for m in (one, other))
+    assert trained == [(base, 3), (chat, 3), (base, 4), (chat, 3)]
+    assert found[study.SECOND] == f"SAE of {base}, 4"
