@@ -11,12 +11,11 @@ where nothing is there and where something is, stands in docs/verdicts.md.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from IPython.display import Markdown
@@ -135,13 +134,16 @@ def by_mistake(reached: float, left: float) -> Rule:
 
 
 def reproduces(published: float, tolerance: float) -> Rule:
-    """`holds` if the value lies within `tolerance` (a share) of a published number and the null does not."""
-    reach = tolerance * abs(published)
+    """The value is a published number, give or take `tolerance` (a share of it), and the null is not."""
+    same = within(published, tolerance * abs(published))
 
     def decide(found: Found) -> str:
-        return "holds" if abs(found.value.value - published) <= reach < abs(found.null - published) else "fails"
+        null = abs(found.null - published) <= tolerance * abs(published)
+        verdict = same.decide(found)
+        return "undecided" if null and verdict == "holds" else verdict
 
-    return Rule(f"holds if it lies within {tolerance:.0%} of the published {published:g} and the null does not", decide)
+    words = f"holds if the whole 95 % interval lies within {tolerance:.0%} of the published {published:g} and the null does not"
+    return Rule(f"{words}, fails if the interval lies outside, else undecided", decide)
 
 
 # --- claims ------------------------------------------------------------------------------------------------------------
@@ -220,13 +222,23 @@ def number(x: float | None) -> str:
     return "-" if x is None else f"{x:.3g}"
 
 
-class Ledger:
-    """The claims of one notebook, by id."""
+class _Judged(NamedTuple):
+    """What a claim was given: its interval, the null's number, how many draws that comes of and the p-value against them."""
 
-    def __init__(self, session: Session):
+    value: Interval
+    null: float
+    draws: int
+    p: float | None
+    ceiling: float | None
+
+
+class Ledger:
+    """The claims of one notebook, by id. Without a session nothing can be saved."""
+
+    def __init__(self, session: Session | None = None):
         self.session = session
         self._stated: dict[str, tuple[Claim, Rule]] = {}
-        self._found: dict[str, tuple[Interval, np.ndarray, float | None]] = {}
+        self._found: dict[str, _Judged] = {}
         self._parts: dict[str, tuple[list[str], Callable[[list[str]], str]]] = {}
         self._refused: dict[str, str] = {}
 
@@ -268,7 +280,7 @@ class Ledger:
         if value is None:
             return self.not_run(id, "what it would be divided by is not clear of zero")
         draws = np.atleast_1d(np.asarray(null, np.float64)).ravel()
-        if not len(draws) or not np.isfinite([*value, *draws, ceiling or 0.0]).all():
+        if not len(draws) or not np.isfinite(draws).all() or not np.isfinite([*value, ceiling or 0.0]).all():
             raise ValueError(
                 f"claim {id}: {value} with null {null} is not a result; every claim needs an interval and a null"
             )
@@ -277,7 +289,11 @@ class Ledger:
                 f"claim {id}: the value {value.value} lies outside its interval [{value.low}, {value.high}]"
             )
         self._forget(id)
-        self._found[id] = Interval(*map(float, value)), draws, ceiling
+        sign, p, shown = self._stated[id][1].sign, None, float(draws[0])
+        if len(draws) > 1:
+            p = stats.p_value(sign * value.value, sign * draws)
+            shown = sign * stats.reach(sign * draws)
+        self._found[id] = _Judged(Interval(*map(float, value)), shown, len(draws), p, ceiling)
         return self[id]
 
     def not_run(self, id: str, reason: str) -> Claim:
@@ -307,21 +323,23 @@ class Ledger:
             return replace(claim, verdict=self._checked(id, decide([part.verdict for part in parts])), reason=said)
         if id not in self._found:
             return claim
-        value, draws, ceiling = self._found[id]
+        found = self._found[id]
         if waits := self._waits(id):
-            said = f"judged together with {', '.join(waits)}, of the same family"
-            return replace(claim, value=value.value, low=value.low, high=value.high, ceiling=ceiling, reason=said)
+            said, value = f"judged together with {', '.join(waits)}, of the same family", found.value
+            return replace(claim, value=value.value, low=value.low, high=value.high, ceiling=found.ceiling, reason=said)
         p = self._p(id)
-        shown = float(draws[0]) if p is None else rule.sign * stats.reach(rule.sign * draws)
-        clear = value.low > shown if rule.sign > 0 else value.high < shown
-        verdict = self._checked(id, rule.decide(Found(value, shown, clear if p is None else p < P)))
+        value, null = found.value, found.null
+        clear = value.low > null if rule.sign > 0 else value.high < null
+        verdict = self._checked(id, rule.decide(Found(value, null, clear if p is None else p < P)))
         reason = (
             f"A value {number(stats.seen(value))} beyond the threshold would have been seen"
             if verdict == "undecided"
             else ""
         )
+        if reason and p is not None and (least := len(self._family(id)) / (found.draws + 1)) >= P:
+            reason += f"; {found.draws} draws are too few, p cannot fall below {least:.2g}"
         return replace(
-            claim, value=value.value, low=value.low, high=value.high, null_value=shown, p=p, ceiling=ceiling,
+            claim, value=value.value, low=value.low, high=value.high, null_value=null, p=p, ceiling=found.ceiling,
             verdict=verdict, reason=reason,
         )  # fmt: skip
 
@@ -346,6 +364,8 @@ class Ledger:
                 f"claims {', '.join(left)} were stated and not judged; judge them, or say why not (not_run)"
             )
         s = self.session
+        if s is None:
+            raise ValueError("a ledger without a session has no folder to save in: Ledger(session.start(...))")
         result = {
             "notebook": s.notebook,
             "profile": s.name,
@@ -384,20 +404,17 @@ class Ledger:
         known = self._found.keys() | self._refused.keys()
         return [x for x, (claim, _) in self._stated.items() if family and claim.family == family and x not in known]
 
+    def _family(self, id: str) -> dict[str, float]:
+        """The p-values that a claim's is corrected with, its own among them; 1 for a claim not judged yet."""
+        family = self._stated[id][0].family
+        asked = [x for x, (claim, _) in self._stated.items() if x == id or family and claim.family == family]
+        each = {x: self._found[x].p if x in self._found else 1.0 for x in asked}
+        return {x: p for x, p in each.items() if p is not None and x not in {*self._refused, *self._parts}}
+
     def _p(self, id: str) -> float | None:
         """The p-value of a claim's number against the null's draws, corrected within its family; None for a single number."""
-        family = self._stated[id][0].family
-        asked = [x for x in self._found if x == id or family and self._stated[x][0].family == family]
-        each = []
-        for x in asked:
-            value, draws, _ = self._found[x]
-            sign = self._stated[x][1].sign
-            each.append(stats.p_value(sign * value.value, sign * draws) if len(draws) > 1 else math.nan)
-        own = asked.index(id)
-        if math.isnan(each[own]):
-            return None
-        among = [p for p in each if not math.isnan(p)]
-        return float(stats.holm(among)[sum(not math.isnan(p) for p in each[:own])])
+        family = self._family(id)
+        return dict(zip(family, stats.holm([*family.values()]).tolist(), strict=True)).get(id)
 
 
 # --- for readers of results --------------------------------------------------------------------------------------------

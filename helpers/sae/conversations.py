@@ -19,7 +19,7 @@ from helpers.sae import splice
 from helpers.sae.decompose import Dictionary
 from helpers.sae.splice import Errors, Spoken
 
-LEAST = 3  # tokens on either side of the start
+LEAST = 6  # tokens on either side of the start: a change point wants twelve
 
 
 class Talk(NamedTuple):
@@ -37,7 +37,7 @@ class Talk(NamedTuple):
 def held(lm: LM, layer: int, asked: Sequence[tuple[str, str]], pushes: Tensor, limit: float, length: int) -> list[Talk]:
     """The conversations about `asked` (behaviour, question), steered by `pushes` (questions, d_model), greedy, `length` tokens long.
 
-    Rows longer than `limit` are left out, and conversations with fewer than three tokens on either side of the start.
+    Rows longer than `limit` are left out, and conversations with fewer than six tokens on either side of the start.
     """
     questions = [q for _, q in asked]
     plain, steered = (
