@@ -405,11 +405,10 @@ class Ledger:
         return [x for x, (claim, _) in self._stated.items() if family and claim.family == family and x not in known]
 
     def _family(self, id: str) -> dict[str, float]:
-        """The p-values that a claim's is corrected with, its own among them; 1 for a claim not judged yet."""
+        """The p-values that a claim's is corrected with, its own among them."""
         family = self._stated[id][0].family
-        asked = [x for x, (claim, _) in self._stated.items() if x == id or family and claim.family == family]
-        each = {x: self._found[x].p if x in self._found else 1.0 for x in asked}
-        return {x: p for x, p in each.items() if p is not None and x not in {*self._refused, *self._parts}}
+        asked = [x for x in self._found if x == id or family and self._stated[x][0].family == family]
+        return {x: p for x in asked if (p := self._found[x].p) is not None}
 
     def _p(self, id: str) -> float | None:
         """The p-value of a claim's number against the null's draws, corrected within its family; None for a single number."""
