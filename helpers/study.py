@@ -21,8 +21,9 @@ from helpers.claims import table
 from helpers.lm import models, reading, replies, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
-from helpers.sae import activations, harvest, train
+from helpers.sae import activations, harvest, latents, train
 from helpers.sae.activations import Pair, Samples
+from helpers.sae.latents import Latent
 from helpers.sae.saes import Loaded
 from helpers.session import Session
 from helpers.steering import behaviors, caa, directions, propensity
@@ -32,7 +33,7 @@ from helpers.steering.caa import Halves
 ANSWERS, SYSTEM = "answer pairs", "system pairs"
 RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", "shuffled labels", "another behaviour"
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
-FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS = 3, 6, 6
+FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS, FAST_ROWS = 3, 6, 6, 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,10 +157,21 @@ class Single:
         )
         return train_part, held_out
 
-    def sae(self, seed: int = 0) -> Loaded:
-        """The profile's SAE of this model: trained on its text, or out of a registry."""
+    def sae(self, seed: int = 0, frozen: bool = False) -> Loaded:
+        """The profile's SAE of this model: trained on its text, or out of a registry; `frozen`: its null, see `train.dictionary`."""
         s = self.session
-        return train.dictionary(s.profile, self.text[0], s.device, seed, s.fast)[0]
+        return train.dictionary(s.profile, self.text[0], s.device, seed, s.fast, frozen)[0]
+
+    def saes(self, seeds: Sequence[int]) -> list[Loaded]:
+        """The SAEs of several seeds; the one that there is, where it comes out of a registry."""
+        how = self.session.profile.sae
+        return [self.sae(seed) for seed in (seeds[:1] if how and how.release else seeds)]
+
+    def contexts(self, seed: int = 0, limit: int = 1200) -> list[Latent]:
+        """What each latent of that SAE responds to, in `limit` rows of its text (few in a fast run); made once, then kept with it."""
+        s = self.session
+        loaded, folder = train.dictionary(s.profile, self.text[0], s.device, seed, s.fast)
+        return latents.of(folder, self.model, loaded.sae, self.text[0], limit=FAST_ROWS if s.fast else limit)
 
 
 @dataclass(frozen=True, eq=False)

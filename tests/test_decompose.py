@@ -303,12 +303,73 @@ def test_a_features_own_vector_is_its_decoder_row_whatever_the_activations(sae):
         assert torch.allclose(own, 4 * sae.W_dec[11].double(), atol=1e-4)
 
 
+# --- what is the zero vector's -----------------------------------------------------------------------------------------
+
+
 def test_overlap_counts_shared_largest_latents():
     codes = torch.tensor([[3.0, -2, 1, 0], [0, 0, 0, 5.0], [0, 0, 0, 0]])
     assert decompose.overlap(codes, torch.tensor([1.0, 4, 0, 0]), 2).tolist() == [1.0, 0.0, 0.0]
 
 
+@pytest.fixture
+def biased():
+    """An SAE on the axes, whose zero vector turns on latents 0 and 1: they read 4 and 3 whatever comes in."""
+    offset = torch.zeros(8)
+    offset[:2] = torch.tensor([4.0, 3.0])
+    return sae_of("topk", torch.eye(8), offset, k=2, rescale_acts_by_decoder_norm=False)
+
+
+def test_a_short_vector_is_encoded_as_the_zero_vector_is_and_a_long_one_is_not(biased):
+    axes = torch.eye(8)
+    short, long = 0.5 * axes[5:7], 20 * axes[5:7] + 10 * axes[6:8]
+    assert decompose.zero(biased).codes[0, :3].tolist() == [4, 3, 0]
+    assert decompose.shared_with_zero(biased, short, 2).tolist() == [1, 1]
+    assert decompose.shared_with_zero(biased, long, 2).tolist() == [0, 0]
+    assert np.allclose(decompose.error_over_zero(biased, short), 1.0)
+    assert np.allclose(decompose.error_over_zero(biased, long), 0.0, atol=1e-6)
+    assert np.allclose(decompose.twice_as_zero(biased, short), 1.0)
+    assert np.allclose(decompose.twice_as_zero(biased, long), 0.0, atol=1e-6)
+    assert decompose.code_cosine(biased, short[0], 0) == pytest.approx(0.8)
+
+
+# --- the methods, together ---------------------------------------------------------------------------------------------
+
+
+def test_vectors_of_any_shape_are_rebuilt_as_one_by_one(sae):
+    vectors, acts = torch.randn(3, 2, D), torch.randn(4, D)
+    for name in ("encode", decompose.WHOLE, "orthogonal pursuit"):
+        found = decompose.rebuilt(name, sae, vectors, 3, acts)
+        one = decompose.rebuilt(name, sae, vectors[2, 1:], 3, acts)
+        assert found.shape == vectors.shape and torch.allclose(found[2, 1:], one, atol=1e-4)
+    assert torch.allclose(decompose.rebuilt(decompose.DENSE, sae, vectors, 3, acts), vectors, atol=1e-3)
+
+
+def test_a_sign_adds_to_a_vector_with_negative_codes_and_nothing_to_one_without():
+    rows = torch.eye(D)
+    with_minus, without = rows[0] - rows[1], rows[0] + rows[1]
+    gain = decompose.sign_gain(rows, torch.stack([with_minus, without]), 2)
+    assert gain == pytest.approx([1 - 0.5**0.5, 0.0], abs=1e-6)
+
+
 # --- retention ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_response_is_of_the_direction_alone_each_vector_under_its_own_gradient():
+    gradient = np.array([[1.0, 0, 0], [0, 2.0, 0]])
+    vectors = torch.tensor([[[3.0, 4, 0], [0, -5, 0]], [[0, 0, 1], [0, 0, 0]]])
+    assert decompose.response(vectors, gradient, 10.0).tolist() == [[6, -20], [0, 0]]
+    assert decompose.response(vectors[0, 0], gradient, 10.0).tolist() == [6, 16]  # one vector under both
+
+
+def test_steering_retained_is_a_ratio_of_sums_over_behaviours_and_saes():
+    own = np.array([1.0, 2, 3, 4, 5])
+    assert decompose.retention(own, own) == stats.Interval(1.0, 1.0, 1.0)
+    assert decompose.retained(np.stack([0.5 * own, -own]), own).tolist() == [0.5, -1]
+    noise = np.random.default_rng(0).normal(0, 0.3, (3, 5))
+    one, three = (decompose.retention(0.6 * own + x, own) for x in (noise.mean(0), noise))
+    assert three.value == pytest.approx(one.value) and three.low < one.low < one.high < three.high
+    apart = decompose.retention(np.outer([0.5, 0.6, 0.7], own), own)  # behaviours agree: the SAEs alone differ
+    assert apart.value == pytest.approx(0.6) and apart.high - 0.6 == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
 
 
 def test_retention_is_one_for_itself_negative_for_its_opposite_and_priced_by_the_root_of_kl():
