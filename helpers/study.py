@@ -131,6 +131,13 @@ class Single:
             chance[n] = np.linalg.norm(at_each, axis=1) / self.model.d_model**0.5
         return own, chance
 
+    def price(self, name: str, vectors: Tensor, length: float, prompts: int) -> np.ndarray:
+        """What that costs elsewhere: KL in nats a token of the model's own replies to the behaviour's first open `prompts`, under
+        each of `vectors` (n, d_model) brought to `length` residual norms: (n, prompts)."""
+        own = propensity.of_replies(self.model, self.data[name].open[:prompts], self.layer)
+        units = [v / v.norm() * self.residual_norm for v in vectors]
+        return scoring.kl(own, units, [length])[:, 0]
+
     def say(self, question: str, vectors: dict[str, Tensor], length: float, tokens: int = 40) -> Markdown:
         """A table of what the model answers when each vector, at `length` residual norms, is added to its answer."""
         ask = {"nothing": torch.zeros(self.model.d_model), **{n: v / v.norm() for n, v in vectors.items()}}
@@ -157,15 +164,24 @@ class Single:
         )
         return train_part, held_out
 
-    def sae(self, seed: int = 0, frozen: bool = False) -> Loaded:
-        """The profile's SAE of this model: trained on its text, or out of a registry; `frozen`: its null, see `train.dictionary`."""
+    def sae(self, seed: int = 0) -> Loaded:
+        """The profile's SAE of this model: trained on its text, or out of a registry."""
         s = self.session
-        return train.dictionary(s.profile, self.text[0], s.device, seed, s.fast, frozen)[0]
+        return train.dictionary(s.profile, self.text[0], s.device, seed, s.fast)[0]
 
     def saes(self, seeds: Sequence[int]) -> list[Loaded]:
         """The SAEs of several seeds; the one that there is, where it comes out of a registry."""
+        return [self.sae(seed) for seed in (seeds if self._trained else seeds[:1])]
+
+    def frozen(self, seed: int = 0) -> Loaded | None:
+        """The null of that SAE, whose random decoder rows were not trained: see `train.dictionary`. None for one out of a registry."""
+        s = self.session
+        return train.dictionary(s.profile, self.text[0], s.device, seed, s.fast, True)[0] if self._trained else None
+
+    @property
+    def _trained(self) -> bool:
         how = self.session.profile.sae
-        return [self.sae(seed) for seed in (seeds[:1] if how and how.release else seeds)]
+        return not (how and how.release)
 
     def contexts(self, seed: int = 0, limit: int = 1200) -> list[Latent]:
         """What each latent of that SAE responds to, in `limit` rows of its text (few in a fast run); made once, then kept with it."""

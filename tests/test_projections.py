@@ -71,6 +71,15 @@ def test_one_pair_that_leans_is_a_share_and_nothing_reliable():
     assert found.share == 0.5 and found.reliable == 0
 
 
+def test_several_vectors_are_read_one_by_one_with_shuffles_of_their_own():
+    sae = sae_of("standard", torch.nn.functional.normalize(torch.randn(50, 30), dim=1))
+    pos, neg = torch.randn(12, 30) + 0.5, torch.randn(12, 30)
+    one, other = projections.of_vectors(sae, [(pos, neg), (pos, neg)], draws=40)
+    alone = projections.negative(sae.encode(pos), sae.encode(neg), draws=40)
+    assert one.share == other.share == alone.share and np.array_equal(one.null, alone.null)
+    assert not np.array_equal(one.null, other.null)
+
+
 def test_differences_dealt_out_at_random_explain_a_planted_rise_only_by_luck():
     g = torch.Generator().manual_seed(2)
     rows = torch.nn.functional.normalize(torch.randn(60, 40, generator=g), dim=1)

@@ -66,3 +66,10 @@ def test_p_values_count_the_value_itself_and_holm_is_hand_arithmetic():
     np.testing.assert_allclose(stats.holm([0.9, 0.5]), [1.0, 1.0])
     with pytest.raises(ValueError, match="between 0 and 1"):
         stats.holm([0.5, 1.2])
+
+
+def test_a_table_of_seeds_and_units_varies_over_both():
+    units = np.array([1.0, 2, 3, 4])
+    assert stats.over_both([units]) == stats.over(units)
+    apart = stats.over_both(np.array([[0.0], [1.0], [2.0]]) + np.zeros(4))  # the seeds alone differ
+    assert apart.value == 1 and apart.high - 1 == pytest.approx(4.303 / 3**0.5, rel=1e-3)

@@ -174,6 +174,12 @@ def raised(sae: Dictionary, acts: Tensor, latent: int, amount: float) -> Tensor:
         return (sae.decode(codes).float().cpu() + error - acts.float()).double().mean(0)
 
 
+def raised_as_rows(sae: Dictionary, acts: Tensor, latents: Sequence[int], amount: float) -> np.ndarray:
+    """Cosine (latents,) of `raised` with the latent's decoder row, for each of `latents`."""
+    made = torch.stack([raised(sae, acts, latent, amount) for latent in latents])
+    return stats.cosine(made.numpy(), sae.W_dec[list(latents)].detach().double().cpu().numpy())
+
+
 # --- which sparse sum comes closest ------------------------------------------------------------------------------------
 
 
@@ -372,6 +378,11 @@ def rebuilt(method: str, sae: Dictionary, vectors: Tensor, k: int, acts: Tensor)
     return torch.cat(found).reshape(vectors.shape)
 
 
+def of_pairs(sae: Dictionary, halves: Sequence[tuple[Tensor, Tensor]], k: int) -> Decomposition:
+    """`encode_pairs` for several vectors, each made of its own (pos, neg)."""
+    return joined([encode_pairs(sae, pos, neg, k) for pos, neg in halves])
+
+
 def sign_gain(rows: Tensor, vectors: Tensor, k: int) -> np.ndarray:
     """What codes of either sign add to the cosine of a gradient pursuit with k of `rows`: (n,), for vectors (n, d_model)."""
     signed, unsigned = (pursuit(rows, vectors, k, "gradient", signed=sign).cosine for sign in (True, False))
@@ -445,32 +456,21 @@ def retained(steered: np.ndarray, own: np.ndarray) -> np.ndarray:
     return np.asarray(steered, np.float64).sum(-1) / np.sum(own, dtype=np.float64)
 
 
-def retention(steered: np.ndarray, own: np.ndarray) -> stats.Interval:
-    """`retained` with its interval over the behaviours and, where `steered` is (SAEs, behaviours), over the SAEs as well.
-
-    Ask first whether `own` is clear of zero (`stats.over(own)`): where it is not there is nothing to divide by. (The
-    jackknife of a ratio; over one SAE `stats.ratio` is much the same, and refuses.)
-    """
-    units = np.concatenate([np.asarray(own, np.float64)[None], np.atleast_2d(steered)]).T  # (behaviours, 1 + SAEs)
+def retention(steered: np.ndarray, own: np.ndarray) -> stats.Interval | None:
+    """`retained` with its interval over behaviours and, where `steered` is (SAEs, behaviours), over SAEs as well; None where the
+    responses to the vectors, summed, are not clear of zero: there is nothing to divide by."""
+    several, below = np.atleast_2d(np.asarray(steered, np.float64)), np.asarray(own, np.float64)
+    found = stats.ratio_if_clear(several.mean(0), below)
+    if found is None or len(several) == 1:
+        return found
+    units = np.concatenate([below[None], several]).T  # (behaviours, 1 + SAEs)
     return stats.over(units, lambda part: retained(part[:, 1:].T, part[:, 0]))
 
 
-def mean_slopes(slopes: Sequence[np.ndarray], kl: Sequence[np.ndarray] | None = None) -> np.ndarray:
-    """Each behaviour's mean slope (behaviours,) float64, from one array (items,) a behaviour.
+def at_equal_kl(responses: np.ndarray, kl: np.ndarray) -> np.ndarray:
+    """Responses (..., behaviours) of one length, over the root of their KL: those of one KL, up to a factor.
 
-    Steering retained is `stats.ratio(mean_slopes(reconstructions), mean_slopes(vectors))`: 1, all of
-    it; 0, none; negative, it steers the wrong way. So compared they are of equal length. At equal KL:
-    with `kl`, one array (prompts,) a behaviour at that length. A small vector's response grows with its
-    length and its KL with the square, so each mean slope is divided by the root of its mean KL; it is 0
-    where there is no KL. ValueError for slopes or KL of another shape.
+    A small vector's response grows with its length and its KL with the square. 0 where there is no KL.
     """
-    if any(np.ndim(x) != 1 for x in slopes) or (kl is not None and len(kl) != len(slopes)):
-        shapes, rows = [np.shape(x) for x in slopes], "no" if kl is None else len(kl)
-        raise ValueError(
-            f"slopes of shapes {shapes} and {rows} rows of KL were given; one (items,) a behaviour is wanted"
-        )
-    means = np.array([np.mean(x, dtype=np.float64) for x in slopes])
-    if kl is None:
-        return means
-    price = np.array([np.mean(x, dtype=np.float64) for x in kl])
-    return np.divide(means, np.sqrt(price), out=np.zeros_like(means), where=price > 0)
+    price = np.broadcast_to(np.asarray(kl, np.float64), np.shape(responses))
+    return np.divide(responses, np.sqrt(price), out=np.zeros(price.shape), where=price > 0)

@@ -70,6 +70,12 @@ def negative(pos: Tensor, neg: Tensor, draws: int = 500, seed: int = 0) -> Negat
     )
 
 
+def of_vectors(sae: Dictionary, halves: Sequence[tuple[Tensor, Tensor]], draws: int, seed: int = 0) -> list[Negative]:
+    """`negative` for several vectors in one SAE, each of its own activations (pos, neg), with shuffles of its own."""
+    codes = [[codes_of(sae, side).cpu() for side in sides] for sides in halves]
+    return [negative(*both, draws=draws, seed=seed + 1000 * i) for i, both in enumerate(codes)]
+
+
 class Spurious(NamedTuple):
     """A latent with a positive code of v though the pairs do not raise it: its `code`, its code in the zero vector (`zero`), the
     pairs' `difference`; and the negatively aligned latent that explains it (`source`, -1 if there is none): their decoder rows'
