@@ -329,7 +329,7 @@ def test_a_short_vector_is_encoded_as_the_zero_vector_is_and_a_long_one_is_not(b
     assert np.allclose(decompose.error_over_zero(biased, long), 0.0, atol=1e-6)
     assert np.allclose(decompose.twice_as_zero(biased, short), 1.0)
     assert np.allclose(decompose.twice_as_zero(biased, long), 0.0, atol=1e-6)
-    assert decompose.code_cosine(biased, short[0], 0) == pytest.approx(0.8)
+    assert decompose.code_cosine(biased, 0, short.numpy()) == pytest.approx(0.8)
 
 
 # --- the methods, together ---------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_differences_dealt_out_at_random_explain_a_planted_rise_only_by_luck():
     difference[0], difference[1] = -4.0, 0.0
     v = difference @ rows
     own = projections.median_share([x for x in projections.spurious(sae, v, difference) if x.latent == 1])
-    chance = projections.dealt(sae, v, difference, 100)
-    assert own > 0.9 and chance.shape == (100,) and np.nanmedian(chance) < 0.8
-    assert np.array_equal(chance, projections.dealt(sae, v, difference, 100), equal_nan=True)
+    found = projections.supplied(sae, v[None], [difference], 100)
+    assert own > 0.9 and found.chance.shape == (100, 1) and np.nanmedian(found.chance) < 0.8
+    assert found.share[0] == projections.median_share(projections.spurious(sae, v, difference))
     assert np.isnan(projections.median_share([]))

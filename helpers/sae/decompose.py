@@ -429,9 +429,9 @@ def twice_as_zero(sae: Dictionary, vectors: Tensor) -> np.ndarray:
     return stats.cosine(again[1:], again[:1])
 
 
-def code_cosine(sae: Dictionary, vector: Tensor, latent: int) -> float:
-    """Cosine of the code of a vector (d_model,) with one latent; 0 if nothing is on."""
-    code = encode(sae, vector[None]).codes[0]
+def code_cosine(sae: Dictionary, latent: int, rows: np.ndarray) -> float:
+    """Cosine of the code of the mean of `rows` (n, d_model) with one latent; 0 if nothing is on."""
+    code = encode(sae, torch.from_numpy(rows).mean(0, keepdim=True)).codes[0]
     return float(code[latent] / code.norm().clamp_min(1e-12))
 
 

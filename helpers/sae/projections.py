@@ -126,11 +126,22 @@ def median_share(found: Sequence[Spurious]) -> float:
     return float(np.median(shares)) if shares else float("nan")
 
 
-def dealt(sae: Dictionary, vector: Tensor, difference: Tensor, draws: int, seed: int = 0) -> np.ndarray:
-    """`median_share` (draws,) where the differences are dealt out at random among the latents that have one: chance's share."""
-    g, used, out = torch.Generator().manual_seed(seed), difference.nonzero()[:, 0], []
-    for _ in range(draws):
-        other = difference.clone()
-        other[used] = difference[used[torch.randperm(len(used), generator=g)]]
-        out.append(median_share(spurious(sae, vector, other)))
-    return np.array(out)
+class Supplied(NamedTuple):
+    """`median_share` of each vector's spurious positives, `share` (vectors,), and what it is with differences dealt out at random
+    among the latents that have one, `chance` (draws, vectors)."""
+
+    share: np.ndarray
+    chance: np.ndarray
+
+
+def supplied(sae: Dictionary, vectors: Tensor, differences: Sequence[Tensor], draws: int, seed: int = 0) -> Supplied:
+    """How much single opposed latents explain, for `vectors` (n, d_model) whose pairs differ by `differences` (latents,)."""
+    g, chance = torch.Generator().manual_seed(seed), np.empty((draws, len(vectors)))
+    for i, (v, difference) in enumerate(zip(vectors, differences, strict=True)):
+        used = difference.nonzero()[:, 0]
+        for draw in range(draws):
+            dealt = difference.clone()
+            dealt[used] = difference[used[torch.randperm(len(used), generator=g)]]
+            chance[draw, i] = median_share(spurious(sae, v, dealt))
+    own = [median_share(spurious(sae, v, d)) for v, d in zip(vectors, differences, strict=True)]
+    return Supplied(np.array(own), chance)
