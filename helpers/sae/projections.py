@@ -72,8 +72,8 @@ def negative(pos: Tensor, neg: Tensor, draws: int = 500, seed: int = 0) -> Negat
 
 def of_vectors(sae: Dictionary, halves: Sequence[tuple[Tensor, Tensor]], draws: int, seed: int = 0) -> list[Negative]:
     """`negative` for several vectors in one SAE, each of its own activations (pos, neg), with shuffles of its own."""
-    codes = [[codes_of(sae, side).cpu() for side in sides] for sides in halves]
-    return [negative(*both, draws=draws, seed=seed + 1000 * i) for i, both in enumerate(codes)]
+    codes = [(codes_of(sae, pos).cpu(), codes_of(sae, neg).cpu()) for pos, neg in halves]
+    return [negative(pos, neg, draws, seed + 1000 * i) for i, (pos, neg) in enumerate(codes)]
 
 
 class Spurious(NamedTuple):
