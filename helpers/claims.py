@@ -97,6 +97,33 @@ def within(target: float, margin: float) -> Rule:
     return Rule(f"{words}, else undecided", decide)
 
 
+def of_anything(threshold: float, margin: float = 0.0) -> Rule:
+    """The value is `threshold` or more, and so is the null: whatever goes in gives it. `fails` as `at_least` does."""
+
+    def decide(found: Found) -> str:
+        if found.value.high < threshold - margin:
+            return "fails"
+        return "holds" if found.value.low > threshold and found.null > threshold else "undecided"
+
+    words = f"holds if the 95 % interval and the null both lie above {threshold:g}: it is so whatever goes in"
+    return Rule(f"{words}; fails if the interval lies below {threshold - margin:g}, else undecided", decide)
+
+
+def of_the_method(low: float, high: float) -> Rule:
+    """`artefact` if value and null both lie between `low` and `high`, about what the method gives when nothing goes in.
+
+    Then the number is the method's own. `holds` above, where the vector makes it larger, and `fails` below.
+    """
+
+    def decide(found: Found) -> str:
+        if low < found.value.low and found.value.high < high and low < found.null < high:
+            return "artefact"
+        return "holds" if found.value.low > high else "fails" if found.value.high < low else "undecided"
+
+    words = f"artefact if the whole 95 % interval and the null lie between {low:g} and {high:g}"
+    return Rule(f"{words}, holds if the interval lies above, fails if it lies below, else undecided", decide)
+
+
 def identity(tolerance: float) -> Rule:
     """`algebra` if the value is 1 within `tolerance`, on the null too."""
 

@@ -274,6 +274,32 @@ def scatter(
     show(session, name, figure, {"points": points, "curves": curves}, interactive)
 
 
+def ranked(
+    session: Session,
+    name: str,
+    panels: Mapping[str, Sequence[tuple[str, float, bool]]],
+    *,
+    xlabel: str,
+    kinds: tuple[str, str],
+) -> None:
+    """Bars from the top down, one panel for each title, drawn, saved and shown: (label, value, which of the two `kinds`)."""
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(9.5, 0.8 + sum(map(len, panels.values())) * 0.3), squeeze=False
+    )
+    for axis, (title, bars) in zip(axes[:, 0], panels.items(), strict=True):
+        y = np.arange(len(bars))[::-1]
+        axis.barh(y, [value for _, value, _ in bars], color=[PALETTE[int(marked)] for *_, marked in bars])
+        axis.set_yticks(y, [literal(label) for label, *_ in bars], fontsize=9)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.grid(axis="y", visible=False)
+        axis.set_title(title)
+    for colour, kind in zip(PALETTE, kinds, strict=False):
+        axes[-1, 0].barh([0], [0], color=colour, label=kind)
+    axes[-1, 0].legend(loc="upper right", bbox_to_anchor=(1, -0.2), ncols=2)
+    axes[-1, 0].set_xlabel(xlabel)
+    show(session, name, figure, panels)
+
+
 def forest_on(
     axis: Axes,
     rows: Sequence[str],

@@ -3,7 +3,7 @@
     nulls.random(v, 500); nulls.like_rows(v, residuals, 500); nulls.shuffled(pos, neg, 300); nulls.concepts(model, layer)
 
 Every null vector has the length of the vector it stands for. The null of a whole dictionary is one whose decoder rows stay
-random: `train.dictionary(..., frozen=True)`; the null of its rows alone is `rotations`.
+random: `train.dictionary(..., frozen=True)`; the null of its rows alone is `rotations`, and `in_rotated_rows` for pursuit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 from helpers.entries import DataError, listed
 from helpers.lm import text
 from helpers.lm.reading import LM
+from helpers.sae import decompose
 from helpers.session import ROOT
 from helpers.steering import caa, directions
 from helpers.steering.behaviors import SystemPair
@@ -126,6 +127,18 @@ def rotations(d_model: int, draws: int, seed: int = 0) -> Iterator[Tensor]:
     for _ in range(draws):
         q, r = torch.linalg.qr(torch.randn(d_model, d_model, generator=g, dtype=torch.float64))
         yield q * r.diagonal().sign()
+
+
+def in_rotated_rows(rows: Tensor, vectors: Tensor, k: int, draws: int, seed: int = 0) -> Tensor:
+    """What orthogonal pursuit makes of `vectors` (n, d_model) with k of `rows` turned at random: (draws, n, d_model) float32.
+
+    Rows as many and as coherent, without a meaning. Pursuing v in rows R is pursuing v R^T in the rows, turned back by R.
+    """
+    back = vectors.double().cpu()
+    turns = list(rotations(vectors.shape[1], draws, seed))
+    turned = torch.cat([back @ turn.T for turn in turns])
+    found = decompose.pursuit(rows, turned, k).reconstruction.reshape(draws, *vectors.shape)
+    return torch.stack([(part.double() @ turn).float() for part, turn in zip(found, turns, strict=True)])
 
 
 def named_concepts() -> list[tuple[str, str]]:

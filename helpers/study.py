@@ -21,8 +21,9 @@ from helpers.claims import table
 from helpers.lm import models, reading, replies, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
-from helpers.sae import activations, harvest, train
+from helpers.sae import activations, harvest, latents, train
 from helpers.sae.activations import Pair, Samples
+from helpers.sae.latents import Latent
 from helpers.sae.saes import Loaded
 from helpers.session import Session
 from helpers.steering import behaviors, caa, directions, propensity
@@ -33,7 +34,7 @@ ANSWERS, SYSTEM, PADDED = "answer pairs", "system pairs", "padded system pairs"
 RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", "shuffled labels", "another behaviour"
 UNRELATED, SECOND = "unrelated", "second seed"  # the fine-tune without preferences; the base's SAE from another seed
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
-FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS = 3, 6, 6
+FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS, FAST_ROWS = 3, 6, 6, 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +147,13 @@ class Single:
             chance[n] = np.linalg.norm(at_each, axis=1) / self.model.d_model**0.5
         return own, chance
 
+    def price(self, name: str, vectors: Tensor, length: float, prompts: int) -> np.ndarray:
+        """What that costs elsewhere: KL in nats a token of the model's own replies to the behaviour's first open `prompts`, under
+        each of `vectors` (n, d_model) brought to `length` residual norms: (n, prompts)."""
+        own = propensity.of_replies(self.model, self.data[name].open[:prompts], self.layer)
+        units = [v / v.norm() * self.residual_norm for v in vectors]
+        return scoring.kl(own, units, [length])[:, 0]
+
     def say(self, question: str, vectors: dict[str, Tensor], length: float, tokens: int = 40) -> Markdown:
         """A table of what the model answers when each vector, at `length` residual norms, is added to its answer."""
         ask = {"nothing": torch.zeros(self.model.d_model), **{n: v / v.norm() for n, v in vectors.items()}}
@@ -176,6 +184,26 @@ class Single:
         """The profile's SAE of this model: trained on its text, or out of a registry."""
         s = self.session
         return train.dictionary(s.profile, self.text[0], s.device, seed, s.fast)[0]
+
+    def saes(self, seeds: Sequence[int]) -> list[Loaded]:
+        """The SAEs of several seeds; the one that there is, where it comes out of a registry."""
+        return [self.sae(seed) for seed in (seeds if self._trained else seeds[:1])]
+
+    def frozen(self, seed: int = 0) -> Loaded | None:
+        """The null of that SAE, whose random decoder rows were not trained: see `train.dictionary`. None for one out of a registry."""
+        s = self.session
+        return train.dictionary(s.profile, self.text[0], s.device, seed, s.fast, True)[0] if self._trained else None
+
+    @property
+    def _trained(self) -> bool:
+        how = self.session.profile.sae
+        return not (how and how.release)
+
+    def contexts(self, seed: int = 0, limit: int = 1200) -> list[Latent]:
+        """What each latent of that SAE responds to, in `limit` rows of its text (few in a fast run); made once, then kept with it."""
+        s = self.session
+        loaded, folder = train.dictionary(s.profile, self.text[0], s.device, seed, s.fast)
+        return latents.of(folder, self.model, loaded.sae, self.text[0], limit=FAST_ROWS if s.fast else limit)
 
 
 @dataclass(frozen=True, eq=False)

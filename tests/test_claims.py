@@ -55,6 +55,33 @@ def test_equivalence_is_containment(ledger):
         assert judged(ledger, rule, interval).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    "interval,null,verdict",
+    [
+        ((0.7, 0.6, 0.8), 0.7, "holds"),
+        ((0.7, 0.6, 0.8), 0.3, "undecided"),  # true of the value alone
+        ((0.45, 0.3, 0.6), 0.7, "undecided"),
+        ((0.3, 0.2, 0.35), 0.7, "fails"),
+    ],
+)
+def test_what_anything_gives_holds_only_with_its_null(ledger, interval, null, verdict):
+    assert judged(ledger, claims.of_anything(0.5, 0.1), interval, null).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "interval,null,verdict",
+    [
+        ((1, 0.9, 1.1), 1.0, "artefact"),
+        ((1, 0.9, 1.1), 2.0, "undecided"),
+        ((1, 0.7, 1.1), 1.0, "undecided"),
+        ((2, 1.5, 2.5), 1.0, "holds"),
+        ((0.5, 0.3, 0.7), 1.0, "fails"),
+    ],
+)
+def test_a_number_that_the_method_gives_on_nothing_is_an_artefact(ledger, interval, null, verdict):
+    assert judged(ledger, claims.of_the_method(0.8, 1.25), interval, null).verdict == verdict
+
+
 def test_algebra_needs_noise_to_be_the_same(ledger):
     rule = claims.identity(1e-6)
     assert judged(ledger, rule, (1, 1, 1), 1.0).verdict == "algebra"

@@ -285,8 +285,7 @@ def test_a_dead_row_and_rows_of_any_length_do_no_harm():
         (lambda r: decompose.pursuit(r, torch.randn(2, D), 3, signed=False), "gradient"),
         (lambda r: decompose.pursuit(r, torch.randn(2, D + 1), 3), r"wants \(n, 160\)"),
         (lambda r: decompose.dense(r, torch.full((1, D), torch.nan)), "NaN"),
-        (lambda r: decompose.mean_slopes(np.ones(3)), "one .items,. a behaviour"),
-        (lambda r: decompose.mean_slopes(np.ones((3, 9)), np.ones((2, 4))), "2 rows of KL"),
+        (lambda r: decompose.retention(np.ones(2), np.ones(2)), "three or more"),
     ],
 )
 def test_bad_input_is_refused_in_words(call, message):
@@ -301,6 +300,10 @@ def test_a_features_own_vector_is_its_decoder_row_whatever_the_activations(sae):
     for acts in (torch.randn(9, D), torch.zeros(1, D)):
         own = decompose.raised(sae, acts, 11, 4.0)
         assert torch.allclose(own, 4 * sae.W_dec[11].double(), atol=1e-4)
+        assert decompose.raised_as_rows(sae, acts, [3, 11], 4.0) == pytest.approx([1.0, 1.0])
+
+
+# --- what is the zero vector's -----------------------------------------------------------------------------------------
 
 
 def test_overlap_counts_shared_largest_latents():
@@ -308,30 +311,85 @@ def test_overlap_counts_shared_largest_latents():
     assert decompose.overlap(codes, torch.tensor([1.0, 4, 0, 0]), 2).tolist() == [1.0, 0.0, 0.0]
 
 
+@pytest.fixture
+def biased():
+    """An SAE on the axes, whose zero vector turns on latents 0 and 1: they read 4 and 3 whatever comes in."""
+    offset = torch.zeros(8)
+    offset[:2] = torch.tensor([4.0, 3.0])
+    return sae_of("topk", torch.eye(8), offset, k=2, rescale_acts_by_decoder_norm=False)
+
+
+def test_a_short_vector_is_encoded_as_the_zero_vector_is_and_a_long_one_is_not(biased):
+    axes = torch.eye(8)
+    short, long = 0.5 * axes[5:7], 20 * axes[5:7] + 10 * axes[6:8]
+    assert decompose.zero(biased).codes[0, :3].tolist() == [4, 3, 0]
+    assert decompose.shared_with_zero(biased, short, 2).tolist() == [1, 1]
+    assert decompose.shared_with_zero(biased, long, 2).tolist() == [0, 0]
+    assert np.allclose(decompose.error_over_zero(biased, short), 1.0)
+    assert np.allclose(decompose.error_over_zero(biased, long), 0.0, atol=1e-6)
+    assert np.allclose(decompose.twice_as_zero(biased, short), 1.0)
+    assert np.allclose(decompose.twice_as_zero(biased, long), 0.0, atol=1e-6)
+    assert decompose.code_cosine(biased, 0, short.numpy()) == pytest.approx(0.8)
+
+
+# --- the methods, together ---------------------------------------------------------------------------------------------
+
+
+def test_vectors_of_any_shape_are_rebuilt_as_one_by_one(sae):
+    vectors, acts = torch.randn(3, 2, D), torch.randn(4, D)
+    for name in ("encode", decompose.WHOLE, "orthogonal pursuit"):
+        found = decompose.rebuilt(name, sae, vectors, 3, acts)
+        one = decompose.rebuilt(name, sae, vectors[2, 1:], 3, acts)
+        assert found.shape == vectors.shape and torch.allclose(found[2, 1:], one, atol=1e-4)
+    assert torch.allclose(decompose.rebuilt(decompose.DENSE, sae, vectors, 3, acts), vectors, atol=1e-3)
+
+
+def test_a_sign_adds_to_a_vector_with_negative_codes_and_nothing_to_one_without():
+    rows = torch.eye(D)
+    with_minus, without = rows[0] - rows[1], rows[0] + rows[1]
+    gain = decompose.sign_gain(rows, torch.stack([with_minus, without]), 2)
+    assert gain == pytest.approx([1 - 0.5**0.5, 0.0], abs=1e-6)
+
+
 # --- retention ---------------------------------------------------------------------------------------------------------
 
 
-def test_retention_is_one_for_itself_negative_for_its_opposite_and_priced_by_the_root_of_kl():
-    slopes = np.random.default_rng(0).normal(2, 1, (5, 40))
-    kl = np.random.default_rng(1).uniform(0.5, 1.5, (5, 8))
-    own, priced = decompose.mean_slopes(slopes), decompose.mean_slopes(slopes, kl)
-    assert np.allclose(stats.ratio(own, own), 1.0) and np.allclose(
-        stats.ratio(decompose.mean_slopes(-slopes), own), -1.0
-    )
-    assert np.allclose(decompose.mean_slopes(slopes, 4 * kl), priced / 2)
-    assert not decompose.mean_slopes(0 * slopes, 0 * kl).any()
-    uneven = [slopes[0], slopes[1][:7]]  # behaviours need not have equally many items
-    assert np.allclose(decompose.mean_slopes(uneven), [slopes[0].mean(), slopes[1][:7].mean()])
+def test_a_response_is_of_the_direction_alone_each_vector_under_its_own_gradient():
+    gradient = np.array([[1.0, 0, 0], [0, 2.0, 0]])
+    vectors = torch.tensor([[[3.0, 4, 0], [0, -5, 0]], [[0, 0, 1], [0, 0, 0]]])
+    assert decompose.response(vectors, gradient, 10.0).tolist() == [[6, -20], [0, 0]]
+    assert decompose.response(vectors[0, 0], gradient, 10.0).tolist() == [6, 16]  # one vector under both
 
 
-def test_an_interval_of_retention_covers_over_behaviours_that_differ_in_it():
+def test_steering_retained_is_a_ratio_of_sums_over_behaviours_and_saes():
+    own = np.array([1.0, 2, 3, 4, 5])
+    assert decompose.retention(own, own) == stats.Interval(1.0, 1.0, 1.0)
+    assert decompose.retained(np.stack([0.5 * own, -own]), own).tolist() == [0.5, -1]
+    noise = np.random.default_rng(0).normal(0, 0.3, (3, 5))
+    one, three = (decompose.retention(0.6 * own + x, own) for x in (noise.mean(0), noise))
+    assert one == stats.ratio(0.6 * own + noise.mean(0), own) and three.value == pytest.approx(one.value)
+    apart = decompose.retention(np.outer([0.5, 0.6, 0.7], own), own)  # behaviours agree: the SAEs alone differ
+    assert apart.value == pytest.approx(0.6) and apart.high - 0.6 == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+
+
+def test_nothing_is_retained_of_vectors_that_do_not_steer():
+    assert decompose.retention(np.ones(4), np.array([1.0, -1, 2, -2])) is None
+
+
+def test_at_equal_kl_a_response_is_priced_by_the_root():
+    responses, kl = np.array([[2.0, 3.0], [2.0, 0.0]]), np.array([4.0, 0.0])
+    assert decompose.at_equal_kl(responses, kl).tolist() == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("saes", [1, 3])
+def test_an_interval_of_retention_covers_over_behaviours_and_saes_that_differ_in_it(saes):
     rng, inside = np.random.default_rng(3), 0
     for _ in range(400):
-        v = rng.normal(1.0, 1.0, (7, 50))
-        r = rng.normal(0.6, 0.2, (7, 1)) * v + rng.normal(0, 0.5, v.shape)
-        found = stats.ratio(decompose.mean_slopes(r), decompose.mean_slopes(v))
+        own = rng.uniform(1, 3, 7)
+        share = rng.normal(0.6, 0.2, (1, 7)) + rng.normal(0, 0.1, (saes, 1)) * (saes > 1)
+        found = decompose.retention(share * own, own)
         inside += found.low <= 0.6 <= found.high
-    assert 0.92 <= inside / 400 <= 0.98
+    assert 0.92 <= inside / 400 <= 0.99
 
 
 def test_an_sae_with_gradients_on_is_read_like_any_other(sae, planted):

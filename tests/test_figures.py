@@ -59,7 +59,9 @@ def test_one_call_draws_saves_and_shows(tmp_path):
     figures.matrices(session_like, "e", {"p": np.eye(3), "q": np.eye(3)}, ["x", "y", "z"], "T")
     figures.at_the_seam(session_like, "f", {"y": {"s": [[1.0, 2, 3, 4]] * 2, "n": [[1.0, 1, 1, 1]] * 2}},
                         {"s": [2, 2], "n": [2, 2]}, 2, 2, title="T", grey=["n"])  # fmt: skip
-    for name in "abcdef":
+    panels = {"one": [("a $x", 3.0, True), ("b", -1.0, False)], "two": [("c", 1.0, False)]}
+    figures.ranked(session_like, "g", panels, xlabel="x", kinds=("plain", "marked"))
+    for name in "abcdefg":
         assert (session_like.figures / f"99_{name}.png").stat().st_size > 5000
         assert json.loads((session_like.figures / f"99_{name}.json").read_text())
     assert figures.titled("Is it?", "holds") == "Is it? HOLDS" and figures.titled("Is it?", "") == "Is it?"

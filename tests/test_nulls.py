@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from helpers import nulls
+from helpers.sae import decompose
 from helpers.steering import directions
 
 
@@ -150,3 +151,19 @@ def test_other_items_keep_a_behaviours_responses_and_lose_whose_they_are():
             order = [int(np.flatnonzero(was[0] == x)[0]) for x in now[0]]
             np.testing.assert_array_equal(now, was[:, order])  # one order for all vectors
     assert abs(np.mean([np.corrcoef(responses[0].ravel(), one[0].ravel())[0, 1] for one in drawn])) < 0.1
+
+
+def test_rows_that_are_turned_are_pursued_as_if_they_had_been():
+    rows, vectors = torch.randn(60, 24), torch.randn(3, 24, dtype=torch.float64)
+    found = nulls.in_rotated_rows(rows, vectors, 4, draws=2, seed=7)
+    for part, turn in zip(found, nulls.rotations(24, 2, 7), strict=True):
+        plain = decompose.pursuit((rows.double() @ turn).float(), vectors, 4).reconstruction
+        torch.testing.assert_close(part, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_with_a_meaning_are_ahead_of_turned_ones():
+    rows = torch.randn(200, 48)
+    planted = rows[:3].sum(0, keepdim=True)
+    turned = nulls.in_rotated_rows(rows, planted, 3, draws=20)
+    assert decompose.pursuit(rows, planted, 3).cosine[0] > 0.999
+    assert torch.cosine_similarity(turned[:, 0], planted, dim=1).max() < 0.95

@@ -30,6 +30,9 @@ def test_planted_negative_latents_are_seen_and_counted():
     assert result.share > stats.reach(result.null)
     assert result.reliable > max(0.2, stats.reach(result.reliable_null))
     assert result.active <= 300 and (result.difference[:100] < 0).all()
+    assert result.weight > 0.6 and result.raised < 0.1
+    turned = projections.negative(*reversed(sides(planted=100)))
+    assert turned.weight == pytest.approx(1 - result.weight) and turned.raised == result.reliable
 
 
 def test_a_negative_latent_shows_as_a_positive_one_that_is_aligned_against_it():
@@ -66,3 +69,27 @@ def test_one_pair_that_leans_is_a_share_and_nothing_reliable():
     pos[:, :15], neg[3, 15:] = 1.0, 1.0
     found = projections.negative(pos, neg, draws=100)
     assert found.share == 0.5 and found.reliable == 0
+
+
+def test_several_vectors_are_read_one_by_one_with_shuffles_of_their_own():
+    sae = sae_of("standard", torch.nn.functional.normalize(torch.randn(50, 30), dim=1))
+    pos, neg = torch.randn(12, 30) + 0.5, torch.randn(12, 30)
+    one, other = projections.of_vectors(sae, [(pos, neg), (pos, neg)], draws=40)
+    alone = projections.negative(sae.encode(pos), sae.encode(neg), draws=40)
+    assert one.share == other.share == alone.share and np.array_equal(one.null, alone.null)
+    assert not np.array_equal(one.null, other.null)
+
+
+def test_differences_dealt_out_at_random_explain_a_planted_rise_only_by_luck():
+    g = torch.Generator().manual_seed(2)
+    rows = torch.nn.functional.normalize(torch.randn(60, 40, generator=g), dim=1)
+    rows[1] = -rows[0]
+    sae = sae_of("standard", rows)
+    difference = 0.2 * torch.randn(60, generator=g)
+    difference[0], difference[1] = -4.0, 0.0
+    v = difference @ rows
+    own = projections.median_share([x for x in projections.spurious(sae, v, difference) if x.latent == 1])
+    found = projections.supplied(sae, v[None], [difference], 100)
+    assert own > 0.9 and found.chance.shape == (100, 1) and np.nanmedian(found.chance) < 0.8
+    assert found.share[0] == projections.median_share(projections.spurious(sae, v, difference))
+    assert np.isnan(projections.median_share([]))

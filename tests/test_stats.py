@@ -227,3 +227,10 @@ def test_a_series_too_short_to_show_its_memory_is_refused():
             stats.change_point(series)
     with pytest.raises(ValueError, match="16 finite values"):
         stats.change_point(np.arange(15.0), least=8)
+
+
+def test_a_table_of_seeds_and_units_varies_over_both():
+    units = np.array([1.0, 2, 3, 4])
+    assert stats.over_both([units]) == stats.over(units)
+    apart = stats.over_both(np.array([[0.0], [1.0], [2.0]]) + np.zeros(4))  # the seeds alone differ
+    assert apart.value == 1 and apart.high - 1 == pytest.approx(4.303 / 3**0.5, rel=1e-3)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import a_profile
+from conftest import HARVEST, a_profile
 
 from helpers import study
 from helpers.lm import scoring
@@ -100,3 +100,22 @@ def test_changes_per_token_divide_each_log_p_by_its_tokens(two):
     np.testing.assert_allclose(two.change("joy", v, 0.1, per_token=True)[0], expected, atol=1e-4)
     whole = scoring.log_odds(where, [v[0] / v.norm() * 10], [0.0, 0.1])[0]
     np.testing.assert_allclose(two.change("joy", v, 0.1)[0], whole[1] - whole[0])
+
+
+def test_the_price_of_a_vector_grows_with_its_length_on_the_models_own_replies(lab):
+    vectors = torch.stack([lab.vectors()["joy"], 7 * lab.vectors()["joy"]])
+    low, high = (lab.price("joy", vectors, length, 2) for length in (0.05, 0.2))
+    assert low.shape == (2, 2) and (0 < low).all() and (low < high).all()
+    np.testing.assert_allclose(low[0], low[1], rtol=1e-4)
+
+
+def test_an_sae_out_of_a_registry_has_one_seed_and_no_frozen_twin(lab, monkeypatch):
+    trained = lambda profile, source, device, seed, fast, frozen=False: ((seed, frozen), None)  # noqa: E731
+    monkeypatch.setattr(study.train, "dictionary", trained)
+    lab.__dict__["text"] = (None, None)
+    assert lab.saes((4, 5, 6)) == [(4, False), (5, False), (6, False)] and lab.frozen(4) == (4, True)
+    of_registry = study.Single(
+        Session(sae={"release": "r", "id": "i", "harvest": HARVEST}), lab.model, 1, [1], lab.data
+    )
+    of_registry.__dict__["text"] = (None, None)
+    assert of_registry.saes((4, 5, 6)) == [(4, False)] and of_registry.frozen(4) is None

@@ -185,6 +185,12 @@ def raised(sae: Dictionary, acts: Tensor, latent: int, amount: float) -> Tensor:
         return (sae.decode(codes).float().cpu() + error - acts.float()).double().mean(0)
 
 
+def raised_as_rows(sae: Dictionary, acts: Tensor, latents: Sequence[int], amount: float) -> np.ndarray:
+    """Cosine (latents,) of `raised` with the latent's decoder row, for each of `latents`."""
+    made = torch.stack([raised(sae, acts, latent, amount) for latent in latents])
+    return stats.cosine(made.numpy(), sae.W_dec[list(latents)].detach().double().cpu().numpy())
+
+
 # --- which sparse sum comes closest ------------------------------------------------------------------------------------
 
 
@@ -368,6 +374,35 @@ METHODS: dict[str, Callable[[Dictionary, Tensor, int, Tensor], Decomposition]] =
 }
 
 
+# name -> the same, for what keeps to no number of latents
+WHOLE, DENSE = "with and without v, all latents", "least squares, all latents"
+UNLIMITED: dict[str, Callable[[Dictionary, Tensor, int, Tensor], Decomposition]] = {
+    WHOLE: lambda sae, v, k, acts: store.kept(encode_shift, sae, v, acts),
+    DENSE: lambda sae, v, k, acts: dense(rows_of(sae), v),
+}
+
+
+def rebuilt(method: str, sae: Dictionary, vectors: Tensor, k: int, acts: Tensor) -> Tensor:
+    """What a method of METHODS or UNLIMITED makes of `vectors` (..., d_model): (..., d_model) float32, a thousand at a time."""
+    parts = vectors.reshape(-1, vectors.shape[-1]).split(1000)
+    found = [(METHODS | UNLIMITED)[method](sae, part, k, acts).reconstruction for part in parts]
+    return torch.cat(found).reshape(vectors.shape)
+
+
+def of_pairs(sae: Dictionary, halves: Sequence[tuple[Tensor, Tensor]], k: int) -> Decomposition:
+    """`encode_pairs` for several vectors, each made of its own (pos, neg)."""
+    return joined([encode_pairs(sae, pos, neg, k) for pos, neg in halves])
+
+
+def sign_gain(rows: Tensor, vectors: Tensor, k: int) -> np.ndarray:
+    """What codes of either sign add to the cosine of a gradient pursuit with k of `rows`: (n,), for vectors (n, d_model)."""
+    signed, unsigned = (pursuit(rows, vectors, k, "gradient", signed=sign).cosine for sign in (True, False))
+    return signed - unsigned
+
+
+# --- what of it is the zero vector's -----------------------------------------------------------------------------------
+
+
 def overlap(codes: Tensor, other: Tensor, k: int) -> np.ndarray:
     """Share (n,) of the k largest |codes| (n, latents) that are also among the k largest of `other` (latents,) or (n, latents).
 
@@ -382,33 +417,71 @@ def overlap(codes: Tensor, other: Tensor, k: int) -> np.ndarray:
     return ((mine & theirs).sum(1) / mine.sum(1).clamp_min(1)).double().cpu().numpy()
 
 
+def zero(sae: Dictionary) -> Decomposition:
+    """decode(encode(0)), of which every SAE has an opinion: its biases'."""
+    return encode(sae, torch.zeros(1, sae.cfg.d_in))
+
+
+def shared_with_zero(sae: Dictionary, vectors: Tensor, k: int) -> np.ndarray:
+    """Share (n,) of the k largest codes of each vector (n, d_model) that the zero vector has among its k largest too."""
+    return overlap(encode(sae, vectors).codes, zero(sae).codes, k)
+
+
+def error_over_zero(sae: Dictionary, vectors: Tensor) -> np.ndarray:
+    """|v - decode(encode(v))| over |v - decode(encode(0))|, (n,): 1 where encoding v is no better than encoding nothing."""
+    from_zero = (vectors - zero(sae).reconstruction).norm(dim=1) / vectors.norm(dim=1)
+    return encode(sae, vectors).error / from_zero.double().cpu().numpy()
+
+
+def twice_as_zero(sae: Dictionary, vectors: Tensor) -> np.ndarray:
+    """Cosine (n,) of what decoding and encoding twice makes of each vector (n, d_model) with what it makes of zero."""
+    both = torch.cat([torch.zeros(1, sae.cfg.d_in), vectors.float().cpu()])
+    again = encode(sae, encode(sae, both).reconstruction).reconstruction.numpy()
+    return stats.cosine(again[1:], again[:1])
+
+
+def code_cosine(sae: Dictionary, latent: int, rows: np.ndarray) -> float:
+    """Cosine of the code of the mean of `rows` (n, d_model) with one latent; 0 if nothing is on."""
+    code = encode(sae, torch.from_numpy(rows).mean(0, keepdim=True)).codes[0]
+    return float(code[latent] / code.norm().clamp_min(1e-12))
+
+
 # --- how much of the steering is left ----------------------------------------------------------------------------------
 
 
-def linear_slopes(vectors: Tensor | np.ndarray, gradients: np.ndarray, length: float) -> np.ndarray:
-    """Change of log-odds (n, items) that `vectors` (n, d_model), each brought to `length`, give by the linear response `gradients`
-    (items, d_model) of `propensity.linear_response`. A vector of zeros has none."""
-    v = np.asarray(vectors, np.float64)
-    norm = np.linalg.norm(v, axis=1, keepdims=True)
-    return np.divide(v, norm, out=np.zeros_like(v), where=norm > 0) @ gradients.T * length
+def response(vectors: Tensor | np.ndarray, gradient: np.ndarray, length: float) -> np.ndarray:
+    """Change of the mean log-odds, in nats, that vectors (..., behaviours, d_model), each brought to `length`, give: (..., behaviours).
 
-
-def mean_slopes(slopes: Sequence[np.ndarray], kl: Sequence[np.ndarray] | None = None) -> np.ndarray:
-    """Each behaviour's mean slope (behaviours,) float64, from one array (items,) a behaviour.
-
-    Steering retained is `stats.ratio(mean_slopes(reconstructions), mean_slopes(vectors))`: 1, all of
-    it; 0, none; negative, it steers the wrong way. So compared they are of equal length. At equal KL:
-    with `kl`, one array (prompts,) a behaviour at that length. A small vector's response grows with its
-    length and its KL with the square, so each mean slope is divided by the root of its mean KL; it is 0
-    where there is no KL. ValueError for slopes or KL of another shape.
+    By the linear response, `gradient` (behaviours, d_model): the mean over items of `scoring.linear_response`. A vector of
+    zeros gives none.
     """
-    if any(np.ndim(x) != 1 for x in slopes) or (kl is not None and len(kl) != len(slopes)):
-        shapes, rows = [np.shape(x) for x in slopes], "no" if kl is None else len(kl)
-        raise ValueError(
-            f"slopes of shapes {shapes} and {rows} rows of KL were given; one (items,) a behaviour is wanted"
-        )
-    means = np.array([np.mean(x, dtype=np.float64) for x in slopes])
-    if kl is None:
-        return means
-    price = np.array([np.mean(x, dtype=np.float64) for x in kl])
-    return np.divide(means, np.sqrt(price), out=np.zeros_like(means), where=price > 0)
+    v = np.asarray(vectors, np.float64)
+    norm = np.linalg.norm(v, axis=-1, keepdims=True)
+    unit = np.divide(v, norm, out=np.zeros_like(v), where=norm > 0)
+    return np.einsum("...d,...d->...", unit, gradient) * length
+
+
+def retained(steered: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Steering retained, (...): the responses `steered` (..., behaviours) of reconstructions, summed over behaviours, over
+    those of the vectors, `own` (behaviours,). 1: all of it; 0: none; negative: it steers the wrong way."""
+    return np.asarray(steered, np.float64).sum(-1) / np.sum(own, dtype=np.float64)
+
+
+def retention(steered: np.ndarray, own: np.ndarray) -> stats.Interval | None:
+    """`retained` with its interval over behaviours and, where `steered` is (SAEs, behaviours), over SAEs as well; None where the
+    responses to the vectors, summed, are not clear of zero: there is nothing to divide by."""
+    several, below = np.atleast_2d(np.asarray(steered, np.float64)), np.asarray(own, np.float64)
+    found = stats.ratio_if_clear(several.mean(0), below)
+    if found is None or len(several) == 1:
+        return found
+    units = np.concatenate([below[None], several]).T  # (behaviours, 1 + SAEs)
+    return stats.over(units, lambda part: retained(part[:, 1:].T, part[:, 0]))
+
+
+def at_equal_kl(responses: np.ndarray, kl: np.ndarray) -> np.ndarray:
+    """Responses (..., behaviours) of one length, over the root of their KL: those of one KL, up to a factor.
+
+    A small vector's response grows with its length and its KL with the square. 0 where there is no KL.
+    """
+    price = np.broadcast_to(np.asarray(kl, np.float64), np.shape(responses))
+    return np.divide(responses, np.sqrt(price), out=np.zeros(price.shape), where=price > 0)

@@ -56,6 +56,14 @@ def cell(text: str | Context) -> str:
     return re.sub(r"([\\`*_#|<>\[\]$~])", r"\\\1", text)
 
 
+def label(latent: Latent, before: int = 34, after: int = 12) -> str:
+    """A latent's number and the end of the context in which it fires most, its token in «guillemets»."""
+    if not latent.contexts:
+        return f"{latent.index}   (never fired)"
+    at = latent.contexts[0]
+    return f"{latent.index}   …{at.before[-before:]}«{at.token}»{at.after[:after]}"
+
+
 class Top(NamedTuple):
     """Per latent its n largest codes, at most one a token row: `values`, `rows` and `positions` (latents, n), and the share of
     samples it fired on, `frequency` (latents,). Where a latent fired in fewer rows the values are 0."""

@@ -5,6 +5,7 @@ Pure: codes, vectors and an SAE in, numbers out, each with what chance gives. Fo
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +19,17 @@ from helpers.sae.decompose import Dictionary, check_vectors, codes_of, rows_of, 
 class Negative(NamedTuple):
     """Latents active on either side of contrast pairs: how many (`active`); the `share` more active on the negative side, with
     its `null` (draws,) from pairs with sides shuffled; the share that is so beyond doubt (`reliable`: paired t-test, false
-    discovery rate 5 % over the active) and its null, `reliable_null` (at most 200 draws,); the mean `difference` (latents,)."""
+    discovery rate 5 % over the active) and its null, `reliable_null` (at most 200 draws,); the share that is as reliably more
+    active on the positive side (`raised`); the negative part of the summed |mean difference| (`weight`); that mean
+    `difference` (latents,) itself."""
 
     active: int
     share: float
     null: np.ndarray
     reliable: float
     reliable_null: np.ndarray
+    raised: float
+    weight: float
     difference: Tensor
 
 
@@ -42,6 +47,7 @@ def negative(pos: Tensor, neg: Tensor, draws: int = 500, seed: int = 0) -> Negat
     if not bool(used.any()):
         raise ValueError("no latent is active on either side of any pair: are these codes?")
     gap = (pos - neg)[:, used].double().cpu().numpy()
+    mean = gap.mean(0)
     rng, n = np.random.default_rng(seed), len(gap)
 
     def reliably(rows: np.ndarray) -> float:
@@ -54,12 +60,20 @@ def negative(pos: Tensor, neg: Tensor, draws: int = 500, seed: int = 0) -> Negat
     signs = np.stack([rng.permutation(half) for _ in range(draws)])
     return Negative(
         active=gap.shape[1],
-        share=float((gap.mean(0) < 0).mean()),
+        share=float((mean < 0).mean()),
         null=(signs @ gap < 0).mean(1),
         reliable=reliably(gap),
         reliable_null=np.array([reliably(gap * s[:, None]) for s in signs[:200]]),
+        raised=reliably(-gap),
+        weight=float(-mean.clip(max=0).sum() / np.abs(mean).sum().clip(1e-300)),
         difference=(pos - neg).mean(0).float().cpu(),
     )
+
+
+def of_vectors(sae: Dictionary, halves: Sequence[tuple[Tensor, Tensor]], draws: int, seed: int = 0) -> list[Negative]:
+    """`negative` for several vectors in one SAE, each of its own activations (pos, neg), with shuffles of its own."""
+    codes = [(codes_of(sae, pos).cpu(), codes_of(sae, neg).cpu()) for pos, neg in halves]
+    return [negative(pos, neg, draws, seed + 1000 * i) for i, (pos, neg) in enumerate(codes)]
 
 
 class Spurious(NamedTuple):
@@ -104,3 +118,30 @@ def spurious(sae: Dictionary, vector: Tensor, difference: Tensor) -> list[Spurio
             share = float(best.values[i] / rise[i]) if rise[i] > 0 else float("nan")
         out.append(Spurious(j, float(codes[j]), float(zero[j]), float(difference[j]), source, cosine, share))
     return out
+
+
+def median_share(found: Sequence[Spurious]) -> float:
+    """The median of what single opposed latents supply of the rise of those that rise; NaN where none does."""
+    shares = [one.share for one in found if np.isfinite(one.share)]
+    return float(np.median(shares)) if shares else float("nan")
+
+
+class Supplied(NamedTuple):
+    """`median_share` of each vector's spurious positives, `share` (vectors,), and what it is with differences dealt out at random
+    among the latents that have one, `chance` (draws, vectors)."""
+
+    share: np.ndarray
+    chance: np.ndarray
+
+
+def supplied(sae: Dictionary, vectors: Tensor, differences: Sequence[Tensor], draws: int, seed: int = 0) -> Supplied:
+    """How much single opposed latents explain, for `vectors` (n, d_model) whose pairs differ by `differences` (latents,)."""
+    g, chance = torch.Generator().manual_seed(seed), np.empty((draws, len(vectors)))
+    for i, (v, difference) in enumerate(zip(vectors, differences, strict=True)):
+        used = difference.nonzero()[:, 0]
+        for draw in range(draws):
+            dealt = difference.clone()
+            dealt[used] = difference[used[torch.randperm(len(used), generator=g)]]
+            chance[draw, i] = median_share(spurious(sae, v, dealt))
+    own = [median_share(spurious(sae, v, d)) for v, d in zip(vectors, differences, strict=True)]
+    return Supplied(np.array(own), chance)
