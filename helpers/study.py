@@ -175,6 +175,30 @@ class Two:
             activations.common(*parts)
         return {name: (parts[0], parts[1]) for name, parts in found.items()}
 
+    @property
+    def limit(self) -> float:
+        """The length from which on a residual counts as an outlier of any of the models."""
+        return min(side.limit for train_part, _ in self.texts.values() for side in train_part)
+
+    def shifts(self, items: int = 0, part: str = "test") -> dict[str, dict[str, np.ndarray]]:
+        """By fine-tune and behaviour: how far training moved each held-out item's log-odds, in nats (items,); nothing steered."""
+        none = torch.zeros(1, self.before.model.d_model)
+
+        def odds(one: Single) -> dict[str, np.ndarray]:
+            each = {n: getattr(b, part)[: items or None] for n, b in one.data.items()}
+            scored = {n: propensity.of_items(one.model, x, one.layer) for n, x in each.items()}
+            return {n: scoring.log_odds(where, none, [0.0])[0, 0] for n, where in scored.items()}
+
+        start = odds(self.before)
+        found = {who: odds(one) for who, one in self.fine_tunes.items()}
+        return {who: {n: x - start[n] for n, x in by.items()} for who, by in found.items()}
+
+    def moved(self) -> list[str]:
+        """The behaviours whose dev items preference training moved, either way (95 % over items): they stand for the trained ones
+        where a profile does not say what was trained."""
+        found = {n: stats.over(x) for n, x in self.shifts(part="dev")[self.names[1]].items()}
+        return [n for n, x in found.items() if x.low > 0 or x.high < 0]
+
 
 def _data(s: Session, first: Sequence[str] = (), extra: bool = False) -> dict[str, Behavior]:
     """The profile's behaviours, those of `first` leading; a fast run has few of them, small."""

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from sklearn.decomposition import TruncatedSVD
 
 from helpers import stats
@@ -99,3 +100,72 @@ def test_directions_that_are_not_finite_are_refused():
     ):
         with pytest.raises(ValueError, match="NaN or infinity"):
             call()
+
+
+# --- intervals and nulls -------------------------------------------------------------------------------------------------
+
+
+def test_vectors_with_a_pair_left_out_are_the_mean_of_the_others():
+    pairs = drawn(6, 4)
+    found = overlap.left_out(pairs)
+    assert torch.allclose(found[0], pairs.mean(0)) and torch.allclose(found[3], pairs[[0, 1, 3, 4, 5]].mean(0))
+
+
+def test_an_interval_over_pairs_is_the_t_interval_for_a_number_that_is_linear_in_them():
+    axis, pairs = drawn(4, seed=2), drawn(30, 4)
+    linear = (overlap.left_out(pairs) @ axis).numpy()[None]
+    assert overlap.over_pairs([linear]) == pytest.approx(stats.over((pairs @ axis).numpy()))
+    two = overlap.over_pairs([linear, linear + 1])  # as many again, sampled apart: less noise by half
+    assert two.value == pytest.approx(linear[0, 0] + 0.5)
+    wide, narrow = (x.high - x.low for x in (overlap.over_pairs([linear]), two))
+    assert narrow / wide == pytest.approx(0.5**0.5, abs=0.03)
+    apart = overlap.over_pairs([linear, linear + 1], weights=[1, -1])
+    assert apart.value == pytest.approx(-1) and apart.low < -1 < apart.high
+    seeds = overlap.over_pairs([np.concatenate([linear, linear + 3, linear - 3])])
+    assert seeds.value == pytest.approx(linear[0, 0]) and seeds.high - seeds.low > 2 * wide
+
+
+def test_scores_fire_for_a_planted_vector_and_not_for_a_random_one():
+    atoms = torch.nn.functional.normalize(drawn(40, 60), dim=1)
+    place = overlap.Place(atoms, overlap.principal(drawn(200, 3, seed=4) @ atoms[1:4], 3))
+    inside, outside = atoms[1] + 0.1 * atoms[2], drawn(60, seed=9)
+    found = overlap.scores(torch.stack([inside, outside]), [place, place], 3)
+    assert set(found) == set(overlap.MEASURES) == set(overlap.UNITS)
+    for values in found.values():
+        assert values.shape == (2, 2) and (values[:, 0] > 0.95).all() and (values[:, 1] < 0.8).all()
+
+
+def test_group_means_and_other_choices_are_what_labels_without_meaning_give():
+    null = np.arange(10.0)
+    assert set(overlap.means(null, 1, 500)) == set(null) and overlap.means(null, 10, 3) == pytest.approx([4.5] * 3)
+    values = np.array([5.0, 1, 2, 3])
+    assert overlap.contrast(values, [0]) == 3
+    assert overlap.other_choices(values, [0]).tolist() == pytest.approx([1 - 10 / 3, 2 - 3, 3 - 8 / 3])
+    assert len(overlap.other_choices(values, [0, 1])) == 5
+
+
+def test_rank_correlation_is_spearmans_and_fires_for_pairs_that_belong_together():
+    x = drawn(9, 2, 2).numpy()
+    assert overlap.rank_correlation(x) == pytest.approx(spearmanr(x[:, 0].ravel(), x[:, 1].ravel()).statistic)
+    assert overlap.rank_correlation(np.ones((4, 2, 1))) == 0
+    together = np.stack([x[:, 0], x[:, 0] ** 3], 1)
+    assert stats.p_value(overlap.rank_correlation(together), overlap.paired_anew(together, 300)) < 0.01
+    assert stats.p_value(overlap.rank_correlation(x), overlap.paired_anew(x, 300)) > 0.05
+
+
+def test_spans_and_what_a_part_in_a_span_carries():
+    q, v = drawn(3, 20), drawn(2, 20, seed=1)
+    assert overlap.span_overlap(q[:2], q) == pytest.approx(1) and overlap.span_overlap(v.numpy(), q) < 0.6
+    gradients = drawn(2, 20, seed=3).numpy()
+    whole = (gradients * v.numpy()).sum(1)
+    left = (gradients * overlap.project_out(v, q).numpy()).sum(1)
+    np.testing.assert_allclose(overlap.carried(gradients, v, q), whole - left, atol=1e-10)
+
+
+def test_sets_that_share_much_are_told_from_sets_that_share_by_chance():
+    g = torch.Generator().manual_seed(0)
+    chance = [torch.randperm(200, generator=g)[:20] for _ in range(30)]
+    close = [torch.cat([torch.arange(15), x[:5]]) for x in chance[:3]]
+    null = overlap.shared_by_chance(chance, 3, 200)
+    assert overlap.mean_shared([torch.tensor([1, 2]), torch.tensor([2, 3]), torch.tensor([4])]) == pytest.approx(1 / 9)
+    assert overlap.mean_shared(close) > 0.5 > null.max() and stats.p_value(overlap.mean_shared(chance[:3]), null) > 0.01
