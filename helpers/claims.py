@@ -107,6 +107,21 @@ def identity(tolerance: float) -> Rule:
     return Rule(f"algebra if it is 1 within {tolerance:g} for the data and for noise alike, else fails", decide)
 
 
+def artefact(reached: float, left: float) -> Rule:
+    """The value is `reached` or more only by a mistake: the null, the same measurement with the mistake in it, reaches that, and
+    the value, without it, is below `left`."""
+
+    def decide(found: Found) -> str:
+        if found.value.high < left:
+            return "artefact" if found.null >= reached else "fails"
+        return "holds" if found.value.low > reached else "undecided"
+
+    words = (
+        f"artefact if it is {reached:g} or more with the mistake, and its 95 % interval lies below {left:g} without it"
+    )
+    return Rule(f"{words}; holds if that lies above {reached:g}, else fails or undecided", decide)
+
+
 def reproduces(published: float, tolerance: float) -> Rule:
     """`holds` if the value lies within `tolerance` (a share) of a published number and the null does not."""
     reach = tolerance * abs(published)
@@ -227,13 +242,16 @@ class Ledger:
         return claim
 
     def judge(
-        self, id: str, value: Interval | None, null: float | Sequence[float] | np.ndarray, ceiling: float | None = None
-    ) -> Claim:
+        self, id: str, value: Interval | None, null: float | Sequence[float] | np.ndarray, ceiling: float | None = None,
+        unless: str = "",
+    ) -> Claim:  # fmt: skip
         """Put a number to a claim: its interval and the null's draws, made by the same function as the value, or its one number.
 
-        The verdict is the rule's. Judged again it is replaced. None, which `stats.ratio_if_clear` gives, is not run. ValueError for a claim not stated, or numbers that are none.
+        The verdict is the rule's. Judged again it is replaced. None, which `stats.ratio_if_clear` gives, is not run, and neither is anything where `unless` says which condition is missing. ValueError for a claim not stated, or numbers that are none.
         """
         self._known(id)
+        if unless:
+            return self.not_run(id, unless)
         if value is None:
             return self.not_run(id, "what it would be divided by is not clear of zero")
         draws = np.atleast_1d(np.asarray(null, np.float64)).ravel()

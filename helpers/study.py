@@ -21,6 +21,7 @@ from helpers.claims import table
 from helpers.lm import models, reading, replies, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
+from helpers.pair import patching
 from helpers.sae import activations, harvest, train
 from helpers.sae.activations import Pair, Samples
 from helpers.sae.saes import Loaded
@@ -31,6 +32,7 @@ from helpers.steering.caa import Halves
 
 ANSWERS, SYSTEM = "answer pairs", "system pairs"
 RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", "shuffled labels", "another behaviour"
+UNRELATED, SECOND = "unrelated", "second seed"  # the fine-tune without preferences; the base's SAE from another seed
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
 FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS = 3, 6, 6
 
@@ -160,7 +162,7 @@ class Two:
     @property
     def fine_tunes(self) -> dict[str, Single]:
         """By name: the model after preference training, then the unrelated one."""
-        return {self.names[1]: self.after} | ({"unrelated": self.unrelated} if self.unrelated else {})
+        return {self.names[1]: self.after} | ({UNRELATED: self.unrelated} if self.unrelated else {})
 
     @cached_property
     def texts(self) -> dict[str, tuple[Pair, Pair]]:
@@ -180,6 +182,11 @@ class Two:
         """The length from which on a residual counts as an outlier of any of the models."""
         return min(side.limit for train_part, _ in self.texts.values() for side in train_part)
 
+    @property
+    def models(self) -> dict[str, Single]:
+        """All models by name, the base first."""
+        return {self.names[0]: self.before} | self.fine_tunes
+
     def shifts(self, items: int = 0, part: str = "test") -> dict[str, dict[str, np.ndarray]]:
         """By fine-tune and behaviour: how far training moved each held-out item's log-odds, in nats (items,); nothing steered."""
         none = torch.zeros(1, self.before.model.d_model)
@@ -193,11 +200,17 @@ class Two:
         found = {who: odds(one) for who, one in self.fine_tunes.items()}
         return {who: {n: x - start[n] for n, x in by.items()} for who, by in found.items()}
 
-    def moved(self) -> list[str]:
-        """The behaviours whose dev items preference training moved, either way (95 % over items): they stand for the trained ones
-        where a profile does not say what was trained."""
-        found = {n: stats.over(x) for n, x in self.shifts(part="dev")[self.names[1]].items()}
-        return [n for n, x in found.items() if x.low > 0 or x.high < 0]
+    def spreads(self) -> dict[str, float]:
+        """The standard deviation of each behaviour's log-odds over its test items in the base, in nats: the unit in which
+        behaviours compare, whose completions are of any length."""
+        none = torch.zeros(1, self.before.model.d_model)
+        odds = {n: scoring.log_odds(where, none, [0.0])[0, 0] for n, where in self.before.tested().items()}
+        return {n: float(x.std(ddof=1)) for n, x in odds.items()}
+
+    def moved_on_dev(self) -> list[str]:
+        """The behaviours whose dev items preference training moved, either way: they stand for the trained ones where a profile
+        does not say what was trained."""
+        return patching.moving(self.shifts(part="dev")[self.names[1]])
 
 
 def _data(s: Session, first: Sequence[str] = (), extra: bool = False) -> dict[str, Behavior]:

@@ -68,6 +68,14 @@ def test_algebra_and_reproduction_need_the_null_too(ledger):
     )
 
 
+def test_an_artefact_is_there_with_the_mistake_and_gone_without_it(ledger):
+    rule = claims.artefact(0.4, 0.1)
+    assert judged(ledger, rule, (0.01, 0.01, 0.01), 0.5).verdict == "artefact"
+    assert judged(ledger, rule, (0.01, 0.01, 0.01), 0.2).verdict == "fails"  # the mistake does not make it either
+    assert judged(ledger, rule, (0.5, 0.45, 0.6), 0.5).verdict == "holds"
+    assert judged(ledger, rule, (0.2, 0.05, 0.3), 0.5).verdict == "undecided"
+
+
 def test_p_values_count_the_draws_and_are_corrected_within_a_family(ledger):
     draws = np.arange(99.0)
     for i in range(3):

@@ -1,10 +1,12 @@
 """Curves laid over one another at an event, and series over words, show the numbers they are given."""
 
+import json
+
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from helpers import figures
+from helpers import figures, session
 
 
 def test_series_of_different_lengths_are_averaged_at_the_same_distance_from_their_starts():
@@ -39,3 +41,15 @@ def test_text_is_shown_letter_by_letter():
     figure = figures.over_words(["$x", "_{", "$"], {"a": {"v": [1, 2, 3]}}, 1, "t", {"v": "red"})
     figure.canvas.draw()  # a formula cut short would raise here
     plt.close(figure)
+
+
+def test_panels_side_by_side_and_heat_maps_save_what_they_show(monkeypatch, tmp_path):
+    monkeypatch.setenv("REPORT_DIR", str(tmp_path))
+    s = session.start("00_base")
+    one = {"series": {"v": [(1.0, 0.5, 1.5), None]}, "null": [(0.0, 0.2)] * 2, "xlabel": "x", "verdict": "holds"}
+    figures.forests(s, "two", ["a", "b"], {"left": one, "right": {"series": {"v": [None, None]}, "xlabel": "y"}})
+    saved = json.loads((s.figures / "00_two.json").read_text())
+    assert saved["rows"] == ["a", "b"] and saved["panels"]["left"]["series"]["v"] == [[1.0, 0.5, 1.5], None]
+    values = np.array([[0.5, -0.25]])
+    figures.heat(s, "map", values, ["a"], ["b", "c"], values > 0.3, title="t")
+    assert json.loads((s.figures / "00_map.json").read_text())["framed"] == [[True, False]]

@@ -27,13 +27,14 @@ def two(tiny, cache):
 
 def test_shifts_are_those_of_the_items_and_none_for_a_model_that_did_not_change(two):
     found = two.shifts(items=3)
-    assert list(found) == ["after"] and {n: len(x) for n, x in found["after"].items()} == {"joy": 3, "format": 3}
-    assert np.abs(found["after"]["joy"]).max() > 0
+    assert list(two.models) == ["before", "after"] and list(found) == ["after"]
+    assert {n: len(x) for n, x in found["after"].items()} == {"joy": 3, "format": 3}
+    assert np.abs(found["after"]["joy"]).max() > 0 and all(x > 0 for x in two.spreads().values())
     same = study.Two(two.before, two.before, None, ("before", "after"), [])
-    assert not any(x.any() for x in same.shifts()["after"].values()) and same.moved() == []
+    assert not any(x.any() for x in same.shifts()["after"].values()) and same.moved_on_dev() == []
 
 
 def test_behaviours_whose_dev_items_moved_stand_for_the_trained_ones(two, monkeypatch):
     shifts = {"joy": np.array([1.0, 1.1, 0.9, 1.0]), "format": np.array([1.0, -1.0, 2.0, -2.0])}
     monkeypatch.setattr(study.Two, "shifts", lambda self, part: {"after": shifts})
-    assert two.moved() == ["joy"]
+    assert two.moved_on_dev() == ["joy"]

@@ -190,6 +190,7 @@ class Written(NamedTuple):
     def read(self, n: int, deal: int | None = None) -> Tensor:
         """The differences (tokens, d_model) that the bias and the n most used latents make up. `deal`, a seed: the same codes
         on n latents drawn at random, which is what any n rows would do with them."""
+        n = min(n, len(self.rows))
         chosen = torch.arange(n)
         if deal is not None:
             chosen = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(deal))[:n]

@@ -8,7 +8,8 @@ certainly lies inside. Principal angles: Bjorck & Golub 1973. Description length
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 
@@ -124,6 +125,18 @@ class Place(NamedTuple):
     components: Tensor
 
 
+def places(rows: Mapping[str, Tensor], latents: Mapping[tuple[str, int], Tensor], r: int) -> dict[str, list[Place]]:
+    """Where to look, by model: the mean and the r principal components of its `rows` (tokens, d_model), with each of its dictionaries'
+    `latents` (latents, d_model), the most used first, by (model, seed). As many of each, for more rows come closer to anything."""
+    live = min(len(x) for x in latents.values())
+    means = {who: x.double().mean(0, keepdim=True).cpu() for who, x in rows.items()}
+    components = {who: principal(x, r) for who, x in rows.items()}
+    found: dict[str, list[Place]] = {who: [] for who in rows}
+    for (who, _), x in latents.items():
+        found[who].append(Place(torch.cat([means[who], x[:live].double().cpu()]), components[who]))
+    return found
+
+
 SPARSE, USED, COMPONENTS, BEST = "k-sparse sum", "most used latents", "principal components", "best latent"
 MEASURES: dict[str, Callable[[Tensor, Place, int], np.ndarray]] = {
     SPARSE: lambda v, place, k: sparse(v, place.atoms.float(), k),
@@ -134,10 +147,12 @@ MEASURES: dict[str, Callable[[Tensor, Place, int], np.ndarray]] = {
 UNITS = {SPARSE: "cosine", USED: "of squared length", COMPONENTS: "of squared length", BEST: "cosine"}
 
 
-def scores(vectors: Tensor, places: Sequence[Place], k: int) -> dict[str, np.ndarray]:
-    """By measure, how much of `vectors` (n, d_model) lies in each of `places`, (places, n): cosine with the best sum of k atoms;
-    share of the squared length in the mean and k atoms, or in k components; the largest cosine with one atom."""
-    return {name: np.stack([measure(vectors, place, k) for place in places]) for name, measure in MEASURES.items()}
+def scores(groups: Mapping[str, Tensor], places: Sequence[Place], k: int) -> dict[str, dict[str, np.ndarray]]:
+    """By measure and group, how much of the group's vectors (n, d_model) lies in each of `places`, (places, n): cosine with the best
+    sum of k atoms; share of the squared length in the mean and k atoms, or in k components; the largest cosine with one atom."""
+    every, ends = torch.cat(list(groups.values())), np.cumsum([len(x) for x in groups.values()])[:-1]
+    found = {name: np.stack([f(every, place, k) for place in places]) for name, f in MEASURES.items()}
+    return {m: dict(zip(groups, np.split(values, ends, axis=1), strict=True)) for m, values in found.items()}
 
 
 def left_out(pairs: Tensor) -> Tensor:
@@ -166,8 +181,83 @@ def over_pairs(found: Sequence[np.ndarray], weights: Sequence[float] | None = No
 
 def means(null: np.ndarray, size: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
     """Means (draws,) of `size` different entries of `null` (n,), drawn at random: what as many behaviours would give by chance."""
+    return _groups(null, size, draws, seed).mean(1)
+
+
+def largest(null: np.ndarray, size: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """The same with the largest of each draw: what the best of as many behaviours would give."""
+    return _groups(null, size, draws, seed).max(1)
+
+
+def _groups(null: np.ndarray, size: int, draws: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return np.array([null[rng.choice(len(null), size, replace=False)].mean() for _ in range(draws)])
+    return np.stack([null[rng.choice(len(null), size, replace=False)] for _ in range(draws)])
+
+
+class Ruler(NamedTuple):
+    """A scale on which random vectors are 0 in the mean, and what certainly lies inside is 1: `of(x)`. `able`: the behaviours whose
+    own ceiling is told from random vectors; of the others no overlap could be seen."""
+
+    floor: float
+    span: float
+    able: list[str]
+
+    def of(self, x: np.ndarray | Interval) -> np.ndarray:
+        """Numbers on this scale."""
+        return (np.asarray(x) - self.floor) / self.span
+
+
+def ruler(null: np.ndarray, ceilings: Mapping[str, float], group: Sequence[str], p: float = 0.05) -> Ruler | None:
+    """The scale of a group of behaviours from the null's draws (n,) and the `ceilings`; None where none is told from the null."""
+    able = [name for name in group if stats.p_value(ceilings[name], null) < p]
+    floor = float(np.mean(null))
+    return Ruler(floor, float(np.mean([ceilings[n] for n in able])) - floor, able) if able else None
+
+
+class Reading(NamedTuple):
+    """What a ruler reads: `found`, and the null's draws. None, and no draws, where there is no ruler."""
+
+    found: Interval | None
+    null: np.ndarray
+
+
+NOTHING = Reading(None, np.zeros(0))
+
+
+def read(scale: Ruler | None, found: Mapping[str, np.ndarray], null: np.ndarray, pairs: bool, seed: int = 0) -> Reading:
+    """The mean over a ruler's behaviours with its interval, and means of as many of the null's draws (n,).
+
+    `found`: (seeds, 1 + pairs) a behaviour, as `over_pairs` wants it. The interval ranges over `pairs`, the behaviours taken as
+    given, or over behaviours, of which there must be three.
+    """
+    if scale is None or not pairs and len(scale.able) < 3:
+        return NOTHING
+    each = [scale.of(found[n]) for n in scale.able]
+    interval = over_pairs(each) if pairs else stats.over([x[:, 0].mean() for x in each])
+    return Reading(interval, means(scale.of(null), len(each), seed=seed))
+
+
+def read_more(scale: Ruler | None, found: Mapping[str, np.ndarray], group: Sequence[str]) -> Reading:
+    """How much more a group's mean is than that of the others, over pairs; the null is every other group as large."""
+    others = [n for n in found if n not in group]
+    if scale is None or not others:
+        return NOTHING
+    weights = [1 / len(group) if n in group else -1 / len(others) for n in found]
+    whole = scale.of(np.array([x[:, 0].mean() for x in found.values()]))
+    names = list(found)
+    gap = over_pairs([scale.of(x) for x in found.values()], weights)
+    return Reading(gap, other_choices(whole, [names.index(n) for n in group]))
+
+
+def read_span(vectors: Tensor, ceiling: Tensor, sets: Tensor, inside: Tensor, less: Sequence[Tensor] = ()) -> Reading:
+    """`span_overlap` of all `vectors` (n, d_model) together, on the scale from that of random `sets` (draws, n, d_model) to that of
+    the `ceiling` (n, d_model); over vectors, which are one a behaviour."""
+    find = partial(span_overlap, inside=inside, less=less)
+    null = np.array([find(x) for x in sets])
+    scale = ruler(null, {"all": find(ceiling)}, ["all"])
+    if scale is None:
+        return NOTHING
+    return Reading(Interval(*map(float, scale.of(stats.over(vectors.numpy(), find)))), scale.of(null))
 
 
 def contrast(values: np.ndarray, chosen: Sequence[int]) -> float:
@@ -195,9 +285,12 @@ def paired_anew(points: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndar
     return np.array([rank_correlation(x) for x in dealt])
 
 
-def span_overlap(vectors: Tensor | np.ndarray, directions: Tensor) -> float:
-    """Mean squared cosine of the principal angles between the spans of `vectors` (m, d_model) and of `directions` (n, d_model)."""
-    return float((principal_cosines(torch.as_tensor(vectors), directions) ** 2).mean())
+def span_overlap(vectors: Tensor | np.ndarray, inside: Tensor, less: Sequence[Tensor] = ()) -> float:
+    """Mean squared cosine of the principal angles between the spans of `vectors` (m, d_model) and of `inside` (n, d_model), less
+    that with each of `less`."""
+    v = torch.as_tensor(vectors)
+    first, *other = (float((principal_cosines(v, q) ** 2).mean()) for q in (inside, *less))
+    return first - sum(other)
 
 
 def carried(gradients: np.ndarray, vectors: Tensor, directions: Tensor) -> np.ndarray:

@@ -8,7 +8,7 @@ Recovered KL of spliced-in differences: Minder et al. 2025 (arXiv:2504.02922), s
 """
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -238,6 +238,10 @@ class Both:
         """KL(chat || base) in nats a token (conversations,), with `rows` (changed tokens, d_model) added to the base."""
         return self.base.kl(self.chat, None if rows is None else self.change.laid(rows))
 
+    def recovered(self, rows: Tensor, groups: Sequence[str]) -> np.ndarray:
+        """How much of that KL goes with `rows`, summed over each of the `groups` (conversations,): see `by_group`."""
+        return by_group(self.kl() - self.kl(rows), groups)
+
     @cached_property
     def shift(self) -> np.ndarray:
         """How far training moved the log-odds of each of `answers`' items, in nats (items,)."""
@@ -255,14 +259,16 @@ class Both:
         """`added` (items,) by the base model's gradient."""
         return odds(self.base.first_order(self.change.laid(rows)))
 
-    def along(self, directions: Tensor) -> np.ndarray:
-        """`first_order` of the change's part along each of `directions` (n, d_model) alone: (n, items)."""
-        unit = (directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-300)).double()
+    def along(self, parts: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """`first_order` of the change's part along each direction alone: (n, items) for each of `parts` (n, d_model)."""
+        every = torch.cat([q.double() for q in parts.values()])
+        unit = every / every.norm(dim=1, keepdim=True).clamp_min(1e-300)
         gradient = self.base.gradients[torch.cat(self.change.there)].double()
         each = (self.rows.double() @ unit.T) * (gradient @ unit.T)
         of = torch.repeat_interleave(torch.tensor([int(t.sum()) for t in self.change.there]))
-        sums = torch.zeros(len(self.change.there), len(directions), dtype=torch.float64).index_add_(0, of, each)
-        return odds(sums.T.numpy())
+        sums = torch.zeros(len(self.change.there), len(every), dtype=torch.float64).index_add_(0, of, each)
+        ends = np.cumsum([len(q) for q in parts.values()])[:-1]
+        return dict(zip(parts, np.split(odds(sums.T.numpy()), ends), strict=True))
 
 
 def both(base: LM, chat: LM, sequences: Sequence[Tokens], layer: int, limit: float = float("inf")) -> Both:
@@ -297,18 +303,42 @@ def by_group(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     return np.asarray(values, np.float64) @ member
 
 
-def mediated(tops: Sequence[np.ndarray], bottoms: Sequence[np.ndarray]) -> Interval | None:
-    """The sum over behaviours of what a part of a change does over that of what the whole does, one (items,) a behaviour each.
+def of_whole(table: np.ndarray) -> np.ndarray:
+    """Sums over units of a table (units, 1 + parts): each part's over that of the first column, the whole; (parts,)."""
+    return table[:, 1:].sum(0) / table[:, 0].sum()
 
-    Behaviours are signed by what the whole does. The interval ranges over behaviours where there are three or more, else over
-    the items of those given. None where what the whole does is not clear of zero, or no behaviour was given.
+
+def moving(shifts: Mapping[str, np.ndarray]) -> list[str]:
+    """The names whose mean shift over items (items,) is clear of zero, either way (95 %)."""
+    found = {name: stats.over(x) for name, x in shifts.items()}
+    return [name for name, x in found.items() if x.low > 0 or x.high < 0]
+
+
+def ratio(tops: Sequence[np.ndarray], bottoms: Sequence[np.ndarray]) -> Interval | None:
+    """The sum of `tops` over that of `bottoms`, one (items,) a behaviour each.
+
+    The interval ranges over behaviours where there are three or more, else over the items of those given, which are then taken
+    as given. None where the sum below is not clear of zero, or no behaviour was given.
     """
     if not tops:
         return None
-    sign = [np.sign(np.mean(x)) for x in bottoms]
-    above, below = (
-        [s * np.asarray(x, np.float64) for s, x in zip(sign, side, strict=True)] for side in (tops, bottoms)
-    )
-    if len(above) > 2:
-        return stats.ratio_if_clear([x.mean() for x in above], [x.mean() for x in below])
-    return stats.ratio_if_clear(np.concatenate(above), np.concatenate(below))
+    if len(tops) > 2:
+        return stats.ratio_if_clear([float(np.mean(x)) for x in tops], [float(np.mean(x)) for x in bottoms])
+    return stats.ratio_if_clear(np.concatenate(tops), np.concatenate(bottoms))
+
+
+class Mediated(NamedTuple):
+    """What own directions carry of what other ones do, less what random ones carry in the mean: `found`, None where the others
+    do nothing, and the same for each random draw, `null` (draws,)."""
+
+    found: Interval | None
+    null: np.ndarray
+
+
+def mediated(own: Sequence[np.ndarray], random: Sequence[np.ndarray], whole: Sequence[np.ndarray]) -> Mediated:
+    """`own` and `whole` (items,) and `random` (draws, items) for each behaviour, all signed the way the behaviour moved."""
+    if not own:
+        return Mediated(None, np.zeros(0))
+    draws = np.sum([x.mean(1) for x in random], axis=0) / np.sum([x.mean() for x in whole])
+    level = float(draws.mean())
+    return Mediated(ratio([a - level * b for a, b in zip(own, whole, strict=True)], whole), draws - level)
