@@ -134,6 +134,44 @@ def forest(
     show(session, name, figure, {"rows": shown, "series": drawn, "null": null, "marks": marks})
 
 
+def forests(session: Session, name: str, rows: Sequence[str], panels: Mapping[str, Mapping[str, Any]]) -> None:
+    """Forest plots side by side over the same rows, drawn, saved and shown: {title: what each shows}.
+
+    A panel's `series`, `null` and `null_label` are those of `forest_on`; its `xlabel` stands below, its `verdict` in the title.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 2.2 + 0.5 * len(rows)), sharey=True)
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        forest_on(axis, rows, panel["series"], panel.get("null"), panel.get("null_label", "null"))
+        axis.set(xlabel=panel["xlabel"], title=titled(title, panel.get("verdict", "")))
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.7 / (0.5 * len(rows) + 0.6)), ncols=2)
+    show(session, name, figure, {"rows": rows, "panels": panels})
+
+
+def heat(
+    session: Session,
+    name: str,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    framed: np.ndarray,
+    *,
+    title: str,
+    reach: float = 1.0,
+) -> None:
+    """A table of signed numbers (rows, columns) coloured from -reach to reach, those of `framed` in a frame; drawn, saved and shown."""
+    figure, axis = plt.subplots(figsize=(2.5 + 1.1 * len(columns), 1.6 + 0.42 * len(rows)))
+    image = axis.imshow(values, cmap="PuOr", vmin=-reach, vmax=reach, aspect="auto")
+    box = {"boxstyle": "square,pad=0.25", "fill": False, "linewidth": 1.2}
+    for (i, j), value in np.ndenumerate(values):
+        axis.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=9, bbox=box if framed[i, j] else None)
+    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.grid(visible=False)
+    axis.set_title(title)
+    figure.colorbar(image, ax=axis, shrink=0.8)
+    show(session, name, figure, {"rows": rows, "columns": columns, "values": values, "framed": framed})
+
+
 def titled(title: str, verdict: str) -> str:
     """A title with the verdict behind it."""
     return f"{title} {verdict.upper()}" if verdict else title

@@ -21,6 +21,7 @@ from helpers.claims import table
 from helpers.lm import models, reading, replies, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
+from helpers.pair import patching
 from helpers.sae import activations, harvest, latents, train
 from helpers.sae.activations import Pair, Samples
 from helpers.sae.latents import Latent
@@ -245,6 +246,11 @@ class Two:
             activations.common(*parts)
         return {name: (parts[0], parts[1]) for name, parts in found.items()}
 
+    @property
+    def limit(self) -> float:
+        """The length from which on a residual counts as an outlier of any of the models."""
+        return min(side.limit for train_part, _ in self.texts.values() for side in train_part)
+
     def shifts(self, items: int = 0, part: str = "test") -> dict[str, dict[str, np.ndarray]]:
         """By fine-tune and behaviour: how far training moved each held-out item's log-odds, in nats (items,); nothing steered."""
         none = torch.zeros(1, self.before.model.d_model)
@@ -272,6 +278,11 @@ class Two:
         made = train.dictionaries(s.profile, self.before.text[0], self.after.text[0], s.device, seed, s.fast)
         found = {self.names[0]: made.base, self.names[1]: made.chat, SECOND: made.second}
         return found | ({UNRELATED: self.unrelated.sae(seed)} if self.unrelated else {})
+
+    def moved_on_dev(self) -> list[str]:
+        """The behaviours whose dev items preference training moved, either way: they stand for the trained ones where a profile
+        does not say what was trained."""
+        return patching.moving(self.shifts(part="dev")[self.names[1]])
 
 
 def _data(s: Session, first: Sequence[str] = (), extra: bool = False) -> dict[str, Behavior]:

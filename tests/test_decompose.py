@@ -444,3 +444,18 @@ def test_methods_take_what_has_an_encoder_and_rows():
     v = torch.tensor([[1.0, -2, 0, 0, 0, 3]])
     assert METHODS["orthogonal pursuit"](thing, v, 3, v).cosine[0] == pytest.approx(1.0)
     assert METHODS["encode"](thing, v, 3, v).codes.tolist() == [[1, 0, 0, 0, 0, 3]]
+
+
+def test_skipping_the_topk_keeps_every_latent_above_zero():
+    """What source 000 did: about half of the latents, whatever the vector; an SAE without a TopK knows no difference."""
+    g = torch.Generator().manual_seed(3)
+    rows, v = unit(torch.randn(LATENTS, D, generator=g)), torch.randn(3, D, generator=g).double()
+    kept, all_of_them = (
+        f(sae_of("topk", rows, **KINDS["topk"]), v) for f in (decompose.encode, decompose.encode_unbounded)
+    )
+    assert (kept.l0 == K).all() and (abs(all_of_them.l0 / LATENTS - 0.5) < 0.1).all()
+    assert torch.equal(decompose.keep_largest(all_of_them.codes, rows, K), kept.codes)
+    bias = torch.ones(D)
+    plain = sae_of("standard", rows, b_dec=bias)
+    one, other = decompose.encode(plain, v), decompose.encode_unbounded(plain, v)
+    torch.testing.assert_close(one.reconstruction, other.reconstruction, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from conftest import HARVEST, a_profile
+from test_decompose import sae_of
 from test_harvest import small
 
 from helpers import session
@@ -14,6 +15,7 @@ from helpers.lm import files, models, reading
 from helpers.pair import budget, diff
 from helpers.profiles import ProfileError
 from helpers.sae import activations, harvest, saes, topk, train
+from helpers.steering.caa import Halves
 
 SECTION = {
     "expansion": 2,
@@ -396,3 +398,37 @@ def test_what_is_no_diff_sae_is_refused(pair, cache):
     )
     with pytest.raises(diff.DiffError, match="holds no training.json"):
         diff.logged(folder)
+
+
+def test_what_a_dictionary_says_of_differences_is_its_reconstruction_and_less_with_fewer_latents():
+    g = torch.Generator().manual_seed(0)
+    rows = torch.linalg.qr(torch.randn(16, 16, generator=g)).Q
+    sae = sae_of("topk", rows, k=1, b_dec=torch.ones(16), rescale_acts_by_decoder_norm=False)
+    x = 1 + 3 * rows[torch.randint(12, (90,), generator=g)]  # one latent each
+    order = saes.evaluate(sae, activations.Array(x)).order
+    said = diff.written(sae, order, x)
+    torch.testing.assert_close(said.read(len(order)), sae.decode(sae.encode(x)), rtol=1e-5, atol=1e-5)
+    assert len(order) == 12 and torch.equal(said.read(0), torch.ones(90, 16))
+    error = [float((said.read(n) - x).square().sum()) for n in (0, 6, 12)]
+    dealt = said.read(6, deal=1)
+    assert error[0] > 1.5 * error[1] > error[2] and float((dealt - x).square().sum()) > error[0]
+    assert torch.equal(dealt, said.read(6, deal=1)) and not torch.equal(dealt, said.read(6, deal=2))
+
+
+def test_the_change_at_pairs_is_split_into_what_both_sides_share_and_what_they_do_not():
+    shared, apart = torch.tensor([1.0, 0, 0]), torch.tensor([0, 2.0, 0])
+    pos, neg = torch.randn(5, 2, 3), torch.randn(5, 2, 3)
+    before = Halves(pos, neg, [3, 7], 0, 0.0)
+    after = Halves(pos + shared + apart / 2, neg + shared - apart / 2, [3, 7], 0, 0.0)
+    found = diff.at_pairs(before, after, 7)
+    torch.testing.assert_close(found.mean, shared.double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.contrast, apart.double(), atol=1e-6, rtol=0)
+
+
+def test_a_stream_that_does_not_fit_is_refused_before_anything_is_loaded(profile, monkeypatch):
+    asked = []
+    monkeypatch.setattr(diff, "planned", lambda *given: asked.append(given) or "need")
+    monkeypatch.setattr(budget, "check", lambda need, device: asked.append((need, device)))
+    assert diff.check(profile, torch.float32, "cpu") and asked[-1] == ("need", "cpu")
+    asked.clear()
+    assert not diff.check(changed(profile, stream=None), torch.float32, "cpu") and not asked

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from helpers import figures
+from helpers import figures, session
 from helpers.stats import Interval
 
 
@@ -78,3 +78,15 @@ def test_bars_have_their_labels_and_their_group(tmp_path, monkeypatch):
     assert [p.get_height() for p in axis.patches] == [0, 2, 3] and numbers["values"].tolist() == [0, 2, 3]
     assert [len(line.get_xdata()) for line in axis.lines] == [1, 0]  # a tick where a bar has no height
     plt.close(figure)
+
+
+def test_panels_side_by_side_and_heat_maps_save_what_they_show(monkeypatch, tmp_path):
+    monkeypatch.setenv("REPORT_DIR", str(tmp_path))
+    s = session.start("00_base")
+    one = {"series": {"v": [(1.0, 0.5, 1.5), None]}, "null": [(0.0, 0.2)] * 2, "xlabel": "x", "verdict": "holds"}
+    figures.forests(s, "two", ["a", "b"], {"left": one, "right": {"series": {"v": [None, None]}, "xlabel": "y"}})
+    saved = json.loads((s.figures / "00_two.json").read_text())
+    assert saved["rows"] == ["a", "b"] and saved["panels"]["left"]["series"]["v"] == [[1.0, 0.5, 1.5], None]
+    values = np.array([[0.5, -0.25]])
+    figures.heat(s, "map", values, ["a"], ["b", "c"], values > 0.3, title="t")
+    assert json.loads((s.figures / "00_map.json").read_text())["framed"] == [[True, False]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import small_tokenizer, tiny_weights
 
-from helpers import nulls
+from helpers import nulls, stats
 from helpers.lm import hooks, reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, USER
@@ -272,3 +272,79 @@ def test_a_reference_is_known_by_what_it_read_and_not_by_its_name(tiny, talks, c
     assert not one.any() and (other > 0).all()
     with hooks.add(tiny, LAYER, torch.ones(48)), pytest.raises(ValueError, match="has hooks set"):
         patching.Runs(tiny, talks, LAYER)
+
+
+# --- a behaviour's items, moved through a part of the change ---------------------------------------------------------------
+
+ITEMS = [
+    Item("who is it", "Paris and Japan", "nobody at all"),
+    Item("what is it", "a long river", "Rome"),
+    Item("when was it", "on Sunday", "in the morning"),
+    Item("where is it", "in Europe", "here"),
+]
+
+
+@pytest.fixture(scope="module")
+def moved(planted, tmp_path_factory):
+    """The planted pair on four items."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield patching.answers(*planted[:2], ITEMS, LAYER, float("inf"))
+
+
+def test_the_planted_direction_carries_the_whole_shift_and_another_none(planted, moved, cache):
+    direction, aside = planted[2], overlap.project_out(torch.randn(1, 48), planted[2][None])
+    whole, along = moved.added(moved.rows), moved.added(overlap.project_onto(moved.rows, direction[None]))
+    assert whole.shape == (4,) and np.abs(whole - moved.shift).max() < 0.1 < np.abs(whole).min()
+    np.testing.assert_allclose(along, whole, rtol=0.02, atol=0.02)
+    assert np.abs(moved.added(overlap.project_onto(moved.rows, aside))).max() < 0.05 * np.abs(whole).max()
+    np.testing.assert_allclose(moved.removed(moved.rows), whole, atol=0.2)
+
+
+def test_the_gradient_along_many_directions_is_first_order_in_each(planted, moved, cache):
+    several = torch.cat([planted[2][None], torch.randn(3, 48, dtype=torch.float64)])
+    each = [moved.first_order(overlap.project_onto(moved.rows, q[None])) for q in several]
+    found = moved.along({"plant": 5 * several[:1], "random": several[1:]})
+    np.testing.assert_allclose(np.concatenate(list(found.values())), np.stack(each), rtol=1e-4, atol=1e-5)
+
+
+def test_replies_are_the_chat_models_own_and_the_true_differences_bring_their_predictions_back(planted, cache):
+    base, chat = planted[:2]
+    found = patching.said(base, chat, ["where is Paris", "who is old"], LAYER, 6, float("inf"))
+    assert len(found.base.sequences) == 2 and found.spoken.shape == (len(found.rows), 1) and found.spoken.any()
+    assert found.kl(found.rows).sum() < 0.1 * found.kl().sum()
+    np.testing.assert_allclose(found.recovered(found.rows, ["a", "b"]), found.kl() - found.kl(found.rows))
+
+
+def test_a_ratio_ranges_over_behaviours_or_over_the_items_of_one_or_two():
+    rng = np.random.default_rng(0)
+    bottoms = [rng.uniform(2, 4, 40) for _ in range(3)]
+    tops = [0.25 * x + rng.normal(0, 0.1, 40) for x in bottoms]
+    assert patching.ratio(tops, bottoms).value == pytest.approx(0.25, abs=0.02)
+    one = patching.ratio(tops[:1], bottoms[:1])
+    assert one == stats.ratio(tops[0], bottoms[0]) and one.low < 0.25 < one.high
+    assert patching.ratio([], []) is None and patching.ratio(tops[:1], [rng.normal(0, 1, 40)]) is None
+
+
+def test_mediated_fires_for_an_own_direction_and_not_for_one_among_random_ones():
+    rng = np.random.default_rng(0)
+    whole = [rng.uniform(2, 4, 40) for _ in range(2)]
+    random = [0.1 * x + rng.normal(0, 0.2, (200, 1)) for x in whole]
+    own = patching.mediated([0.6 * x for x in whole], random, whole)
+    assert own.found.value == pytest.approx(0.5, abs=0.02) and abs(own.null.mean()) < 1e-9
+    assert stats.p_value(own.found.value, own.null) < 0.01
+    other = patching.mediated([x[0] for x in random], random, whole)
+    assert stats.p_value(other.found.value, other.null) > 0.05
+    assert patching.mediated([], [], []).found is None
+
+
+def test_who_moves_is_who_is_clear_of_zero_either_way():
+    up = np.array([1.0, 1.1, 0.9, 1.0])
+    assert patching.moving({"up": up, "down": -up, "still": np.array([1.0, -1, 2, -2])}) == ["up", "down"]
+    assert patching.of_whole(np.array([[2.0, 1, 0], [2, 1, 2]])).tolist() == [0.5, 0.5]
+
+
+def test_sums_by_group_keep_the_order_of_appearance():
+    found = patching.by_group(np.array([[1.0, 2, 3], [4, 5, 6]]), ["b", "a", "b"])
+    assert found.tolist() == [[4, 2], [10, 5]]
+    assert patching.odds(np.array([5.0, 2, 1, 1])).tolist() == [3, 0]

@@ -5,6 +5,7 @@ import re
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_tokenizer
@@ -610,3 +611,24 @@ def test_quantised_weights_and_a_threshold_below_zero_are_refused(tmp_path):
     save_file(state | {"W_dec": (100 * state["W_dec"]).to(torch.int8)}, folder / "sae_weights.safetensors")
     with pytest.raises(SaeError, match="whole numbers in W_dec"):
         saes.load(folder)
+
+
+def test_explained_variance_over_documents_and_seeds():
+    rng, documents = np.random.default_rng(0), torch.arange(40).repeat_interleave(5)
+
+    def fit(left):
+        total = torch.from_numpy(rng.uniform(1, 2, 200))
+        return saes.Evaluation(1.0, 0.0, torch.ones(3), torch.ones(3), left * total, total)
+
+    one = fit(0.4)
+    found = saes.explained([one], documents)
+    assert found.value == pytest.approx(one.explained_variance) == pytest.approx(0.6)
+    assert found.high - found.low < 1e-9  # each document alike
+    poor = one._replace(error=0.7 * one.total)
+    assert saes.explained([one], documents, less=poor).value == pytest.approx(0.3)
+    seeds = [one._replace(error=x * one.total) for x in (0.3, 0.4, 0.5)]
+    spread = saes.explained(seeds, documents)
+    assert spread.value == pytest.approx(0.6) and spread.high - spread.low > 0.1  # the seeds differ
+    noisy = one._replace(error=one.error + torch.from_numpy(rng.uniform(0, 0.3, 40)).repeat_interleave(5))
+    wider = saes.explained([noisy], documents)
+    assert wider.low < noisy.explained_variance < wider.high and wider.high - wider.low > 0.01

@@ -1,5 +1,7 @@
 """The entrance of a notebook: what it gives is what the rooms give one by one."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import HARVEST, a_profile
 
 from helpers import study
 from helpers.lm import scoring
+from helpers.lm.reading import LM
 from helpers.steering import behaviors, caa, directions
 
 
@@ -105,7 +108,7 @@ def test_changes_per_token_divide_each_log_p_by_its_tokens(two):
 def test_the_price_of_a_vector_grows_with_its_length_on_the_models_own_replies(lab):
     vectors = torch.stack([lab.vectors()["joy"], 7 * lab.vectors()["joy"]])
     low, high = (lab.price("joy", vectors, length, 2) for length in (0.05, 0.2))
-    assert low.shape == (2, 2) and (0 < low).all() and (low < high).all()
+    assert low.shape == (2, 2) and (low > 0).all() and (low < high).all()
     np.testing.assert_allclose(low[0], low[1], rtol=1e-4)
 
 
@@ -119,3 +122,31 @@ def test_an_sae_out_of_a_registry_has_one_seed_and_no_frozen_twin(lab, monkeypat
     )
     of_registry.__dict__["text"] = (None, None)
     assert of_registry.saes((4, 5, 6)) == [(4, False)] and of_registry.frozen(4) is None
+
+
+@pytest.fixture
+def changed(tiny, cache):
+    """A model and a copy whose weights were changed a little, with two small behaviours."""
+    weights = copy.deepcopy(tiny.weights)
+    torch.manual_seed(0)
+    for parameter in weights.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    after = LM.of(weights, tiny.tokenizer, "tiny-after")
+    data = {n: behaviors.trim(behaviors.load_behavior(n), pairs=2, items=4) for n in ("joy", "format")}
+    sides = [study.Single(Session(), m, 1, [1], data) for m in (tiny, after)]
+    return study.Two(*sides, None, ("before", "after"), [])
+
+
+def test_shifts_are_those_of_the_items_and_none_for_a_model_that_did_not_change(changed):
+    found = changed.shifts(items=3)
+    assert list(changed.models) == ["before", "after"] and list(found) == ["after"]
+    assert {n: len(x) for n, x in found["after"].items()} == {"joy": 3, "format": 3}
+    assert np.abs(found["after"]["joy"]).max() > 0 and all(x > 0 for x in changed.spreads().values())
+    same = study.Two(changed.before, changed.before, None, ("before", "after"), [])
+    assert not any(x.any() for x in same.shifts()["after"].values()) and same.moved_on_dev() == []
+
+
+def test_behaviours_whose_dev_items_moved_stand_for_the_trained_ones(changed, monkeypatch):
+    shifts = {"joy": np.array([1.0, 1.1, 0.9, 1.0]), "format": np.array([1.0, -1.0, 2.0, -2.0])}
+    monkeypatch.setattr(study.Two, "shifts", lambda self, part: {"after": shifts})
+    assert changed.moved_on_dev() == ["joy"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from helpers import session, store
 from helpers.lm import models
@@ -16,8 +17,11 @@ from helpers.lm.reading import LM
 from helpers.pair import budget
 from helpers.pair.budget import Budget, Sizes
 from helpers.profiles import Diff, Harvest, Profile, ProfileError, Sae
-from helpers.sae import harvest, saes, train
+from helpers.sae import decompose, harvest, saes, train
 from helpers.sae.activations import Rows
+from helpers.sae.decompose import Dictionary
+from helpers.steering import directions
+from helpers.steering.caa import Halves
 
 POOL_TOKENS = 131_072  # tokens harvested, then trained on, in turn
 
@@ -49,6 +53,14 @@ def settled(profile: Profile) -> Profile:
         )
     layer = profile.layer if session.setting("LAYER") or how.layer is None else how.layer
     return profile.model_copy(update={"chat": chat, "layer": layer, "sae": Sae(harvest=harvest, train=train)})
+
+
+def check(profile: Profile, dtype: torch.dtype, device: str, fast: bool = False) -> bool:
+    """Whether a settled profile's diff-SAE is trained on a stream; BudgetError, before anything is loaded, if that does not fit."""
+    streaming = bool(section(profile).stream)
+    if streaming:
+        budget.check(planned(profile, dtype, fast), device)
+    return streaming
 
 
 # --- the dictionary ----------------------------------------------------------------------------------------------------
@@ -171,3 +183,47 @@ def _of_stream(profile: Profile, base: LM, chat: LM, device: str, seed: int, fas
             torch.cuda.empty_cache()  # the probe's
     folder = train.sae(stream, config, device)
     return saes.load(folder, device=device, d_model=stream.d_model, layer=profile.layer), folder
+
+
+# --- what it says of differences ---------------------------------------------------------------------------------------
+
+
+class Written(NamedTuple):
+    """Differences in a diff-SAE: `codes` (tokens, latents) on the latents that fire, the most used first, those latents' `rows`
+    (latents, d_model), and the `bias` (d_model,), which is about the mean difference; float32 on the CPU."""
+
+    codes: Tensor
+    rows: Tensor
+    bias: Tensor
+
+    def read(self, n: int, deal: int | None = None) -> Tensor:
+        """The differences (tokens, d_model) that the bias and the n most used latents make up. `deal`, a seed: the same codes
+        on n latents drawn at random, which is what any n rows would do with them."""
+        n = min(n, len(self.rows))
+        chosen = torch.arange(n)
+        if deal is not None:
+            chosen = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(deal))[:n]
+        return self.codes[:, :n] @ self.rows[chosen] + self.bias
+
+
+def written(sae: Dictionary, order: Tensor, differences: Tensor) -> Written:
+    """What a diff-SAE says of `differences` (tokens, d_model); `order`: its latents that fire, the most used first
+    (`saes.Evaluation.order`)."""
+    codes, rows = decompose.codes_of(sae, differences).cpu(), decompose.rows_of(sae).float().cpu()
+    return Written(codes[:, order], rows[order], sae.b_dec.detach().float().cpu())
+
+
+class Change(NamedTuple):
+    """What training changed on contrast pairs, (d_model,) float64 each: the `mean` difference of the two models over both sides,
+    which certainly is a part of it, and how it changed the `contrast` vector, in which what both sides share cancels."""
+
+    mean: Tensor
+    contrast: Tensor
+
+
+def at_pairs(before: Halves, after: Halves, layer: int) -> Change:
+    """The change from one model to another on the same contrast pairs, at their last position after `layer`."""
+    sides = [
+        directions.finite("residuals", a - b).mean(0) for a, b in zip(after.at(layer), before.at(layer), strict=True)
+    ]
+    return Change((sides[0] + sides[1]) / 2, sides[0] - sides[1])

@@ -8,7 +8,8 @@ Recovered KL of spliced-in differences: Minder et al. 2025 (arXiv:2504.02922), s
 """
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from helpers import store
-from helpers.lm import reading, scoring
+from helpers import stats, store
+from helpers.lm import reading, replies, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Resumed
-from helpers.lm.tokens import ANSWER, Tokens
+from helpers.lm.tokens import ANSWER, USER, Tokens
+from helpers.stats import Interval
+from helpers.steering.behaviors import Item
 
 
 class Runs:
@@ -32,12 +35,12 @@ class Runs:
     """
 
     def __init__(self, lm: LM, sequences: Sequence[Tokens], layer: int, batch_size: int = 16):
-        for tokens in sequences:
-            if ANSWER not in tokens.roles or tokens.roles[0] == ANSWER:
-                text = lm.tokenizer.decode(tokens.ids)[:60]
+        for talk in sequences:
+            if ANSWER not in talk.roles or talk.roles[0] == ANSWER:
+                text = lm.tokenizer.decode(talk.ids)[:60]
                 raise ValueError(f"{text!r} has no answer after a first token: there is nothing to predict")
-            if ANSWER in tokens.roles[: -tokens.roles.count(ANSWER)]:
-                raise ValueError(f"{lm.tokenizer.decode(tokens.ids)[:60]!r} does not end with its one answer")
+            if ANSWER in talk.roles[: -talk.roles.count(ANSWER)]:
+                raise ValueError(f"{lm.tokenizer.decode(talk.ids)[:60]!r} does not end with its one answer")
         self.lm, self.sequences, self.layer = lm, list(sequences), operator.index(layer)
         self.batch_size = batch_size
         reading.unhooked(lm)
@@ -208,3 +211,134 @@ def difference(chat: Runs, base: Runs, limit: float = float("inf")) -> Change:
         there[-1][0] = False
     rows = torch.cat([(a - b)[t] for a, b, t in zip(chat.residuals, base.residuals, there, strict=True)])
     return Change(rows, there)
+
+
+# --- two models on one set of conversations ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Both:
+    """The same conversations in a model before training, `base`, and after it, `chat`, and their `change` token by token."""
+
+    base: Runs
+    chat: Runs
+    change: Change
+
+    @property
+    def rows(self) -> Tensor:
+        """The true differences (changed tokens, d_model)."""
+        return self.change.rows
+
+    @cached_property
+    def spoken(self) -> Tensor:
+        """(changed tokens, 1) bool: the token is the user's or the answer's, and none of the template's."""
+        return self.change.at([USER, ANSWER], self.base.sequences)[:, None]
+
+    def kl(self, rows: Tensor | None = None) -> np.ndarray:
+        """KL(chat || base) in nats a token (conversations,), with `rows` (changed tokens, d_model) added to the base."""
+        return self.base.kl(self.chat, None if rows is None else self.change.laid(rows))
+
+    def recovered(self, rows: Tensor, groups: Sequence[str]) -> np.ndarray:
+        """How much of that KL goes with `rows`, summed over each of the `groups` (conversations,): see `by_group`."""
+        return by_group(self.kl() - self.kl(rows), groups)
+
+    @cached_property
+    def shift(self) -> np.ndarray:
+        """How far training moved the log-odds of each of `answers`' items, in nats (items,)."""
+        return odds(self.chat.log_probs()) - odds(self.base.log_probs())
+
+    def added(self, rows: Tensor) -> np.ndarray:
+        """How far `rows`, added to the base, move the log-odds of `answers`' items, in nats (items,): real runs."""
+        return odds(self.base.log_probs(self.change.laid(rows))) - odds(self.base.log_probs())
+
+    def removed(self, rows: Tensor) -> np.ndarray:
+        """How much of `shift` goes when `rows` are taken out of the chat model (items,): real runs."""
+        return odds(self.chat.log_probs()) - odds(self.chat.log_probs(self.change.laid(-rows)))
+
+    def first_order(self, rows: Tensor) -> np.ndarray:
+        """`added` (items,) by the base model's gradient."""
+        return odds(self.base.first_order(self.change.laid(rows)))
+
+    def along(self, parts: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """`first_order` of the change's part along each direction alone: (n, items) for each of `parts` (n, d_model)."""
+        every = torch.cat([q.double() for q in parts.values()])
+        unit = every / every.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        gradient = self.base.gradients[torch.cat(self.change.there)].double()
+        each = (self.rows.double() @ unit.T) * (gradient @ unit.T)
+        of = torch.repeat_interleave(torch.tensor([int(t.sum()) for t in self.change.there]))
+        sums = torch.zeros(len(self.change.there), len(every), dtype=torch.float64).index_add_(0, of, each)
+        ends = np.cumsum([len(q) for q in parts.values()])[:-1]
+        return dict(zip(parts, np.split(odds(sums.T.numpy()), ends), strict=True))
+
+
+def both(base: LM, chat: LM, sequences: Sequence[Tokens], layer: int, limit: float = float("inf")) -> Both:
+    """Both models' runs on conversations that either reads with the same tokens; rows longer than `limit` count as unchanged."""
+    one, other = (Runs(model, sequences, layer) for model in (base, chat))
+    return Both(one, other, difference(other, one, limit))
+
+
+def said(base: LM, chat: LM, questions: Sequence[str], layer: int, max_new_tokens: int, limit: float) -> Both:
+    """Both models on the chat model's own greedy replies to `questions`, one conversation each, in order."""
+    answers = replies.generate_ids(chat, questions, max_new_tokens=max_new_tokens)
+    asked = zip(questions, answers, strict=True)
+    talks = [tokens.conversation(chat.tokenizer, q, a[a >= 0].tolist()) for q, a in asked]
+    return both(base, chat, talks, layer, limit)
+
+
+def answers(base: LM, chat: LM, items: Sequence[Item], layer: int, limit: float) -> Both:
+    """Both models on items' matching and non-matching completions, in turn: what `odds` and the nats of `Both` are of."""
+    lines = [tokens.chat(chat.tokenizer, i.question, answer=a) for i in items for a in (i.matching, i.non_matching)]
+    return both(base, chat, lines, layer, limit)
+
+
+def odds(log_probs: np.ndarray) -> np.ndarray:
+    """Log-odds (..., items) from log-probabilities (..., 2 items) of matching and non-matching completions in turn."""
+    return log_probs[..., 0::2] - log_probs[..., 1::2]
+
+
+def by_group(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """Sums of `values` (..., n) over the entries of each group, in order of appearance: (..., groups)."""
+    names = list(dict.fromkeys(groups))
+    member = np.array([[g == name for name in names] for g in groups], np.float64)
+    return np.asarray(values, np.float64) @ member
+
+
+def of_whole(table: np.ndarray) -> np.ndarray:
+    """Sums over units of a table (units, 1 + parts): each part's over that of the first column, the whole; (parts,)."""
+    return table[:, 1:].sum(0) / table[:, 0].sum()
+
+
+def moving(shifts: Mapping[str, np.ndarray]) -> list[str]:
+    """The names whose mean shift over items (items,) is clear of zero, either way (95 %)."""
+    found = {name: stats.over(x) for name, x in shifts.items()}
+    return [name for name, x in found.items() if x.low > 0 or x.high < 0]
+
+
+def ratio(tops: Sequence[np.ndarray], bottoms: Sequence[np.ndarray]) -> Interval | None:
+    """The sum of `tops` over that of `bottoms`, one (items,) a behaviour each.
+
+    The interval ranges over behaviours where there are three or more, else over the items of those given, which are then taken
+    as given. None where the sum below is not clear of zero, or no behaviour was given.
+    """
+    if not tops:
+        return None
+    if len(tops) > 2:
+        return stats.ratio_if_clear([float(np.mean(x)) for x in tops], [float(np.mean(x)) for x in bottoms])
+    return stats.ratio_if_clear(np.concatenate(tops), np.concatenate(bottoms))
+
+
+class Mediated(NamedTuple):
+    """What own directions carry of what other ones do, less what random ones carry in the mean: `found`, None where the others
+    do nothing, and the same for each random draw, `null` (draws,)."""
+
+    found: Interval | None
+    null: np.ndarray
+
+
+def mediated(own: Sequence[np.ndarray], random: Sequence[np.ndarray], whole: Sequence[np.ndarray]) -> Mediated:
+    """`own` and `whole` (items,) and `random` (draws, items) for each behaviour, all signed the way the behaviour moved."""
+    if not own:
+        return Mediated(None, np.zeros(0))
+    draws = np.sum([x.mean(1) for x in random], axis=0) / np.sum([x.mean() for x in whole])
+    level = float(draws.mean())
+    return Mediated(ratio([a - level * b for a, b in zip(own, whole, strict=True)], whole), draws - level)

@@ -36,6 +36,7 @@ class Dictionary(Protocol):
 
     W_enc: Tensor
     W_dec: Tensor
+    b_enc: Tensor
     b_dec: Tensor
     device: torch.device
 
@@ -130,6 +131,17 @@ def encode(sae: Dictionary, vectors: Tensor, k: int = 0) -> Decomposition:
     v, began = check_vectors(vectors, sae.cfg.d_in), time.perf_counter()
     codes = keep_largest(codes_of(sae, v), rows_of(sae), k)
     return _finish(v, codes, sae.decode(codes), began)
+
+
+def encode_unbounded(sae: Dictionary, vectors: Tensor) -> Decomposition:
+    """The vector with every latent whose pre-activation is above zero, whatever the SAE's own rule (TopK, a threshold) would keep.
+
+    A mistake, made on purpose: what source 000 measures, and how thousands of latents of a TopK SAE can be "active".
+    """
+    v, began = check_vectors(vectors, sae.cfg.d_in), time.perf_counter()
+    x = v.float().to(sae.device) - sae.b_dec * bool(sae.cfg.apply_b_dec_to_input)
+    codes = (x @ sae.W_enc + sae.b_enc).relu()
+    return _finish(v, codes, codes @ sae.W_dec + sae.b_dec, began)
 
 
 def encode_less_zero(sae: Dictionary, vectors: Tensor, k: int = 0) -> Decomposition:

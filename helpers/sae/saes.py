@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helpers import session, store
+from helpers import session, stats, store
 from helpers.lm import reading, scoring
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
@@ -29,6 +29,7 @@ from helpers.sae import topk
 from helpers.sae.activations import Rows, Samples
 from helpers.sae.decompose import Dictionary
 from helpers.sae.topk import Weights
+from helpers.stats import Interval
 
 
 class SaeError(RuntimeError):
@@ -408,6 +409,22 @@ def _fit(sae: Dictionary, samples: Rows, n: int, batch: int) -> dict[str, Tensor
         total.append((x.double() - mean).square().sum(1))
     each = {"error": torch.cat(error), "total": torch.cat(total)}
     return {"frequency": fired.double() / n, "energy": squares * norms.square() / n, **each}
+
+
+def explained(fits: Sequence[Evaluation], documents: Tensor, less: Evaluation | None = None) -> Interval:
+    """Explained variance with its interval over `documents` (samples,), which each sample is of, and over the SAEs of several
+    seeds, one of `fits` each. `less`: the explained variance of another fit of the same samples is taken off, document by document.
+    """
+    of = np.unique(documents.numpy(), return_inverse=True)[1]
+    errors = [fit.error for fit in fits]
+    total = fits[0].total
+    table = np.stack([np.bincount(of, x.numpy()) for x in (total, total if less is None else less.error, *errors)], 1)
+
+    def over_total(x: np.ndarray) -> np.ndarray:
+        whole, other, *each = x.sum(0)
+        return (other - np.array(each)) / whole
+
+    return stats.over(table, over_total)
 
 
 class Principal:
