@@ -76,12 +76,11 @@ def over(units: Sequence[Any] | np.ndarray, statistic: Callable[[Any], float | n
     n = len(x)
     if n < 3:
         raise ValueError(f"an interval over {n} unit(s) was asked for; it needs three or more")
-    rows = isinstance(x, np.ndarray)
     if statistic is None:
-        own = x.reshape(n, -1).mean(1, np.float64) if rows else np.array([np.mean(u) for u in x], float)
+        own = np.array([np.mean(u, dtype=np.float64) for u in x])
         whole, left_out = own.mean(keepdims=True), (own.sum() - own[:, None]) / (n - 1)
     else:
-        without = [np.delete(x, i, 0) if rows else x[:i] + x[i + 1 :] for i in range(n)]
+        without = [np.delete(x, i, 0) if isinstance(x, np.ndarray) else x[:i] + x[i + 1 :] for i in range(n)]
         whole = np.atleast_1d(np.asarray(statistic(x), np.float64))
         left_out = np.array([np.atleast_1d(statistic(part)) for part in without], np.float64)
     value, seeds = float(whole.mean()), len(whole)
@@ -201,9 +200,9 @@ def dealt(table: Sequence[Sequence[float]] | np.ndarray, draws: int, seed: int =
     return np.array([x[np.arange(len(x)), rng.permutation(len(x))].mean() for _ in range(draws)])
 
 
-def at_level(x: Sequence[float], y: Sequence[float], level: float) -> float:
+def at_level(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, level: float) -> float:
     """y where the piecewise-linear curve through (x, y), x increasing from 0, reaches `level`; NaN if it never does."""
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x, y = (np.asarray(z, np.float64) for z in (x, y))
     reached = np.flatnonzero(x >= level)
     if not len(reached):
         return float("nan")
@@ -279,11 +278,11 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
     ValueError for one outside 0 to 1.
     """
-    p = np.asarray(p, np.float64)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"p-values {p.tolist()} were given; a list of numbers between 0 and 1 is wanted")
-    order = np.argsort(p, kind="stable")
-    raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    out = np.empty(len(p))
+    given = np.asarray(p, np.float64)
+    if given.ndim != 1 or not ((given >= 0) & (given <= 1)).all():
+        raise ValueError(f"p-values {given.tolist()} were given; a list of numbers between 0 and 1 is wanted")
+    order = np.argsort(given, kind="stable")
+    raised = np.maximum.accumulate(given[order] * np.arange(len(given), 0, -1))
+    out = np.empty(len(given))
     out[order] = np.minimum(raised, 1.0)
     return out

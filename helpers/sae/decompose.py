@@ -139,7 +139,7 @@ def encode_unbounded(sae: Dictionary, vectors: Tensor) -> Decomposition:
     A mistake, made on purpose: what source 000 measures, and how thousands of latents of a TopK SAE can be "active".
     """
     v, began = check_vectors(vectors, sae.cfg.d_in), time.perf_counter()
-    x = v.float().to(sae.device) - sae.b_dec * bool(sae.cfg.apply_b_dec_to_input)
+    x = v.float().to(sae.device) - sae.b_dec * bool(getattr(sae.cfg, "apply_b_dec_to_input", True))
     codes = (x @ sae.W_enc + sae.b_enc).relu()
     return _finish(v, codes, codes @ sae.W_dec + sae.b_dec, began)
 
