@@ -22,7 +22,7 @@ from helpers import stats, store
 
 
 class Settings(Protocol):
-    """Of an SAE: the width of its inputs and how many latents it has; it may say more, of how inputs and codes are scaled."""
+    """The width of an SAE's inputs and how many latents it has; it may also say how they are scaled."""
 
     d_in: int
     d_sae: int
@@ -386,11 +386,11 @@ def linear_slopes(vectors: Tensor | np.ndarray, gradients: np.ndarray, length: f
 def mean_slopes(slopes: Sequence[np.ndarray], kl: Sequence[np.ndarray] | None = None) -> np.ndarray:
     """Each behaviour's mean slope (behaviours,) float64, from one array (items,) a behaviour.
 
-    Steering retained is `stats.ratio(mean_slopes(reconstructions), mean_slopes(vectors))`: 1, all of
-    it; 0, none; negative, it steers the wrong way. So compared they are of equal length. At equal KL:
-    with `kl`, one array (prompts,) a behaviour at that length. A small vector's response grows with its
-    length and its KL with the square, so each mean slope is divided by the root of its mean KL; it is 0
-    where there is no KL. ValueError for slopes or KL of another shape.
+    Steering retained is `stats.ratio(mean_slopes(reconstructions), mean_slopes(vectors))`: 1 is all of
+    it, 0 is none, and a negative one steers the wrong way. That compares them at equal length. To
+    compare at equal KL give `kl`, one array (prompts,) a behaviour, measured at that length. A small
+    vector's response grows with its length and its KL with the square. So each mean slope is divided
+    by the root of its mean KL; it is 0 where there is no KL. ValueError for another shape.
     """
     if any(np.ndim(x) != 1 for x in slopes) or (kl is not None and len(kl) != len(slopes)):
         shapes, rows = [np.shape(x) for x in slopes], "no" if kl is None else len(kl)
