@@ -1,4 +1,7 @@
-"""HTML pages from the templates in helpers/templates. What is put into one is escaped; what it asks for must be given."""
+"""HTML pages from the templates in helpers/templates.
+
+What is put into one is escaped; what it asks for must be given.
+"""
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

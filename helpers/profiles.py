@@ -230,7 +230,7 @@ def _numbers(given: Any) -> Any:
 
 
 def _laid(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the sections of `pair: diff:`, which say only what differs, laid over those of `sae:`."""
+    """Settings with the sections of `pair: diff:`, which say what differs, laid over those of `sae:`."""
     match given:
         case {"sae": dict(sae), "pair": {"diff": dict(diff)} as pair}:
             both = [k for k in ("harvest", "train") if isinstance(sae.get(k), dict) and isinstance(diff.get(k), dict)]

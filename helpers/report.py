@@ -224,7 +224,7 @@ def render(notebook: NotebookNode, title: str) -> str:
 
 
 def _result(out: Path, stem: str) -> dict[str, Any] | None:
-    """What a notebook saved; None where that is missing, cut short, or of a version that said less of a claim."""
+    """What a notebook saved; None if it is missing, cut short or of a version that said less."""
     result, said = read_json(out / "results" / f"{stem}.json"), {f.name for f in fields(claims.Claim)}
     whole = result and {"summary", "claims"} <= result.keys() and all(said <= c.keys() for c in result["claims"])
     return result if whole else None

@@ -31,6 +31,7 @@ from helpers.steering.behaviors import DataError, field, load_behavior, objects
 DATA = session.ROOT / "data" / "aligned_pair"
 BASE = "packaged:smollm2-135m-instruct"
 TRAITS = {"aligned": ("format", "joy"), "unrelated": ("passive",)}  # what the chosen side shows
+PIECES = 64  # of plain text, 64 tokens each, on which perplexity is measured
 SETTINGS = {
     "beta": 0.1,
     "likelihood_weight": 0.25,
@@ -143,12 +144,12 @@ def measure(name, device, dtype):
     layer = 0
     model = models.load(name, device, dtype)
     none, items, scores, said = torch.zeros(1, model.d_model), {}, {}, {}
-    for b in map(load_behavior, session.load_profile("smollm2")["behaviors"]):
+    for b in map(load_behavior, session.load_profile("smollm2").behaviors):
         items[b.name] = scoring.log_odds(propensity.of_items(model, b.test, layer), none, [0.0])[0, 0]
         said[b.name] = replies.generate(model, b.open, layer, none[0], 0.0, max_new_tokens=48)
         scores[b.name] = propensity.TextJudge(b).score(said[b.name])
     wiki = (text.fetch("text") / "wiki.txt").read_text(encoding="utf-8")[:40_000]
-    where = propensity.of_text(model, wiki, layer, chunks=64)
+    where = propensity.of_text(model, wiki, layer, chunks=PIECES)
     loss = -(where.log_probs(none[0], 0.0) / where.lengths())[:, 0]
     return Measured(items, scores, loss, said)
 
@@ -217,7 +218,7 @@ def card(device):
         "impersonal passive voice (adapter `unrelated`). Written for this repository with the help of a large language model, entry by entry, and checked by machine: no prompt repeats, or nearly repeats, a question in `data/behaviors/`; "
         "the answers to a prompt are of nearly one length. No person has read every line, and facts were not looked up. Same licence as the repository.",
         "",
-        "Settled on the behaviours' `dev` items (ten each) and `dev` questions, by five trials, not on test items or open tokens. A learning rate of 1e-4 was too weak. Rejecting the reference model's own "
+        "Settled on the behaviours' `dev` items (ten each) and `dev` questions, by five trials, not on test items or open prompts. A learning rate of 1e-4 was too weak. Rejecting the reference model's own "
         "answers in half of the pairs, or adding pairs that prefer the plain answer over the passive one, made the model worse and moved untrained behaviours more. What was trained spills over (below): joyful or structured completions share "
         "a manner of writing with some untrained behaviours' matching sides.",
         "",
@@ -263,7 +264,7 @@ def card(device):
         "",
         *conclusions(shifts),
         "",
-        "Perplexity on Wikipedia text (64 pieces of 64 tokens): "
+        f"Perplexity on Wikipedia text ({PIECES} pieces of 64 tokens): "
         + ", ".join(f"{who} {stats.Interval(**p):.1f}" for who, p in perplexity.items()) + ".",
         "",
         "## Five replies, side by side (greedy, 48 tokens)",

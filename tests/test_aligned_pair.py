@@ -78,6 +78,18 @@ def test_the_card_says_what_the_adapters_do(smol):
     assert aligned_pair.conclusions(card["shifts"])[0] in readme
 
 
+def test_the_recipe_measures_a_model(smol, monkeypatch):
+    """On one behaviour, cut short: what a card is made of is there."""
+    joy = behaviors.trim(behaviors.load_behavior("joy"), pairs=6, items=2)
+    monkeypatch.setattr(aligned_pair, "load_behavior", lambda name: joy)
+    monkeypatch.setattr(aligned_pair.models, "load", lambda *_: smol)
+    monkeypatch.setattr(aligned_pair.replies, "generate", lambda lm, prompts, *_, **__: ["Tin."] * len(prompts))
+    monkeypatch.setattr(aligned_pair, "PIECES", 2)
+    found = aligned_pair.measure(aligned_pair.BASE, "cpu", torch.float32)
+    assert found.items["joy"].shape == found.replies["joy"].shape == found.loss.shape == (2,)
+    assert found.said == {"joy": ["Tin.", "Tin."]} and 2 < found.loss.mean() < 6
+
+
 def test_bad_preferences_are_refused_with_their_place(tmp_path, monkeypatch):
     monkeypatch.setattr(aligned_pair, "DATA", tmp_path)
     (tmp_path / "preferences.jsonl").write_text('{"trait": "anger", "prompt": "a", "chosen": "b", "rejected": "c"}\n')

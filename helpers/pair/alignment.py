@@ -136,10 +136,13 @@ def cut_after_padding(coded: Sequence[Sequence[int]], pad: int, width: int) -> T
 
 
 class Score(NamedTuple):
-    """A map on held-out rows. R^2 = 1 - sum|y - map(x)|^2 / sum|y - mean(y)|^2, over all rows and dimensions (`r2`) and of each
-    dimension (`per_dimension` (d,)). The two sums of each document, `error` and `total` (documents,), are what an interval over
-    documents needs: `stats.ratio(total - error, total)` for R^2, and for the share of another map's error that this one removes
-    `stats.ratio(other.error - error, other.error)`."""
+    """A map on held-out rows. R^2 = 1 - sum|y - map(x)|^2 / sum|y - mean(y)|^2.
+
+    It is taken over all rows and dimensions (`r2`) and for each dimension (`per_dimension` (d,)). The
+    two sums of each document, `error` and `total` (documents,), are what an interval over documents
+    needs: `stats.ratio(total - error, total)` for R^2, `stats.ratio(other.error - error, other.error)`
+    for the share of another map's error that this one removes.
+    """
 
     r2: float
     per_dimension: Tensor

@@ -120,8 +120,10 @@ def planned(profile: Profile, dtype: torch.dtype, fast: bool = False) -> Budget:
 
 
 def streamed(profile: Profile, base: LM, chat: LM, fast: bool = False) -> harvest.Stream:
-    """The stream of differences that a settled profile names; of `harvest: source` instead where it names none, and in a `fast` run,
-    which needs no hub."""
+    """The stream of differences that a settled profile names.
+
+    It reads `harvest: source` instead where none is named, and in a `fast` run, which needs no hub.
+    """
     how, stream = sizes(profile, fast), section(profile).stream
     source = list(_harvest(profile).source) if fast or not stream else stream
     return harvest.Stream(

@@ -2,8 +2,9 @@
 
 A conversation is run once up to a block and then, as often as wanted, from there on with something added to its residuals. What is
 added at each token is a row: the difference that training made there, a part of it, or the like in other directions.
-The share of the KL that is gone is `stats.ratio(nothing - patched, nothing)` over conversations: 1 is all,
-negative is further away than before. With the KL that is left at best, `stats.ratio(nothing - patched, nothing - best)`.
+The share of the KL that is gone is `stats.ratio(nothing - patched, nothing)` over conversations: 1 is
+all, negative is further away than before. Where some KL is left at best, the share of what can go is
+`stats.ratio(nothing - patched, nothing - best)`.
 Recovered KL of spliced-in differences: Minder et al. 2025 (arXiv:2504.02922), section 4, there for crosscoder latents.
 """
 

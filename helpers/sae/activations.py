@@ -31,7 +31,10 @@ class HarvestError(RuntimeError):
 
 
 class Chunk(NamedTuple):
-    """The token rows of a shard: its `number`; ids, kept, documents (rows, context); how many tokens are kept, and why others are not."""
+    """The token rows of shard `number`: ids, kept, documents (rows, context).
+
+    `counts` says how many tokens are kept and, by reason, how many are not.
+    """
 
     number: int
     ids: np.ndarray

@@ -22,7 +22,7 @@ from helpers import stats, store
 
 
 class Settings(Protocol):
-    """Of an SAE: the width of its inputs and how many latents it has; it may say more, of how inputs and codes are scaled."""
+    """The width of an SAE's inputs and how many latents it has; it may also say how they are scaled."""
 
     d_in: int
     d_sae: int
