@@ -193,7 +193,7 @@ def number(x: float | None) -> str:
 
 
 class _Judged(NamedTuple):
-    """What a claim was given: its interval, the null's number, how many draws that comes of and the p-value against them."""
+    """What a claim was given: its interval, the null's number, its draws, the p-value against them."""
 
     value: Interval
     null: float
@@ -286,7 +286,8 @@ class Ledger:
         clear = value.low > null if rule.sign > 0 else value.high < null
         verdict = self._checked(id, rule.decide(Found(value, null, clear if p is None else p < P)))
         reason = f"An effect of {number(stats.seen(value))} would have been seen" if verdict == "undecided" else ""
-        if reason and p is not None and (least := len(self._family(id)) / (found.draws + 1)) >= P:
+        least = len(self._family(id)) / (found.draws + 1)
+        if reason and p is not None and least >= P and rule.decide(Found(value, null, True)) == "holds":
             reason += f"; {found.draws} draws are too few, p cannot fall below {least:.2g}"
         return replace(
             claim, value=value.value, low=value.low, high=value.high, null_value=null, p=p, ceiling=found.ceiling,
