@@ -250,7 +250,7 @@ def number(x: float | None) -> str:
 
 
 class _Judged(NamedTuple):
-    """What a claim was given: its interval, the null's number, how many draws that comes of and the p-value against them."""
+    """What a claim was given: its interval, the null's number, its draws, the p-value against them."""
 
     value: Interval
     null: float
@@ -358,12 +358,10 @@ class Ledger:
         value, null = found.value, found.null
         clear = value.low > null if rule.sign > 0 else value.high < null
         verdict = self._checked(id, rule.decide(Found(value, null, clear if p is None else p < P)))
-        reason = (
-            f"A value {number(stats.seen(value))} beyond the threshold would have been seen"
-            if verdict == "undecided"
-            else ""
-        )
-        if reason and p is not None and (least := len(self._family(id)) / (found.draws + 1)) >= P:
+        seen = f"A value {number(stats.seen(value))} beyond the threshold would have been seen"
+        reason = seen if verdict == "undecided" else ""
+        least = len(self._family(id)) / (found.draws + 1)
+        if reason and p is not None and least >= P and rule.decide(Found(value, null, True)) == "holds":
             reason += f"; {found.draws} draws are too few, p cannot fall below {least:.2g}"
         return replace(
             claim, value=value.value, low=value.low, high=value.high, null_value=null, p=p, ceiling=found.ceiling,
