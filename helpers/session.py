@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from html.entities import codepoint2name
@@ -294,6 +295,13 @@ def checked_fast(fast: object) -> bool:
     return bool(fast)
 
 
+def _without_place(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as one line; where it arose is a kernel's temporary file, another one in every run."""
+    return f"{category.__name__}: {message}\n"
+
+
 def start(notebook: str, profile: str = "", fast: bool = False, seed: int = 0, **parameters: object) -> Session:
     """Settle a notebook's session, seed torch, print one line that says what runs where.
 
@@ -304,6 +312,7 @@ def start(notebook: str, profile: str = "", fast: bool = False, seed: int = 0, *
     before any model is loaded.
     """
     print_anywhere()
+    warnings.formatwarning = _without_place
     check_checkout()
     fast = checked_fast(fast)
     settings = load_profile(profile)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from urllib.parse import quote
 
@@ -224,3 +225,10 @@ def test_a_notebook_is_redacted_by_its_strings(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "12345678")
     given = {"a": [12345678, None, True, "x 12345678", {"12345678": ("12345678",)}], "b": 1.5}
     assert session.redact(given) == {"a": [12345678, None, True, "x ***", {"***": ["***"]}], "b": 1.5}
+
+
+def test_a_warning_in_a_notebook_names_no_place(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    session.start("00_base")
+    said = warnings.formatwarning(UserWarning("six units are skewed"), UserWarning, "/tmp/ipykernel_1/2.py", 3)
+    assert said == "UserWarning: six units are skewed\n"
