@@ -14,7 +14,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -379,8 +378,8 @@ class Ledger:
         """The claims as a Markdown table: all, the main ones, or what was also measured."""
         return markdown([asdict(c) for c in self if main is None or c.main == main])
 
-    def save(self, summary: str, numbers: dict[str, Any]) -> Path:
-        """Write the study's results file (summary in words, claims, numbers, versions), print and return its path.
+    def save(self, summary: str, numbers: dict[str, Any]) -> None:
+        """Write the study's results file (summary in words, claims, numbers, versions) and print where it lies.
 
         ValueError for a claim that was stated and not judged.
         """
@@ -408,7 +407,6 @@ class Ledger:
         path = s.results / f"{s.notebook}.json"
         write_file(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         print(f"saved {len(self._stated)} claims and {len(numbers)} numbers to {'/'.join(path.parts[-3:])}")
-        return path
 
     def _known(self, id: str) -> None:
         if id not in self._stated:

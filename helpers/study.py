@@ -55,6 +55,11 @@ class Single:
         return list(self.data)
 
     @property
+    def _read(self) -> list[int]:
+        """The layers that a pass over pairs reads: all at once, so that no notebook makes another's pass again."""
+        return self.layers if self.layer in self.layers else [*self.layers, self.layer]
+
+    @property
     def _prompts(self) -> list[tokens.Tokens]:
         return [tokens.chat(self.model.tokenizer, q) for b in self.data.values() for q in b.open[:OPEN]]
 
@@ -69,18 +74,18 @@ class Single:
         return float(self.residuals.norm(dim=1).median())
 
     def halves(self, kind: str = ANSWERS, layers: Sequence[int] | None = None) -> dict[str, Halves]:
-        """What each behaviour's contrast pairs give, at the layer or at several; read once, then cached.
+        """What each behaviour's contrast pairs give at the layers looked at; read once, then cached.
 
         At the last position; of PADDED pairs over all positions but fillers and special tokens (`parts`).
         """
         if kind == PADDED:
             return {n: part["masked"] for n, part in self.parts(layers).items()}
         pairs = {n: b.answer_pairs if kind == ANSWERS else b.system_pairs for n, b in self.data.items()}
-        return {n: caa.extract(self.model, p, list(layers or [self.layer])) for n, p in pairs.items()}
+        return {n: caa.extract(self.model, p, list(layers or self._read)) for n, p in pairs.items()}
 
     def parts(self, layers: Sequence[int] | None = None) -> dict[str, dict[str, Halves]]:
         """What each behaviour's padded system pairs give over each position set of `caa.PARTS`, from the same passes."""
-        at = list(layers or [self.layer])
+        at = list(layers or self._read)
         return {n: caa.extract_padded(self.model, b.system_pairs, at, caa.PARTS) for n, b in self.data.items()}
 
     def vectors(self, kind: str = ANSWERS) -> dict[str, Tensor]:

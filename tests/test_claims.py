@@ -253,7 +253,8 @@ def test_saved_claims_read_back_as_they_were_shown(ledger):
     )
     claim = ledger.judge("t.1", Interval(1, 0.5, 2), [0.1, 0.2, 0.0] * 30, ceiling=3.0)
     assert f"{claim:.0%}" == "100% [50%, 200%]" and "ceiling 3" in ledger.reading("t.1")
-    result = json.loads(ledger.save("Words.", {"n": 3}).read_text())
+    ledger.save("Words.", {"n": 3})
+    result = json.loads((ledger.session.results / f"{ledger.session.notebook}.json").read_text())
     assert result["claims"][0]["verdict"] == "holds" and result["claims"][0]["rule"] == claim.rule
     assert result["profile"] == "smollm2" and result["parameters"] == {"n_items": 5} and result["layer"] == 14
     assert claims.markdown(result["claims"]) == ledger.table() and "a \\| thing" in ledger.table()
