@@ -5,9 +5,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
-from helpers import claims, session, stats, study
+from helpers import claims, nulls, session, stats, study
 from helpers.stats import Interval
+from helpers.steering import directions
+from helpers.steering.caa import Halves
 
 SAID = dict(source="a source", unit="units", over="behaviours", null="random vectors")
 
@@ -285,19 +288,22 @@ def test_a_claim_can_be_added_from_the_page_alone(ledger):
     page = (session.ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]
     assert 0 < len(code.splitlines()) <= 10
-    assert all(hasattr(study.Single, name) for name in re.findall(r"lab\.(\w+)", page))
+    assert set(re.findall(r"lab\.(\w+)", page)) <= {*dir(study.Single), *study.Single.__dataclass_fields__}
 
     class Lab:
-        names = ["joy", "anger", "format"]
+        names, layer = ["joy", "anger", "format"], 1
 
-        def vectors(self, kind):
-            return {n: np.array([1.0, i + 1 if kind == "system pairs" else 0, 0]) for i, n in enumerate(self.names)}
+        def halves(self, kind):
+            """Pairs whose mean differences are 2, 3 and 4 times as long in answers as in system prompts."""
+            g = torch.Generator().manual_seed(0)
+            pairs = {n: torch.randn(2, 40, 8, generator=g, dtype=torch.float64) * 0.01 for n in self.names}
+            for i, x in enumerate(pairs.values()):
+                x[0] += (i + 2 if kind == "answer pairs" else 1) - (x[0] - x[1]).mean(0)
+            return {n: Halves(x[0][:, None], x[1][:, None], [1], 0, 0.0) for n, x in pairs.items()}
 
-        def nulls(self, name, draws):
-            return {"shuffled labels": np.random.default_rng(len(name)).normal(size=(draws, 3))}
-
-    exec(code, {"lab": Lab(), "ledger": ledger, "claims": claims, "stats": stats, "np": np, "Markdown": str})
-    claim = ledger["02.9"]
-    assert claim.value == pytest.approx(np.mean([2**-0.5, 5**-0.5, 10**-0.5])) and claim.verdict
+    exec(code, {"lab": Lab(), "ledger": ledger, "claims": claims, "stats": stats, "np": np, "nulls": nulls,
+                "directions": directions, "Markdown": str})  # fmt: skip
+    claim = ledger["02.8"]
+    assert claim.value == pytest.approx(24 ** (1 / 3)) and claim.verdict == "holds" and claim.p < 0.05
     for rule in (claims.at_least(0, margin=1), claims.at_most(0), claims.effect(1), claims.within(0, 1)):
         assert rule.words in page
