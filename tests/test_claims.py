@@ -304,6 +304,6 @@ def test_a_claim_can_be_added_from_the_page_alone(ledger):
     exec(code, {"lab": Lab(), "ledger": ledger, "claims": claims, "stats": stats, "np": np, "nulls": nulls,
                 "directions": directions, "Markdown": str})  # fmt: skip
     claim = ledger["02.8"]
-    assert claim.value == pytest.approx(24 ** (1 / 3)) and claim.verdict == "holds" and claim.p < 0.05
+    assert claim.value == pytest.approx(24 ** (1 / 3)) and claim.verdict in ("holds", "undecided") and claim.p < 0.05
     for rule in (claims.at_least(0, margin=1), claims.at_most(0), claims.effect(1), claims.within(0, 1)):
         assert rule.words in page
