@@ -138,9 +138,9 @@ def artefact(threshold: float, null_below: float) -> Rule:
 
     def decide(found: Found) -> str:
         high = found.value.low > threshold and found.null < null_below
-        return "artefact" if high else "fails" if found.value.high < threshold else "undecided"
+        return "artefact" if high else "holds" if found.value.high < threshold else "undecided"
 
-    words = f"artefact if the 95 % interval lies above {threshold:g} and the null below {null_below:g}, fails (there is none)"
+    words = f"artefact if the 95 % interval lies above {threshold:g} and the null below {null_below:g}, holds"
     return Rule(f"{words} if it lies below {threshold:g}, else undecided", decide)
 
 
