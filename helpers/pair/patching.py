@@ -240,8 +240,8 @@ class Both:
         return self.base.kl(self.chat, None if rows is None else self.change.laid(rows))
 
     def recovered(self, rows: Tensor, groups: Sequence[str]) -> np.ndarray:
-        """How much of that KL goes with `rows`, summed over each of the `groups` (conversations,): see `by_group`."""
-        return by_group(self.kl() - self.kl(rows), groups)
+        """How much of that KL goes with `rows`, summed over each of the `groups` (conversations,)."""
+        return stats.grouped(self.kl() - self.kl(rows), groups)
 
     @cached_property
     def shift(self) -> np.ndarray:
@@ -295,13 +295,6 @@ def answers(base: LM, chat: LM, items: Sequence[Item], layer: int, limit: float)
 def odds(log_probs: np.ndarray) -> np.ndarray:
     """Log-odds (..., items) from log-probabilities (..., 2 items) of matching and non-matching completions in turn."""
     return log_probs[..., 0::2] - log_probs[..., 1::2]
-
-
-def by_group(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """Sums of `values` (..., n) over the entries of each group, in order of appearance: (..., groups)."""
-    names = list(dict.fromkeys(groups))
-    member = np.array([[g == name for name in names] for g in groups], np.float64)
-    return np.asarray(values, np.float64) @ member
 
 
 def of_whole(table: np.ndarray) -> np.ndarray:
