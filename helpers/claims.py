@@ -458,16 +458,17 @@ def markdown(claims: Sequence[dict[str, Any]], with_rule: bool = True) -> str:
         ours = "-" if c["value"] is None else f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}] {c['unit']}"
         null = number(c["null_value"]) + (f" (p = {c['p']:.2g})" if c["p"] is not None else "")
         cells = [f"**{c['id']}** {c['statement']}", c["source"], published(c), ours, null]
-        cells += [f"**{c['verdict']}**"] + ([c["rule"]] if with_rule else [])
+        why = f": {c['reason']}" if c["verdict"] == "not run" else ""
+        cells += [f"**{c['verdict']}**{why}"] + ([c["rule"]] if with_rule else [])
         rows.append(cells)
     return str(table(head, rows).data)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Markdown:
     """A Markdown table; what would break a cell is escaped, numbers come as the caller wrote them."""
     lines = [head, ["---"] * len(head), *rows]
     return Markdown("\n".join("| " + " | ".join(_cell(x) for x in line) + " |" for line in lines))
 
 
-def _cell(x: Any) -> str:
+def _cell(x: object) -> str:
     return re.sub(r"(?<!\\)\|", r"\\|", str(x)).replace("\n", " ")

@@ -7,7 +7,7 @@ import io
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import matplotlib as mpl
 import numpy as np
@@ -23,6 +23,8 @@ from helpers.store import write_file
 NULL = "#9a9a9a"
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe & Ito 2008
 Range = tuple[float, float, float]  # a value with its interval, such as stats.Interval
+Series = Mapping[str, Sequence[Range | None] | None]
+Bands = Sequence[tuple[float, float]] | np.ndarray
 MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
 
 mpl.rcParams.update(
@@ -106,11 +108,11 @@ def forest(
     session: Session,
     name: str,
     rows: Sequence[str],
-    series: Mapping[str, Sequence[Range | None] | None],
+    series: Series,
     *,
     title: str,
     xlabel: str,
-    null: Sequence[tuple[float, float]] | np.ndarray | None = None,
+    null: Bands | None = None,
     null_label: str = "null",
     pooled: Mapping[str, Range | None] | None = None,
     marks: Mapping[str, float] | None = None,
@@ -134,10 +136,20 @@ def forest(
     show(session, name, figure, {"rows": shown, "series": drawn, "null": null, "marks": marks})
 
 
-def forests(session: Session, name: str, rows: Sequence[str], panels: Mapping[str, Mapping[str, Any]]) -> None:
+class Panel(TypedDict):
+    """What one panel of `forests` shows, in the words of `forest_on`."""
+
+    series: Series
+    xlabel: str
+    null: NotRequired[Bands]
+    null_label: NotRequired[str]
+    verdict: NotRequired[str]
+
+
+def forests(session: Session, name: str, rows: Sequence[str], panels: Mapping[str, Panel]) -> None:
     """Forest plots side by side over the same rows, drawn, saved and shown: {title: what each shows}.
 
-    A panel's `series`, `null` and `null_label` are those of `forest_on`; its `xlabel` stands below, its `verdict` in the title.
+    A panel's `xlabel` stands below it, its `verdict` in the title.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 2.2 + 0.5 * len(rows)), sharey=True)
     for axis, (title, panel) in zip(axes, panels.items(), strict=True):
@@ -186,7 +198,7 @@ def lines(
     title: str,
     xlabel: str,
     ylabel: str,
-    null: Sequence[tuple[float, float]] | np.ndarray | None = None,
+    null: Bands | None = None,
     null_label: str = "null",
     marks: Mapping[str, float] | None = None,
     log: bool = False,
@@ -307,7 +319,7 @@ def scatter(
         axis.plot(x, y, marker, color=colour, markersize=5, alpha=0.7, label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=titled(title, verdict), xscale="log" if log else "linear")
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     show(session, name, figure, {"points": points, "curves": curves}, interactive)
 
@@ -341,8 +353,8 @@ def ranked(
 def forest_on(
     axis: Axes,
     rows: Sequence[str],
-    series: Mapping[str, Sequence[Range | None] | None],
-    null: Sequence[tuple[float, float]] | np.ndarray | None = None,
+    series: Series,
+    null: Bands | None = None,
     null_label: str = "null",
 ) -> None:
     """A forest plot on `axis`: one row a name, one marker a series, each a `stats.Interval` (value, low, high) a row.

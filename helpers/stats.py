@@ -154,7 +154,7 @@ def seen(found: Interval, power: float = 0.8) -> float:
     return half * (1 + float(special.ndtri(power) / special.ndtri((1 + LEVEL) / 2)))
 
 
-def grouped(values: np.ndarray, groups: Sequence[Any] | np.ndarray) -> np.ndarray:
+def grouped(values: np.ndarray, groups: Sequence[str] | np.ndarray) -> np.ndarray:
     """Sums (groups, ...) of `values` (units, ...) over units of one group, groups in the order in which they come."""
     names = np.asarray(groups)
     return np.stack([np.asarray(values, np.float64)[names == g].sum(0) for g in dict.fromkeys(names.tolist())])

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
 from sklearn.decomposition import TruncatedSVD
 
 from helpers import stats
@@ -159,15 +158,6 @@ def test_group_means_and_other_choices_are_what_labels_without_meaning_give():
     assert overlap.contrast(values, [0]) == 3
     assert overlap.other_choices(values, [0]).tolist() == pytest.approx([1 - 10 / 3, 2 - 3, 3 - 8 / 3])
     assert len(overlap.other_choices(values, [0, 1])) == 5
-
-
-def test_rank_correlation_is_spearmans_and_fires_for_pairs_that_belong_together():
-    x = drawn(9, 2, 2).numpy()
-    assert overlap.rank_correlation(x) == pytest.approx(spearmanr(x[:, 0].ravel(), x[:, 1].ravel()).statistic)
-    assert overlap.rank_correlation(np.ones((4, 2, 1))) == 0
-    together = np.stack([x[:, 0], x[:, 0] ** 3], 1)
-    assert stats.p_value(overlap.rank_correlation(together), overlap.paired_anew(together, 300)) < 0.01
-    assert stats.p_value(overlap.rank_correlation(x), overlap.paired_anew(x, 300)) > 0.05
 
 
 def test_spans_and_what_a_part_in_a_span_carries():

@@ -356,4 +356,6 @@ def test_frozen_decoder_rows_stay_as_they_were_drawn():
 
 def test_a_registrys_sae_has_no_frozen_one(cache):
     with pytest.raises(saes.SaeError, match="from a registry"):
-        train.dictionary(a_profile(sae={"release": "r", "id": "i"}), Array(torch.randn(8, 4)), frozen=True)
+        train.dictionary(
+            a_profile(sae={"harvest": HARVEST, "release": "r", "id": "i"}), Array(torch.randn(8, 4)), frozen=True
+        )

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from helpers import stats
@@ -270,19 +269,6 @@ def other_choices(values: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
     """`contrast` for every other way to choose as many of `values` (n,): what the labels would give if they meant nothing."""
     every = combinations(range(len(values)), len(chosen))
     return np.array([contrast(values, c) for c in every if set(c) != set(chosen)])
-
-
-def rank_correlation(points: np.ndarray) -> float:
-    """Spearman's correlation of points (units, 2, series), the series pooled; 0 where either side is all one value."""
-    ranks = [rankdata(points[:, i].ravel()) for i in (0, 1)]
-    return float(np.corrcoef(ranks)[0, 1]) if all(np.ptp(r) > 0 for r in ranks) else 0.0
-
-
-def paired_anew(points: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """`rank_correlation` (draws,) with the second side of points (units, 2, series) dealt anew over units, series by series."""
-    rng = np.random.default_rng(seed)
-    dealt = (np.stack([points[:, 0], rng.permuted(points[:, 1], axis=0)], 1) for _ in range(draws))
-    return np.array([rank_correlation(x) for x in dealt])
 
 
 def span_overlap(vectors: Tensor | np.ndarray, inside: Tensor, less: Sequence[Tensor] = ()) -> float:
