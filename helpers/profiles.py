@@ -183,6 +183,10 @@ class Profile(Part):
     base: str | None = Field(None, description="the model before preference training, where there is one")
     layer: Layer = Field(description="where vectors are read and written")
     layers: tuple[Layer, ...] = Field((), description="layers that a sweep looks at")
+    answers: Literal["answer", "last", "turn"] = Field(
+        "answer",
+        description="where answer pairs are read: the mean over the answer, its last token, or the mark that ends its turn",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: str = Field("auto", description="auto, bfloat16, float32 or float16")
     behaviors: tuple[str, ...] = Field(min_length=1, description="names or files: see helpers/steering/behaviors.py")

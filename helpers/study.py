@@ -28,10 +28,15 @@ from helpers.sae.latents import Latent
 from helpers.sae.saes import Loaded
 from helpers.session import Session
 from helpers.steering import behaviors, caa, directions, propensity
-from helpers.steering.behaviors import Behavior
+from helpers.steering.behaviors import AnswerPair, Behavior
 from helpers.steering.caa import Halves
 
 ANSWERS, SYSTEM, PADDED = "answer pairs", "system pairs", "padded system pairs"
+READ = {
+    "answer": "mean over the answer",
+    "last": "last token",
+    "turn": "end-of-turn mark",
+}  # places to read answer pairs at
 RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", "shuffled labels", "another behaviour"
 UNRELATED, SECOND = "unrelated", "second seed"  # the fine-tune without preferences; the base's SAE from another seed
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
@@ -73,24 +78,33 @@ class Single:
         """The median length of those rows: lengths and strengths are in units of it."""
         return float(self.residuals.norm(dim=1).median())
 
-    def halves(self, kind: str = ANSWERS, layers: Sequence[int] | None = None) -> dict[str, Halves]:
+    def halves(self, kind: str = ANSWERS, layers: Sequence[int] | None = None, where: str = "") -> dict[str, Halves]:
         """What each behaviour's contrast pairs give at the layers looked at; read once, then cached.
 
-        At the last position; of PADDED pairs over all positions but fillers and special tokens (`parts`).
+        Answer pairs at `where`, one of READ, by default the profile's `answers`; system pairs and plain texts at the last
+        position; PADDED pairs over all positions but fillers and special tokens (`parts`).
         """
+        at = list(layers or self._read)
         if kind == PADDED:
             return {n: part["masked"] for n, part in self.parts(layers).items()}
-        pairs = {n: b.answer_pairs if kind == ANSWERS else b.system_pairs for n, b in self.data.items()}
-        return {n: caa.extract(self.model, p, list(layers or self._read)) for n, p in pairs.items()}
+        if kind == SYSTEM:
+            return {n: caa.extract(self.model, b.system_pairs, at) for n, b in self.data.items()}
+        where = where or self.session.profile.answers
+        return {
+            n: caa.extract(
+                self.model, b.answer_pairs, at, where if isinstance(b.answer_pairs[0], AnswerPair) else "last"
+            )
+            for n, b in self.data.items()
+        }
 
     def parts(self, layers: Sequence[int] | None = None) -> dict[str, dict[str, Halves]]:
         """What each behaviour's padded system pairs give over each position set of `caa.PARTS`, from the same passes."""
         at = list(layers or self._read)
         return {n: caa.extract_padded(self.model, b.system_pairs, at, caa.PARTS) for n, b in self.data.items()}
 
-    def vectors(self, kind: str = ANSWERS) -> dict[str, Tensor]:
-        """The mean difference (d_model,) float64 of each behaviour's pairs, as long as it is."""
-        return {n: directions.mean(*h.at(self.layer)) for n, h in self.halves(kind).items()}
+    def vectors(self, kind: str = ANSWERS, where: str = "") -> dict[str, Tensor]:
+        """The mean difference (d_model,) float64 of each behaviour's pairs, as long as it is; `where` as in `halves`."""
+        return {n: directions.mean(*h.at(self.layer)) for n, h in self.halves(kind, where=where).items()}
 
     def steps(self, kind: str = ANSWERS, length: float = 0.1) -> dict[str, Tensor]:
         """The same, each `length` residual norms long."""
@@ -135,15 +149,18 @@ class Single:
         scores = scoring.log_odds(self.tested(items)[name], units, [0.0, length], per_token)
         return scores[:, 1] - scores[:, 0]
 
-    def by_layer(self, kind: str = ANSWERS, length: float = 0.1) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def by_layer(
+        self, kind: str = ANSWERS, length: float = 0.1, where: str = ""
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """On the dev items alone and by gradient, at every layer of `layers`: each behaviour's response (layers,) in nats to its own
-        vector of that kind, `length` residual norms long; and the standard deviation of random directions' responses (layers,)."""
+        vector of that kind (`where` as in `halves`), `length` residual norms long; and the standard deviation of random directions'
+        responses (layers,)."""
         own, chance = {}, {}
         sizes = torch.stack([reading.rows(self.model, self._prompts, k).norm(dim=1).median() for k in self.layers])
-        for n, h in self.halves(kind, self.layers).items():
-            where = propensity.of_items(self.model, self.data[n].dev, self.layers[0])
+        for n, h in self.halves(kind, self.layers, where).items():
+            items = propensity.of_items(self.model, self.data[n].dev, self.layers[0])
             at_each = (
-                scoring.linear_response(where, self.layers[1:])
+                scoring.linear_response(items, self.layers[1:])
                 .reshape(len(self.layers), -1, self.model.d_model)
                 .mean(1)
             )

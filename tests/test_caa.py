@@ -1,5 +1,6 @@
 """Extraction against hand arithmetic and a peer; vectors that keep their bits."""
 
+import copy
 import dataclasses
 import json
 
@@ -42,6 +43,26 @@ def test_answer_positions_average_the_answer_only(tiny, cache):
     rows = torch.tensor([r == tokens.ANSWER for r in laid.roles])
     expected = alone(tiny, laid, 1)[rows].mean(0)
     torch.testing.assert_close(caa.extract(tiny, [pair], [1], "answer").at(1)[0][0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_turns_end_is_one_token_after_whatever_the_answers_end_in(tiny, cache):
+    pair = AnswerPair("What is tin?", "A dull metal, you fool!", "A soft metal.")
+    one, other = (laid.ids for laid in caa.tokens_of(tiny.tokenizer, pair, closed=True))
+    open_one, open_other = (laid.ids for laid in caa.tokens_of(tiny.tokenizer, pair))
+    assert tiny.tokenizer.decode([one[-1]]) == "<|im_end|>" and open_one[-1] != open_other[-1]
+    assert one == [*open_one, one[-1]] and other == [*open_other, one[-1]]
+    closed = caa.tokens_of(tiny.tokenizer, pair, closed=True)[1]
+    torch.testing.assert_close(
+        caa.extract(tiny, [pair], [1], "turn").at(1)[1][0], alone(tiny, closed, 1)[-1], atol=1e-4, rtol=1e-4
+    )
+    kept = caa.make_vector(tiny, torch.randn(48), 1, "x", "mean", "turn", [pair], 1.0)
+    assert kept.read_from.endswith("«<|im_end|>»")
+
+
+def test_a_base_models_turn_ends_with_the_line(tiny):
+    plain = copy.copy(tiny.tokenizer)
+    plain.chat_template = None
+    assert plain.decode([tokens.end_of_turn(plain)]) == "\n"
 
 
 def test_left_and_right_padding_give_the_same_vector(tiny, cache, monkeypatch):

@@ -260,11 +260,13 @@ def _tokenize(tokenizer: Tokenizer, pieces: Sequence[tuple[str, int]], template:
     return Tokens(ids, roles)
 
 
-def chat(tokenizer: Tokenizer, question: str, system: str | None = None, answer: str | None = None) -> Tokens:
+def chat(
+    tokenizer: Tokenizer, question: str, system: str | None = None, answer: str | None = None, closed: bool = False
+) -> Tokens:
     """A user turn, an optional system prompt and an optional answer, in the model's own chat template.
 
-    Ends where the assistant is to speak, or after the answer's last token (the end-of-turn mark is left off). The answer is
-    what is appended, so its tokens are known. A template without a system role gets the system prompt in front of the
+    Ends where the assistant is to speak, or after the answer's last token; `closed`, after the end-of-turn mark that follows
+    it. The answer is what is appended, so its tokens are known. A template without a system role gets the system prompt in front of the
     question, one that prints a date always the same, one that lets the model think an empty thought (setting THINKING).
     DataError for an empty answer and for a template that changes the texts.
     """
@@ -273,7 +275,26 @@ def chat(tokenizer: Tokenizer, question: str, system: str | None = None, answer:
         if not answer.strip():
             raise DataError(f"the answer to {question.strip()[:40]!r} is empty: there is nothing to read or to score")
         pieces.append((answer.strip(), ANSWER))
-    return _tokenize(tokenizer, pieces, tokenizer.chat_template is not None)
+    told = _tokenize(tokenizer, pieces, tokenizer.chat_template is not None)
+    if not closed or answer is None:
+        return told
+    mark = end_of_turn(tokenizer)
+    return Tokens([*told.ids, mark], [*told.roles, SPECIAL if mark in special_ids(tokenizer) else TEMPLATE])
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int:
+    """The token that ends an assistant's turn: the first special one that the template puts after an answer, else the first it puts
+    there, else the end of text; of a base model, in a plain transcript, the line's end."""
+    after = "\n"
+    if tokenizer.chat_template is not None:
+        layout, _ = _layout(tokenizer, None, USER_MARK)
+        turns = layout.turns(None, USER_MARK, ANSWER_MARK)
+        after = _rendered(tokenizer, turns, False).partition(ANSWER_MARK)[2]
+    ids, special = tokenizer(after, add_special_tokens=False)["input_ids"], special_ids(tokenizer)
+    ends = [i for i in ids if i in special] or list(ids) or [tokenizer.eos_token_id]
+    if ends[0] is None:
+        raise DataError("the template puts nothing after an answer, and the tokenizer has no end of text: no turn ends")
+    return ends[0]
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -47,14 +47,15 @@ class Halves(NamedTuple):
         return self.pos[:, i], self.neg[:, i]
 
 
-def tokens_of(tokenizer: Tokenizer, pair: ContrastPair) -> tuple[Tokens, Tokens]:
-    """The positive and the negative text of a pair as the model sees them."""
+def tokens_of(tokenizer: Tokenizer, pair: ContrastPair, closed: bool = False) -> tuple[Tokens, Tokens]:
+    """The positive and the negative text of a pair as the model sees them; `closed`, with the mark that ends an answer's turn."""
     if isinstance(pair, SystemPair):
         q = pair.question
         return tokens.chat(tokenizer, q, system=pair.positive), tokens.chat(tokenizer, q, system=pair.negative)
     if isinstance(pair, AnswerPair):
         q = pair.question
-        return tokens.chat(tokenizer, q, answer=pair.positive), tokens.chat(tokenizer, q, answer=pair.negative)
+        one, other = (tokens.chat(tokenizer, q, answer=a, closed=closed) for a in (pair.positive, pair.negative))
+        return one, other
     return tokens.plain(tokenizer, pair.positive), tokens.plain(tokenizer, pair.negative)
 
 
@@ -65,9 +66,14 @@ def extract(
     where: str | Sequence[int] = "last",
     batch_size: int = 32,
 ) -> Halves:
-    """Activations of both halves of each pair, averaged over `where` (default: the last token, as in CAA)."""
-    both = [tokens_of(lm.tokenizer, pair) for pair in pairs]
-    acts, seconds = reading.means(lm, [s for sides in both for s in sides], layers, where, batch_size=batch_size)
+    """Activations of both halves of each pair, averaged over `where` (default: the last token, as in CAA).
+
+    Beside the words of `tokens.positions`, `turn`: the mark that ends the answer's turn, the same token on both sides.
+    """
+    turn = where == "turn"
+    both = [tokens_of(lm.tokenizer, pair, closed=turn) for pair in pairs]
+    sides, where = [s for pair in both for s in pair], "last" if turn else where
+    acts, seconds = reading.means(lm, sides, layers, where, batch_size=batch_size)
     return Halves(acts[0::2, 0], acts[1::2, 0], list(layers), 2 * len(pairs), seconds)
 
 
@@ -288,8 +294,9 @@ def make_vector(
     The example is made from `positions` where `tokens.positions` knows the word; give `read_from` for anything else.
     """
     if not read_from:
-        batch = tokens.pad([tokens_of(lm.tokenizer, pairs[0])[0]], lm.pad_id)
-        read_from = tokens.provenance(lm.tokenizer, batch, tokens.positions(batch, positions))
+        turn = positions == "turn"
+        batch = tokens.pad([tokens_of(lm.tokenizer, pairs[0], closed=turn)[0]], lm.pad_id)
+        read_from = tokens.provenance(lm.tokenizer, batch, tokens.positions(batch, "last" if turn else positions))
     return SteeringVector(
         direction, layer, behavior, method, positions, lm.identity, len(pairs),
         digest([list(p) for p in pairs])[:16], residual_norm, read_from,
