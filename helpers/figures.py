@@ -80,16 +80,14 @@ class Interactive(Protocol):
 
     def to_json(self) -> str: ...
 
-    def to_html(self, *, include_plotlyjs: str) -> str: ...
-
 
 def show(
     session: Session, name: str, figure: Figure, numbers: Mapping[str, object], interactive: Interactive | None = None
 ) -> None:
     """Display the figure and save <name>.png and its numbers as <name>.json in the session's figures.
 
-    `interactive`, a plotly figure of the same thing, rides along in the same output (JupyterLab shows it, everything else
-    the PNG) and is written as <name>.html.
+    `interactive`, a plotly figure of the same thing, rides along in the same output: JupyterLab shows it in place of the PNG,
+    the report below it.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -100,7 +98,6 @@ def show(
     bundle: dict[str, Any] = {"image/png": b64encode(buffer.getvalue()).decode(), "text/plain": f"figure {stem}"}
     if interactive is not None:
         bundle["application/vnd.plotly.v1+json"] = json.loads(interactive.to_json())
-        write_file(session.figures / f"{stem}.html", interactive.to_html(include_plotlyjs="cdn"))
     display(bundle, raw=True)
 
 

@@ -5,7 +5,6 @@ reports/<profile>/ when it is whole; a notebook that fails is shown as failed, t
 """
 
 import argparse
-import base64
 import json
 import os
 import platform
@@ -32,12 +31,14 @@ from helpers import claims, pages, progress, session
 from helpers.lm import text
 from helpers.profiles import Profile
 from helpers.progress import Progress, clock
+from helpers.render import marked, render, title
 from helpers.session import DEFAULT_PROFILE, ROOT, load_profile, redact, setting
 from helpers.store import digest, read_json, versions, write_file
 
 NOTEBOOKS = ROOT / "notebooks"
 PLAIN_BARS = "__import__('sys').modules['tqdm.notebook'] = __import__('tqdm')"  # run first in a kernel: no widgets
 MARKERS = ("<!-- claims:start -->", "<!-- claims:end -->")
+THUMBNAIL = 640  # pixels a picture on the index is wide
 LOST = "its file of results is missing, cut short or of an older version; run it again"
 COMMITTED = {"results": ROOT / "data" / "results" / DEFAULT_PROFILE, "figures": ROOT / "figures" / DEFAULT_PROFILE}
 
@@ -208,19 +209,8 @@ def execute(path: Path, out: Path, parameters: dict[str, Any], run: Progress) ->
         write_file(out / path.name, nbformat.writes(notebook) + "\n")
         write_file(out / f"{path.stem}.html", render(notebook, path.stem))
         status = "failed" if error else "ran"
-        return {"status": status, "seconds": round(run.end(status, error), 1), "error": error}
-
-
-def render(notebook: NotebookNode, title: str) -> str:
-    """The notebook as one HTML page, figures inside."""
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(
-        template_name="study", extra_template_basedirs=[str(pages.TEMPLATES)], exclude_input_prompt=True,
-        exclude_output_prompt=True,
-    )  # fmt: skip
-    body, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
-    return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body)
+        seconds = round(run.end(status, error), 1)
+        return {"status": status, "seconds": seconds, "error": error, "title": title(notebook, path.stem)}
 
 
 def _result(out: Path, stem: str) -> dict[str, Any] | None:
@@ -231,22 +221,37 @@ def _result(out: Path, stem: str) -> dict[str, Any] | None:
 
 
 def _study(out: Path, stem: str, record: dict[str, Any], state: str) -> dict[str, Any]:
-    """What the page shows of a notebook that has ended: a picture, two lines or the error, its claims."""
+    """What the page shows of a notebook that has ended: pictures, two lines or the error, its claims."""
     result = _result(out, stem) if record["status"] == "ran" else None
     pictures = sorted((out / "figures").glob(f"{stem[:2]}_*.png"))
     headline = [p for p in pictures if p.stem.endswith("_headline")] or pictures
-    picture = base64.b64encode(headline[0].read_bytes()).decode() if result and headline else ""
-    error = "" if result else record["error"] or LOST
-    study = {"stem": stem, "state": state, "picture": picture, "error": error, "seconds": record["seconds"]}
-    return study | {"summary": result["summary"] if result else "", "claims": result["claims"] if result else []}
+    study = {
+        "stem": stem,
+        "state": state,
+        "seconds": record["seconds"],
+        "title": record.get("title", stem),  # a record of an older version has none
+        "error": "" if result else record["error"] or LOST,
+        "whole": "",
+        "picture": "",
+        "summary": "",
+        "claims": [],
+    }
+    if result:
+        keys = ("model", "layer", "device", "dtype")  # a file of an older version may lack one
+        study["about"] = ", ".join(f"{k} {result[k]}" for k in keys if k in result)
+        study |= {"summary": result["summary"], "claims": [_row(stem, c) for c in result["claims"]]}
+        if headline:
+            study |= {"whole": pages.picture(headline[0]), "picture": pages.picture(headline[0], THUMBNAIL)}
+    return study
 
 
 def _row(stem: str, c: dict[str, Any]) -> dict[str, Any]:
-    """A claim as the page's table shows it: what it says, the numbers in words."""
-    value, low, high, null = (claims.number(c[key]) for key in ("value", "low", "high", "null_value"))
+    """A claim as the page's table shows it: what it says, the numbers in words, and the place of its verdict when sorted."""
+    value, low, high, beside = (claims.number(c[key]) for key in ("value", "low", "high", "null_value"))
     ours = "-" if c["value"] is None else f"{value} [{low}, {high}] {c['unit']}"
-    null += "" if c["p"] is None else f" (p = {c['p']:.2g})"
-    return {**c, "stem": stem, "published": claims.published(c), "ours": ours, "null": null}
+    beside += "" if c["p"] is None else f" (p = {c['p']:.2g})"
+    rank = claims.VERDICTS.index(c["verdict"])
+    return {**c, "stem": stem, "published": claims.published(c), "ours": ours, "beside": beside, "rank": rank}
 
 
 def _times(stem: str, times: dict[str, Any]) -> dict[str, Any]:
@@ -258,31 +263,32 @@ def _times(stem: str, times: dict[str, Any]) -> dict[str, Any]:
 
 
 def index(out: Path, profile: str, runs: dict[str, Any], run: Progress) -> str:
-    """The page a reader opens first: how the run goes, the claims, the studies, versions, where the time went."""
+    """The page a reader opens first: how the run goes, the answer and how sure it is, the studies, all claims, where the time went."""
     states = {stem: run.state.get(stem, "earlier") for stem in sorted({*runs, *run.state})}
     ended = {stem: runs[stem] for stem, state in states.items() if stem in runs and state not in ("running", "stopped")}
     studies = [_study(out, stem, one, states[stem]) for stem, one in ended.items()]
     notes = {s: f"{one['seconds']:.0f} s" for s, one in ended.items() if states[s] in ("ran", "failed", "earlier")}
     if run.heading:
         notes[run.stem] = f"{run.heading}, since {run.since}"
-    ran = [r for stem in runs if (r := read_json(out / "results" / f"{stem}.json"))]
-    keys = ("model", "layer", "device", "dtype")  # a file of an older version may lack one
-    about = " / ".join(sorted({", ".join(f"{k} {r[k]}" for k in keys if k in r) for r in ran}))
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     software = " · ".join(f"{k} {v}" for k, v in versions().items())
-    rows = [_row(s["stem"], c) for s in studies for c in s["claims"]]
+    rows = [c for s in studies for c in s["claims"]]
     return pages.page(
         "index.html",
         profile=profile,
-        about=" · ".join(filter(None, [about, machine, f"Python {platform.python_version()}", software])),
+        fast="-fast" in profile,
+        about=" · ".join([machine, f"Python {platform.python_version()}", software]),
         seconds=sum(one["seconds"] for one in ended.values()),
         going=run.going,
         stopped="stopped" in states.values() or "not run" in states.values(),
         now=time.strftime("%H:%M:%S"),
         left=run.left()[1],
         notebooks=[{"stem": stem, "state": state, "note": notes.get(stem, "")} for stem, state in states.items()],
-        claims={"Claims": [c for c in rows if c["main"]], "Also measured": [c for c in rows if not c["main"]]},
+        answer=next((s for s in reversed(studies) if s["claims"]), None),
         studies=studies,
+        claims=sorted(rows, key=lambda c: not c["main"]),
+        counts={verdict: sum(c["verdict"] == verdict for c in rows) for verdict in claims.VERDICTS},
+        marked=marked,
         times=[_times(stem, run.timeline[stem]) for stem in ended if stem in run.timeline],
     )
 

@@ -169,10 +169,15 @@ def test_main_claims_come_before_what_was_also_measured_and_what_was_not_run_say
     notebook(workshop, "01_good", GOOD)
     assert report.main(["--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "index.html").read_text()
-    order = ["<h2>Claims", ">01.1</a>", ">01.2</a>", "<h2>Also measured", ">01.9</a>", "<h2>Studies"]
+    order = ["<h2>What the last study says", "<h3>How sure", "<h2>Studies", "<h2>Claims", 'class="beside"']
     assert [page.index(x) for x in order] == sorted(page.index(x) for x in order)
-    assert "1 [0.5, 2] nats" in page and "0 (p = 0.01)" in page
-    assert "no &lt;i&gt;network&lt;/i&gt;" in page and '<tr class="not-run">' in page
+    sure, table = page.split("<h2>Studies")[0], page.split("<h2>Claims")[1]
+    assert ">01.1</a>" in sure and ">01.2</a>" in sure and ">01.9</a>" not in sure and "A summary in words." in sure
+    assert (
+        table.index(">01.1</a>") < table.index(">01.2</a>") < table.index('class="beside"') < table.index(">01.9</a>")
+    )
+    assert "1 [0.5, 2] nats" in table and "0 (p = 0.01)" in table
+    assert "no &lt;i&gt;network&lt;/i&gt;" in table and '<strong class="verdict not-run">' in table
 
 
 WHOSE = """
