@@ -16,7 +16,7 @@ export PIP_NO_COMPILE := 1
 help:  ## this text
 	@echo "make report [PROFILE=smollm2] [ONLY=01,02] [FAST=1] [COMMIT=1]"
 	@echo "            run the notebooks, write reports/<profile>/index.html"
-	@echo "            (COMMIT=1 also refreshes the committed notebooks, results, figures and README)"
+	@echo "            (COMMIT=1 also refreshes the committed notebooks, results, figures and pages)"
 	@echo "make test   lint, all tests, every notebook at its fast setting (in two processes; WORKERS=4 for more)"
 	@echo "make test-fast"
 	@echo "            lint, and the tests that need no packaged model, no notebook and no network"

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +38,9 @@ from helpers.store import digest, read_json, versions, write_file
 
 NOTEBOOKS = ROOT / "notebooks"
 PLAIN_BARS = "__import__('sys').modules['tqdm.notebook'] = __import__('tqdm')"  # run first in a kernel: no widgets
-MARKERS = ("<!-- claims:start -->", "<!-- claims:end -->")
 THUMBNAIL = 640  # pixels a picture on the index is wide
+ANSWER = "06_diff_sae"  # the notebook whose answer is the README's
+TEN = ("06.8", "06.17", "06.2", "06.3", "05.2", "05.5", "04.4", "03.2", "02.1", "01.5")  # claims that the README shows
 LOST = "its file of results is missing, cut short or of an older version; run it again"
 COMMITTED = {"results": ROOT / "data" / "results" / DEFAULT_PROFILE, "figures": ROOT / "figures" / DEFAULT_PROFILE}
 
@@ -293,26 +295,81 @@ def index(out: Path, profile: str, runs: dict[str, Any], run: Progress) -> str:
     )
 
 
-def readme_table() -> str:
-    """The README's tables of claims, from the committed results: the main ones, then what was also measured."""
+def _committed() -> dict[str, dict[str, Any]]:
+    """What the committed results say, by notebook."""
+    return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(COMMITTED["results"].glob("*.json"))}
+
+
+def opening(stem: str) -> tuple[str, str, str]:
+    """The title, the question and the answer with which a notebook begins; what it does not say is empty."""
+    cell = nbformat.read(NOTEBOOKS / f"{stem}.ipynb", as_version=4).cells[0].source
+    title, _, question = cell.split("\n")[0].lstrip("# ").replace(" ·", "").partition(": ")
+    answer = re.search(r"^\*\*Answer\.\*\* (.+)", cell, re.MULTILINE)
+    return title, question, answer[1] if answer else ""
+
+
+def _answer() -> str:
+    """The answer of the notebook that has the last word, and how many claims came out how."""
+    verdicts = Counter(c["verdict"] for found in _committed().values() for c in found["claims"])
+    each = ", ".join(f"*{v}* {verdicts[v]}" for v in claims.VERDICTS if verdicts[v])
+    return f"{opening(ANSWER)[2]}\n\nVerdicts on {verdicts.total()} claims (their words are explained below): {each}."
+
+
+def _ten() -> str:
+    """The README's few claims."""
+    known = {c["id"]: c for found in _committed().values() for c in found["claims"]}
+    return claims.markdown([known[id] for id in TEN if id in known], with_rule=False)
+
+
+def _gallery() -> str:
+    """The notebooks that have results, each with its question and a small picture."""
     rows = []
-    for path in sorted(COMMITTED["results"].glob("*.json")):
-        rows += json.loads(path.read_text(encoding="utf-8"))["claims"]
-    main, beside = [c for c in rows if c["main"]], [c for c in rows if not c["main"]]
-    tables = [claims.markdown(main, with_rule=False)]
-    return "\n".join(
-        tables + (["", "**Also measured**", "", claims.markdown(beside, with_rule=False)] if beside else [])
-    )
+    for stem in _committed():
+        title, question, _ = opening(stem)
+        pictures = [p.name for p in sorted(COMMITTED["figures"].glob(f"{stem[:2]}_*.png"))]
+        picture = next((p for p in pictures if p.endswith("_headline.png")), pictures[0] if pictures else "")
+        image = f'<img src="figures/{DEFAULT_PROFILE}/{picture}" width="200" alt="">' if picture else ""
+        rows.append([image, f"[{title}](notebooks/{stem}.ipynb): {question}"])
+    return str(claims.table(["", "notebook"], rows).data)
 
 
-def with_table(readme: str) -> str:
-    """The README's text with the table of claims between its markers made anew."""
-    start, end = (readme.index(m) for m in MARKERS)
-    return readme[: start + len(MARKERS[0])] + "\n" + readme_table() + "\n" + readme[end:]
+PARTS = {"answer": _answer, "claims": _ten, "notebooks": _gallery}  # of the README, each between its markers
+
+
+def with_parts(readme: str) -> str:
+    """The README's text with what stands between markers made anew from the committed notebooks and results."""
+    for name, make in PARTS.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if start in readme:
+            before, after = readme[: readme.index(start)], readme[readme.index(end) :]
+            readme = f"{before}{start}\n{make()}\n{after}"
+    return readme
+
+
+def claims_page() -> str:
+    """docs/claims.md: every claim of every notebook, the main ones of each first."""
+    parts = [
+        "# All claims",
+        "Made from `data/results/` by `make report COMMIT=1`; a test compares. [verdicts.md](verdicts.md) says how to read a row. "
+        "Each notebook's main claims come first.",
+    ]
+    for stem, found in _committed().items():
+        title, question, _ = opening(stem)
+        rows = sorted(found["claims"], key=lambda c: not c["main"])
+        where = f"{found['model']}, layer {found['layer']}, {found['dtype']}"
+        parts += [f"## [{title}](../notebooks/{stem}.ipynb): {question}", f"`{where}`", claims.markdown(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def refresh() -> None:
+    """Make anew what README.md and docs/claims.md take from the committed notebooks and results."""
+    readme = ROOT / "README.md"
+    write_file(readme, with_parts(readme.read_text(encoding="utf-8")))
+    write_file(ROOT / "docs" / "claims.md", claims_page())
 
 
 def commit(out: Path, stems: list[str]) -> None:
-    """Copy notebooks, results and figures of a defaults-only run over the committed ones, and refresh the README."""
+    """Copy notebooks, results and figures of a defaults-only run over the committed ones, and refresh the pages."""
     for stem in stems:
         write_file(NOTEBOOKS / f"{stem}.ipynb", (out / f"{stem}.ipynb").read_bytes())
         write_file(COMMITTED["results"] / f"{stem}.json", (out / "results" / f"{stem}.json").read_bytes())
@@ -322,9 +379,8 @@ def commit(out: Path, stems: list[str]) -> None:
         for new in sorted((out / "figures").glob(f"{stem[:2]}_*")):
             if new.suffix in (".png", ".json"):
                 write_file(COMMITTED["figures"] / new.name, new.read_bytes())
-    readme = ROOT / "README.md"
-    write_file(readme, with_table(readme.read_text(encoding="utf-8")))
-    print(f"committed copies refreshed: {', '.join(stems)}, their results and figures, README.md")
+    refresh()
+    print(f"committed copies refreshed: {', '.join(stems)}, their results and figures, README.md, docs/claims.md")
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -333,7 +389,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="numbers or names, comma-separated: 01,02")
     parser.add_argument("--fast", action="store_true", help="small sizes: does everything run? (numbers mean little)")
     parser.add_argument(
-        "--commit", action="store_true", help="refresh the committed notebooks, results, figures, README"
+        "--commit",
+        action="store_true",
+        help="refresh the committed notebooks, results, figures, README, docs/claims.md",
     )
     parser.add_argument(
         "-p", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter (YAML value)"

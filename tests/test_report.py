@@ -251,17 +251,16 @@ def test_commit_refreshes_what_is_committed_and_nothing_else(workshop, tmp_path,
     (tmp_path / "README.md").write_text("before\n<!-- claims:start -->\na stale row\n<!-- claims:end -->\nafter\n")
     monkeypatch.setattr(report, "COMMITTED", kept)
     monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "TEN", ("01.2", "01.1", "09.9"))  # in this order; what is not there is left out
     assert report.main(["--commit", "--out", str(tmp_path / "out")]) == 0
     assert [p.name for p in kept["figures"].iterdir()] == ["02_other.png"] and (
         kept["results"] / "01_good.json"
     ).exists()
     readme = (tmp_path / "README.md").read_text()
-    assert (
-        readme.index("**01.1**") < readme.index("**Also measured**") < readme.index("**01.9**")
-        and "a stale row" not in readme
-        and readme.startswith("before")
-        and readme.endswith("after\n")
-    )
+    assert readme.index("**01.2**") < readme.index("**01.1**") and "**01.9**" not in readme
+    assert "a stale row" not in readme and readme.startswith("before") and readme.endswith("after\n")
+    page = (tmp_path / "docs" / "claims.md").read_text()
+    assert page.index("**01.1**") < page.index("**01.2**") < page.index("**01.9**") and page.count("holds if") == 3
     ran = nbformat.read(workshop / "01_good.ipynb", 4)
     assert ran.cells[1].execution_count == 2 and not any("injected" in str(c.metadata) for c in ran.cells)
 
@@ -503,9 +502,16 @@ def test_committed_results_and_figures_belong_to_the_notebooks(path):
     assert pictures and all(p.with_suffix(".json").exists() for p in pictures)
 
 
-def test_the_readme_table_is_the_committed_results():
+def test_the_readme_and_the_page_of_claims_are_the_committed_results():
     readme = (ROOT / "README.md").read_text()
-    assert report.with_table(readme) == readme
+    assert report.with_parts(readme) == readme and report.claims_page() == (ROOT / "docs" / "claims.md").read_text()
+    assert all(readme.count(f"<!-- {part}:{end} -->") == 1 for part in report.PARTS for end in ("start", "end"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+def test_a_notebook_opens_with_its_question_and_its_answer(path):
+    title, question, answer = report.opening(path.stem)
+    assert title.startswith(path.stem[:2]) and question.endswith("?") and 0 < len(answer.split()) <= 60
 
 
 def test_make_is_the_whole_interface():
