@@ -202,17 +202,19 @@ def dealt(table: Sequence[Sequence[float]] | np.ndarray, draws: int, seed: int =
 
 
 def auroc(pos: np.ndarray, neg: np.ndarray) -> np.ndarray:
-    """The share of (positive, negative) rows of which the positive is larger, ties counted a half, for each column: (...), from
-    `pos` (n, ...) and `neg` (m, ...). The area under the ROC curve (Hanley & McNeil 1982), exactly, by ranks."""
+    """The share of (positive, negative) rows of which the positive is larger, ties counted a half, for each column:
+    (...), from `pos` (n, ...) and `neg` (m, ...). The area under the ROC curve (Hanley & McNeil 1982), exactly, by
+    ranks."""
     n, m = len(pos), len(neg)
     ranks = rankdata(np.concatenate([np.asarray(x, np.float64) for x in (pos, neg)]), axis=0)
     return np.asarray((ranks[:n].sum(0) - n * (n + 1) / 2) / (n * m))
 
 
 def auroc_interval(value: float, n: int, m: int) -> Interval:
-    """An `auroc` of n against m rows with a 95 % interval: all shares t with (value - t)^2 <= z^2 V(t), so that perfectly told sides
-    have one too. V(t) = t (1 - t) (1 + N ((1 - t)/(2 - t) + t/(1 + t))) / nm, N = (n + m)/2 - 1: method 5 of Newcombe (2006, Stat.
-    Med. 25, 559), for rows that have nothing to do with one another; of pairs it is on the safe side."""
+    """An `auroc` of n against m rows with a 95 % interval: all shares t with (value - t)^2 <= z^2 V(t), so that
+    perfectly told sides have one too. V(t) = t (1 - t) (1 + N ((1 - t)/(2 - t) + t/(1 + t))) / nm, N = (n + m)/2 - 1:
+    method 5 of Newcombe (2006, Stat. Med. 25, 559), for rows that have nothing to do with one another; of pairs it is
+    on the safe side."""
     z2, more = float(special.ndtri((1 + LEVEL) / 2)) ** 2, (n + m) / 2 - 1
 
     def low(at: float) -> float:

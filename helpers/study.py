@@ -214,17 +214,17 @@ class Single:
         return latents.of(folder, self.model, loaded.sae, self.text[0], limit=FAST_ROWS if s.fast else limit)
 
     def labels(self, loaded: Loaded, wanted: Iterable[int], seed: int = 0) -> dict[int, str]:
-        """What latents of that SAE are called, those that have a label: see `labels`. None of one that was trained in a fast run, or
-        from another seed than 0: the profile's file names the latents of another."""
+        """What latents of that SAE are called, those that have a label: see `labels`. None of one that was trained in a
+        fast run, or from another seed than 0: the profile's file names the latents of another."""
         s = self.session
         return {} if self._trained and (s.fast or seed) else labels.of(s.profile, loaded, wanted)
 
     def evidence(
         self, sae: Dictionary, words: Sequence[Latent], length: float, n: int, k: int, items: int = 0
     ) -> dict[str, Listed]:
-        """What each behaviour's top `n` latents by a pursuit with `k` rows, and its top n by the codes of its answer pairs, have to do
-        with it: chosen on every other pair and asked of the rest, rows added `length` residual norms long. `words`: the SAE's
-        `contexts`, which say what is alive. See `evidence`."""
+        """What each behaviour's top `n` latents by a pursuit with `k` rows, and its top n by the codes of its answer
+        pairs, have to do with it: chosen on every other pair and asked of the rest, rows added `length` residual norms
+        long. `words`: the SAE's `contexts`, which say what is alive. See `evidence`."""
         alive, step = torch.tensor([one.frequency > 0 for one in words]), length * self.residual_norm
         found, gradients = {}, self.gradients(items)
         for name, h in self.halves().items():

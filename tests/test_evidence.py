@@ -1,4 +1,4 @@
-"""A planted latent tells the sides apart and steers as far as was planted; where nothing is planted nothing is found."""
+"""A planted latent tells the sides apart and steers as far as was planted; where nothing is planted nothing is."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def dictionary(kind="standard", **more):
 
 
 def pairs(sae, plus=0.0, minus=0.0, seed=0):
-    """Both sides of pairs: noise that is the same on both, some of their own, and what is planted on the one or the other."""
+    """Both sides of pairs: noise that both share, some of their own, and what is planted on the one or the other."""
     g = torch.Generator().manual_seed(seed)
     base = sae.b_dec + torch.randn(PAIRS, D, generator=g)
     pos, neg = (base + 0.3 * torch.randn(PAIRS, D, generator=g) for _ in range(2))

@@ -133,7 +133,7 @@ def centred(sae: Dictionary) -> bool:
 
 
 def pre_codes(sae: Dictionary, rows: Tensor) -> Tensor:
-    """What the encoder gives before it chooses what is on, (x - b_dec) W_enc + b_enc, (n, latents) float32, of rows (n, d_model).
+    """What the encoder gives before it chooses: (x - b_dec) W_enc + b_enc, (n, latents) float32, of rows (n, d_model).
 
     ValueError for a gated SAE, which has two of it.
     """
@@ -170,7 +170,7 @@ def encode_less_zero(sae: Dictionary, vectors: Tensor, k: int = 0) -> Decomposit
 
 
 def encode_centred(sae: Dictionary, vectors: Tensor, k: int = 0) -> Decomposition:
-    """decode(encode(v + b_dec)) - b_dec: the vector seen from where activations have their centre. The k largest codes; 0: all."""
+    """decode(encode(v + b_dec)) - b_dec: v seen from where activations have their centre. The k largest codes; 0: all."""
     v, rows, began = check_vectors(vectors, sae.cfg.d_in), rows_of(sae), time.perf_counter()
     codes = keep_largest(codes_of(sae, v.float().to(sae.device) + sae.b_dec.detach()), rows, k)
     return _finish(v, codes, codes @ rows, began)
@@ -490,8 +490,8 @@ def error_over_zero(sae: Dictionary, vectors: Tensor) -> np.ndarray:
 
 
 class Errors(NamedTuple):
-    """Relative errors of decode(encode(v)) over 1/|v|, each (lengths, n): `inverse` = 1/|v|, `error` = |v - decode(encode(v))| / |v|,
-    and what it would be if v were not seen at all, `from_zero` = |decode(encode(0))| / |v|, a straight line."""
+    """Relative errors of decode(encode(v)) over 1/|v|, each (lengths, n): `inverse` = 1/|v|, `error` =
+    |v - decode(encode(v))| / |v|, and what it would be if v were not seen, `from_zero` = |decode(encode(0))| / |v|."""
 
     inverse: np.ndarray
     error: np.ndarray
@@ -509,9 +509,10 @@ def errors(sae: Dictionary, vectors: Tensor, lengths: Sequence[float] = ()) -> E
 
 
 class Twice(NamedTuple):
-    """Which latents change when what decode(encode(v)) gives is encoded again: those that `appear`, `vanish` and `stay`, the largest
-    first. `shared`: the share of random vectors with the same change, mean over those that appear or vanish (1 where none does);
-    `null` (draws,): the same for each random vector among the others; `rare`: those that few of them share, 1 in 20 or less."""
+    """Which latents change when what decode(encode(v)) gives is encoded again: those that `appear`, `vanish` and
+    `stay`, the largest first. `shared`: the share of random vectors with the same change, mean over those that appear
+    or vanish (1 where none does); `null` (draws,): the same for each random vector among the others; `rare`: those that
+    few of them share, 1 in 20 or less."""
 
     appear: list[int]
     vanish: list[int]
@@ -522,8 +523,9 @@ class Twice(NamedTuple):
 
 
 def twice(sae: Dictionary, vector: Tensor, random: Tensor) -> Twice:
-    """The latents that differ between encode(v) and encode(decode(encode(v))), v being (d_model,), and how many of `random` vectors
-    (draws, d_model), two or more and as long as v, see the same. A clue about v would be a change that few of them see."""
+    """The latents that differ between encode(v) and encode(decode(encode(v))), v being (d_model,), and how many of
+    `random` vectors (draws, d_model), two or more and as long as v, see the same. A clue about v would be a change that
+    few of them see."""
     if len(random) < 2:
         raise ValueError(f"{len(random)} random vectors were given; two or more are wanted")
     rows = check_vectors(torch.cat([vector[None].double().cpu(), random.double().cpu()]), sae.cfg.d_in)

@@ -1,8 +1,9 @@
 """What a latent has to do with a behaviour, on pairs and items that did not choose it.
 
-Half of a behaviour's pairs choose its latents: by a signed pursuit of their vector, and by the difference of their codes. The other
-half says how well each tells the sides apart, held-out items what its decoder row does when it is added alone. Beside both stand
-the vector itself, and all the other latents. Pure: activations, an SAE and gradients in, numbers out.
+Half of a behaviour's pairs choose its latents: by a signed pursuit of their vector, and by the difference of their
+codes. The other half says how well each tells the sides apart, held-out items what its decoder row does when it is
+added alone. Beside both stand the vector itself, and all the other latents. Pure: activations, an SAE and gradients in,
+numbers out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +24,13 @@ Sides = tuple[Tensor, Tensor]  # activations of pairs: positive, negative, each 
 
 
 class Evidence(NamedTuple):
-    """A listed latent: which of WAYS found it, its signed code `in_v` by the pursuit, and the difference of its codes `on_pairs`.
+    """A listed latent: which of WAYS found it, its signed code `in_v` by the pursuit, and the difference of its codes
+    `on_pairs`.
 
-    The rest is in the direction of its sign (in v, if v listed it), so that a latent that the behaviour lowers counts downwards:
-    `auroc` of its code and `pre_auroc` of what the encoder gives before it chooses, on held-out pairs; `response` to its row alone,
-    in nats, over held-out items. The p-values, Holm's over the list, are against the other latents."""
+    The rest is in the direction of its sign (in v, if v listed it), so that a latent that the behaviour lowers counts
+    downwards: `auroc` of its code and `pre_auroc` of what the encoder gives before it chooses, on held-out pairs;
+    `response` to its row alone, in nats, over held-out items. The p-values, Holm's over the list, are against the other
+    latents."""
 
     latent: int
     ways: tuple[str, ...]
@@ -41,10 +44,11 @@ class Evidence(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """A behaviour's latents with their evidence, by number in the order in which they were found, and `found`, those of each way, the
-    largest first. What it is measured by: `auroc` and `response` of the vector itself, and those of all living latents,
-    `null_auroc` and `null_response`, each with the sign in which the choosing pairs, or v, have it; `together`: the correlation,
-    over living latents, of how well one tells the sides apart before the choice with what its row does."""
+    """A behaviour's latents with their evidence, by number in the order in which they were found, and `found`, those of
+    each way, the largest first. What it is measured by: `auroc` and `response` of the vector itself, and those of all
+    living latents, `null_auroc` and `null_response`, each with the sign in which the choosing pairs, or v, have it;
+    `together`: the correlation, over living latents, of how well one tells the sides apart before the choice with what
+    its row does."""
 
     rows: dict[int, Evidence]
     found: dict[str, list[int]]
@@ -67,11 +71,12 @@ def halved(sides: Sides) -> tuple[Sides, Sides]:
 def of_latents(
     sae: Dictionary, made: Sides, held: Sides, gradients: np.ndarray, length: float, k: int, n: int, alive: Tensor
 ) -> Listed:
-    """The `n` latents of largest code by a signed pursuit of the vector of `made` with `k` rows, and the n that `made` moves most.
+    """The `n` latents of largest code by a signed pursuit of the vector of `made` with `k` rows, and the n that `made`
+    moves most.
 
-    `held`: pairs that choose nothing. `gradients` (items, d_model): the linear response of held-out items, in nats per unit of what
-    is added; rows are `length` long. `alive` (latents,) bool: the latents that stand for any latent. ValueError if those are fewer
-    than two, or if there is a side of less than two pairs.
+    `held`: pairs that choose nothing. `gradients` (items, d_model): the linear response of held-out items, in nats per
+    unit of what is added; rows are `length` long. `alive` (latents,) bool: the latents that stand for any latent.
+    ValueError if those are fewer than two, or if there is a side of less than two pairs.
     """
     if int(alive.sum()) < 2 or min(len(side) for side in (*made, *held)) < 2:
         raise ValueError("two pairs in either half, and two living latents, are the least that this can be asked of")

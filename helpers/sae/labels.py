@@ -3,9 +3,9 @@
     sae: labels: my_labels.jsonl       in a profile: {"7": "dates"}, or a line a latent, {"latent": 7, "label": "dates"}
     LABELS=neuronpedia                 in .env: what the file lacks is asked for over the network
 
-The public endpoint GET /api/feature/MODEL/SOURCE/LATENT needs no key, and the `neuronpedia` package (1.2.1) refuses to read
-without one, prints every address, waits without a limit and follows redirects with the key in hand. So the standard library asks.
-A label is what somebody wrote, not what was measured: `evidence` stands beside it.
+The public endpoint GET /api/feature/MODEL/SOURCE/LATENT needs no key, and the `neuronpedia` package (1.2.1) refuses to
+read without one, prints every address, waits without a limit and follows redirects with the key in hand. So the
+standard library asks. A label is what somebody wrote, not what was measured: `evidence` stands beside it.
 """
 
 import json
@@ -30,9 +30,11 @@ LONGEST = 200  # characters of a label
 
 
 def of(profile: Profile, loaded: Loaded, wanted: Iterable[int]) -> dict[int, str]:
-    """Labels of those `wanted` latents of the profile's SAE that have one: out of its file, then, if LABELS says so, Neuronpedia's.
+    """Labels of those `wanted` latents of the profile's SAE that have one: out of its file, then, if LABELS says so,
+    Neuronpedia's.
 
-    DataError for a file that cannot be used, ValueError for another word in LABELS. A service that does not answer is no error.
+    DataError for a file that cannot be used, ValueError for another word in LABELS. A service that does not answer is
+    no error.
     """
     how, numbers = profile.sae, sorted(set(wanted))
     found = read(how.labels, loaded.latents) if how and how.labels else {}
@@ -54,8 +56,9 @@ def _short(label: str) -> str:
 
 
 def read(file: str, latents: int) -> dict[int, str]:
-    """The labels of a file: one JSON object {latent: label}, or an object a line with `latent` and `label` (or `index` and
-    `description`, as Neuronpedia's exports have it). Looked for beside the profiles, then from the repository's root.
+    """The labels of a file: one JSON object {latent: label}, or an object a line with `latent` and `label` (or `index`
+    and `description`, as Neuronpedia's exports have it). Looked for beside the profiles, then from the repository's
+    root.
 
     DataError names the line, and what is wanted: a number from 0 to `latents` - 1, once, and some text.
     """
@@ -103,10 +106,12 @@ class _Here(HTTPRedirectHandler):
 
 
 def ask(source: str, wanted: Iterable[int]) -> dict[int, str]:
-    """Neuronpedia's labels of latents of a `source`, MODEL/NAME, asked one by one and kept on disk, an empty one where there is none.
+    """Neuronpedia's labels of latents of a `source`, MODEL/NAME, asked one by one and kept on disk, an empty one where
+    there is none.
 
-    What goes wrong is said in one sentence, and the labels are those that were had before. The key (NEURONPEDIA_API_KEY), which
-    is not needed, goes to https addresses and to this machine alone, and is in nothing that is kept or said.
+    What goes wrong is said in one sentence, and the labels are those that were had before. The key
+    (NEURONPEDIA_API_KEY), which is not needed, goes to https addresses and to this machine alone, and is in nothing
+    that is kept or said.
     """
     numbers = list(wanted)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -130,7 +135,8 @@ def ask(source: str, wanted: Iterable[int]) -> dict[int, str]:
 
 
 def _label(base: str, place: str) -> str:
-    """The first explanation of one latent, "" where there is none. OSError, HTTPException or ValueError for what is no answer."""
+    """The first explanation of one latent, "" where there is none. OSError, HTTPException or ValueError for what is no
+    answer."""
     request = Request(f"{base}/api/feature/{place}", headers={"Accept": "application/json"})
     key, where = session.setting("NEURONPEDIA_API_KEY"), urlsplit(base)
     if key and (where.scheme == "https" or where.hostname in ("127.0.0.1", "localhost", "::1")):

@@ -122,8 +122,8 @@ def spurious(sae: Dictionary, vector: Tensor, difference: Tensor) -> list[Spurio
 
 
 class Part(NamedTuple):
-    """What one latent adds to the pre-code of another: the pairs' `difference` in its code times its row's product with the other's
-    encoder column, `adds`; and the cosine of the two decoder rows."""
+    """What one latent adds to the pre-code of another: the pairs' `difference` in its code times its row's product with
+    the other's encoder column, `adds`; and the cosine of the two decoder rows."""
 
     latent: int
     difference: float
@@ -132,9 +132,9 @@ class Part(NamedTuple):
 
 
 class Account(NamedTuple):
-    """The pre-code of one latent on a vector, as a sum: `bias` (its value for the zero vector), the largest `parts` along latents that
-    the pairs raise or lower, what all others `raised` and `lowered` add, and the `rest` of v, which the latents' differences do not
-    make up. They add up to `total`, of which the SAE makes the `code`."""
+    """The pre-code of one latent on a vector, as a sum: `bias` (its value for the zero vector), the largest `parts`
+    along latents that the pairs raise or lower, what all others `raised` and `lowered` add, and the `rest` of v, which
+    the latents' differences do not make up. They add up to `total`, of which the SAE makes the `code`."""
 
     latent: int
     bias: float
@@ -147,10 +147,10 @@ class Account(NamedTuple):
 
 
 def account(sae: Dictionary, vector: Tensor, difference: Tensor, latent: int, n: int = 4) -> Account:
-    """How `latent` comes by its pre-code on `vector` (d_model,), whose pairs differ in mean code by `difference` (latents,); the `n`
-    latents that add or take most by name. In float64.
+    """How `latent` comes by its pre-code on `vector` (d_model,), whose pairs differ in mean code by `difference`
+    (latents,); the `n` latents that add or take most by name. In float64.
 
-    v = sum_i D_i W_dec_i + rest, so that (v - b_dec) W_enc_j + b_j = bias + sum_i D_i (W_dec_i . W_enc_j) + rest . W_enc_j.
+    v = sum_i D_i W_dec_i + rest, so (v - b_dec) W_enc_j + b_j = bias + sum_i D_i (W_dec_i . W_enc_j) + rest . W_enc_j.
     """
     v, rows = check_vectors(vector[None], sae.cfg.d_in)[0].double().cpu(), rows_of(sae).double().cpu()
     column, change = sae.W_enc.detach()[:, latent].double().cpu(), difference.double().cpu()
