@@ -106,6 +106,13 @@ class Sae(Part):
     release: str | None = Field(None, description="or sae_lens's name of a release")
     id: str | None = Field(None, description="and of the SAE in it")
     norm_factor: PositiveFloat | None = Field(None, description="its input's scale, where the registry lacks one")
+    labels: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="what its latents are called, a JSON or JSONL file: see helpers/sae/labels.py"
+    )
+    neuronpedia: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = Field(
+        None,
+        description="its place on Neuronpedia, MODEL/SOURCE, where the registry lacks one; asked only if LABELS says so",
+    )
 
 
 class PairSaes(Part):

@@ -230,6 +230,8 @@ def load_profile(name: str = "") -> Profile:
         model = re.sub(r"[^A-Za-z0-9.-]+", "-", changes.get("chat", profile.chat).split("/")[-1])
         if changes.keys() & {"chat", "base"}:
             changes |= {"pair": None, "seconds": {}}  # these belong to the profile's own model
+        if (sae := profile.sae) and not sae.release:  # it will be another SAE, whose latents nobody has named
+            changes["sae"] = sae.model_copy(update={"labels": None, "neuronpedia": None})
         changes["name"] = f"{name}+{model}-{tag}"
     own = {"chat": located(profile.chat), "base": profile.base and located(profile.base)}
     return profile.model_copy(update=own | changes)

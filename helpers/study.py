@@ -7,7 +7,7 @@ Everything is made when it is first asked for, at the sizes of a fast run where 
 how they fit together; nothing here measures or judges.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,8 +22,10 @@ from helpers.lm import models, reading, replies, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
 from helpers.pair import patching
-from helpers.sae import activations, harvest, latents, train
+from helpers.sae import activations, evidence, harvest, labels, latents, train
 from helpers.sae.activations import Pair, Samples
+from helpers.sae.decompose import Dictionary
+from helpers.sae.evidence import Listed
 from helpers.sae.latents import Latent
 from helpers.sae.saes import Loaded
 from helpers.session import Session
@@ -227,6 +229,25 @@ class Single:
         s = self.session
         loaded, folder = train.dictionary(s.profile, self.text[0], s.device, seed, s.fast)
         return latents.of(folder, self.model, loaded.sae, self.text[0], limit=FAST_ROWS if s.fast else limit)
+
+    def labels(self, loaded: Loaded, wanted: Iterable[int], seed: int = 0) -> dict[int, str]:
+        """What latents of that SAE are called, those that have a label: see `labels`. None of one that was trained in a
+        fast run, or from another seed than 0: the profile's file names the latents of another."""
+        s = self.session
+        return {} if self._trained and (s.fast or seed) else labels.of(s.profile, loaded, wanted)
+
+    def evidence(
+        self, sae: Dictionary, words: Sequence[Latent], length: float, n: int, k: int, items: int = 0
+    ) -> dict[str, Listed]:
+        """What each behaviour's top `n` latents by a pursuit with `k` rows, and its top n by the codes of its answer
+        pairs, have to do with it: chosen on every other pair and asked of the rest, rows added `length` residual norms
+        long. `words`: the SAE's `contexts`, which say what is alive. See `evidence`."""
+        alive, step = torch.tensor([one.frequency > 0 for one in words]), length * self.residual_norm
+        found, gradients = {}, self.gradients(items)
+        for name, h in self.halves().items():
+            made, held = evidence.halved(h.at(self.layer))
+            found[name] = evidence.of_latents(sae, made, held, gradients[name], step, k, n, alive)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

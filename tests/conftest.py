@@ -12,7 +12,7 @@ import torch
 sys.modules["rfc3987_syntax"] = None  # nbformat's jsonschema does without it; its grammar takes seconds to import
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-for name in ("CHAT_MODEL", "BASE_MODEL", "LAYER", "PROFILE", "REPORT_DIR", "DEVICE", "DTYPE"):
+for name in ("CHAT_MODEL", "BASE_MODEL", "LAYER", "PROFILE", "REPORT_DIR", "DEVICE", "DTYPE", "LABELS"):
     os.environ[name] = ""  # a developer's .env must not reach the tests
 
 CACHE = os.environ.get("CACHE_DIR", "")

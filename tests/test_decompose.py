@@ -170,6 +170,61 @@ def test_every_method_keeps_to_the_number_of_latents_on_every_architecture(name,
             assert torch.allclose(result.reconstruction, result.codes @ sae.W_dec, atol=1e-4)
 
 
+def test_seen_from_the_centre_or_without_a_bias_the_encoder_says_what_the_formula_says(sae, planted):
+    """(v + b_dec - b_dec) W_enc + b_enc, and the same without b_enc, under each SAE's own rule for what is on."""
+    v, given = planted[0], {name: t.clone() for name, t in sae.state_dict().items()}
+    for name, bias in (("encode(v + b_dec)", sae.b_enc), ("encode without bias", 0 * sae.b_enc)):
+        before = v @ sae.W_enc + bias
+        floor = {
+            "topk": before.topk(K).values[:, -1:],
+            "jumprelu": sae.threshold[:, None].T if hasattr(sae, "threshold") else 0,
+        }
+        expected = torch.where(before >= floor.get(sae.cfg.architecture(), 0), before, 0.0).relu()
+        result = METHODS[name](sae, v, 0, torch.zeros(1, D))
+        torch.testing.assert_close(result.codes, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.reconstruction, expected @ sae.W_dec, rtol=1e-3, atol=1e-3)
+    assert METHODS["encode without bias"](sae, torch.zeros(1, D), 0, v).l0[0] == 0  # nothing in, nothing out
+    assert all(torch.equal(given[name], t) for name, t in sae.state_dict().items())
+    assert decompose.without_bias(sae).W_enc is sae.W_enc
+
+
+def test_an_sae_that_leaves_its_input_where_it_is_is_not_centred(sae, planted):
+    rows = sae.W_dec.detach()
+    plain = sae_of("standard", rows, sae.b_enc, sae.b_dec, apply_b_dec_to_input=False)
+    v = planted[0]
+    assert torch.equal(METHODS["encode(v + b_dec)"](plain, v, 0, v).codes, plain.encode(v + plain.b_dec))
+    torch.testing.assert_close(METHODS["encode without bias"](plain, v, 0, v).codes, (v @ plain.W_enc).relu())
+    torch.testing.assert_close(decompose.pre_codes(plain, v), v @ plain.W_enc + plain.b_enc)
+
+
+def test_a_gated_sae_loses_both_of_its_biases_and_has_no_one_value_before_its_codes():
+    gated = sae_of_gated(unit(torch.randn(20, 8)))
+    assert (
+        METHODS["encode without bias"](gated, torch.zeros(1, 8), 0, None).l0[0]
+        == 0
+        < gated.encode(torch.zeros(1, 8)).sum()
+    )
+    with pytest.raises(ValueError, match="gates its codes"):
+        decompose.pre_codes(gated, torch.zeros(1, 8))
+
+
+def sae_of_gated(rows):
+    cfg = {"d_in": rows.shape[1], "d_sae": len(rows), "apply_b_dec_to_input": True, "normalize_activations": "none"}
+    sae = SAE.from_dict({"architecture": "gated", **cfg, "device": "cpu", "dtype": "float32"})
+    with torch.no_grad():
+        sae.W_dec.copy_(rows)
+        sae.W_enc.copy_(rows.T)
+        for bias in (sae.b_gate, sae.b_mag):
+            bias.fill_(0.5)
+    return sae
+
+
+def test_what_the_encoder_gives_before_it_chooses_is_the_code_where_it_is_on(sae, planted):
+    codes, before = decompose.codes_of(sae, planted[0]), decompose.pre_codes(sae, planted[0])
+    torch.testing.assert_close(before[codes > 0], codes[codes > 0])
+    assert before.shape == codes.shape and (before < 0).any()
+
+
 def test_orthogonal_pursuit_is_sklearns():
     rows, vectors = unit(torch.randn(LATENTS, D)), torch.randn(7, D)
     for k in (1, 5, 20):
@@ -330,6 +385,47 @@ def test_a_short_vector_is_encoded_as_the_zero_vector_is_and_a_long_one_is_not(b
     assert np.allclose(decompose.twice_as_zero(biased, short), 1.0)
     assert np.allclose(decompose.twice_as_zero(biased, long), 0.0, atol=1e-6)
     assert decompose.code_cosine(biased, 0, short.numpy()) == pytest.approx(0.8)
+
+
+def test_errors_at_several_lengths_are_those_of_vectors_so_long_and_a_line_from_the_zero_vector(biased):
+    v = torch.randn(3, 8)
+    found = decompose.errors(biased, v, [0.5, 4.0])
+    assert found.error.shape == found.inverse.shape == (2, 3) and (found.inverse == [[2] * 3, [0.25] * 3]).all()
+    assert np.allclose(found.from_zero, 5 * found.inverse)  # |(4, 3)| over |v|
+    for i, length in enumerate((0.5, 4.0)):
+        assert np.allclose(found.error[i], decompose.encode(biased, unit(v) * length).error, rtol=1e-5)
+    as_long = decompose.errors(biased, v)
+    assert np.allclose(as_long.error[0], decompose.encode(biased, v).error, rtol=1e-5)
+    assert np.allclose(as_long.inverse[0], 1 / v.norm(dim=1).numpy())
+    short = decompose.errors(biased, v, [0.01])
+    assert np.allclose(short.error, short.from_zero, rtol=0.01)  # so short that it is not seen
+
+
+def test_latents_that_appear_vanish_and_stay_when_decoded_twice_are_those_that_were_planted():
+    """Latent 0 is on for everything; latent 1's row is latent 3's direction, so that 1 goes and 3 comes."""
+    rows = torch.eye(6)
+    rows[1] = 2 * torch.eye(6)[3]
+    sae = sae_of("standard", rows, b_enc=torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(6))
+    random = 0.5 * torch.eye(6)[[2, 4, 5, 2]]
+    found = decompose.twice(sae, 3 * torch.eye(6)[1], random)
+    assert (found.appear, found.vanish, found.stay) == ([3], [1], [0])
+    assert found.shared == 0 and found.rare == [3, 1] and found.null.tolist() == [1] * 4  # where nothing changes
+    same = decompose.twice(sae, 0.5 * torch.eye(6)[1], torch.eye(6)[[1, 1, 1]])
+    assert same.shared == 1 and same.null.tolist() == [1] * 3 and same.rare == []
+    with pytest.raises(ValueError, match="two or more"):
+        decompose.twice(sae, torch.eye(6)[1], torch.eye(6)[:1])
+
+
+def test_a_random_vector_among_random_vectors_changes_what_they_change(sae):
+    p = []
+    for seed in range(40):
+        v = unit(torch.randn(31, D, generator=torch.Generator().manual_seed(seed)))
+        found = decompose.twice(sae, v[0], v[1:])
+        p.append(stats.p_value(-found.shared, -found.null))
+        assert not {*found.appear} & {*found.vanish} and not {*found.stay} & {*found.rare}
+    assert np.mean(np.array(p) < 0.1) <= 0.2
 
 
 # --- the methods, together ---------------------------------------------------------------------------------------------

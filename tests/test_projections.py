@@ -6,7 +6,7 @@ import torch
 from test_decompose import sae_of
 
 from helpers import stats
-from helpers.sae import projections
+from helpers.sae import decompose, projections
 
 
 def sides(pairs=40, latents=300, planted=0, seed=0):
@@ -49,6 +49,43 @@ def test_a_negative_latent_shows_as_a_positive_one_that_is_aligned_against_it():
     (alone,) = projections.spurious(sae, 2 * rows[9], difference)
     assert alone.latent == 9 and alone.source == -1 and np.isnan(alone.share)
     assert [s.source for s in projections.spurious(sae, 2 * rows[9], difference.clamp_min(0))] == [-1]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_the_account_of_a_pre_code_adds_up_and_names_what_was_planted(centred):
+    rows = torch.eye(20)
+    rows[1, 0], rows[1, 1] = -0.8, 0.6  # opposed to latent 0
+    b_enc, b_dec = torch.linspace(-1, 1, 20), torch.linspace(0.5, -0.5, 20)
+    sae = sae_of("standard", rows, b_enc, b_dec, apply_b_dec_to_input=centred)
+    difference = torch.zeros(20)
+    difference[[0, 1, 5, 7]] = torch.tensor([-4.0, -0.5, 3.0, -1.0])
+    v = difference @ rows + 0.3 * torch.randn(20)
+    found = projections.account(sae, v, difference, 1, n=1)
+    (part,) = found.parts
+    assert part == (0, -4.0, pytest.approx(-0.8), pytest.approx(3.2))
+    assert found.raised == 0 and found.lowered == pytest.approx(-0.5)  # its own, -0.5 times 1
+    whole = found.bias + sum(p.adds for p in found.parts) + found.raised + found.lowered + found.rest
+    assert whole == pytest.approx(found.total, abs=1e-12)
+    assert found.total == pytest.approx(float(decompose.pre_codes(sae, v[None])[0, 1]), abs=1e-5)
+    assert found.code == pytest.approx(max(found.total, 0), abs=1e-5)
+    zero = float(decompose.pre_codes(sae, torch.zeros(1, 20))[0, 1])
+    assert found.bias == pytest.approx(zero, abs=1e-5)
+
+
+def test_an_account_adds_up_in_a_crowded_dictionary_with_any_number_of_names():
+    g = torch.Generator().manual_seed(0)
+    sae = sae_of(
+        "topk", torch.randn(80, 30, generator=g), torch.randn(80, generator=g), k=5, rescale_acts_by_decoder_norm=True
+    )
+    difference = torch.randn(80, generator=g) * (torch.rand(80, generator=g) < 0.3)
+    v = torch.randn(30, generator=g)
+    for latent, n in ((3, 0), (4, 5), (11, 80)):
+        found = projections.account(sae, v, difference, latent, n)
+        assert len(found.parts) == min(n, int((difference != 0).sum()))
+        whole = found.bias + sum(p.adds for p in found.parts) + found.raised + found.lowered + found.rest
+        assert whole == pytest.approx(found.total, abs=1e-9)
+        assert found.total == pytest.approx(float(decompose.pre_codes(sae, v[None])[0, latent]), abs=1e-4)
+        assert [abs(p.adds) for p in found.parts] == sorted((abs(p.adds) for p in found.parts), reverse=True)
 
 
 @pytest.mark.parametrize(

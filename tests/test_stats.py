@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import spatial
 from scipy import stats as scipy_stats
+from sklearn.metrics import roc_auc_score
 from statsmodels.stats import multitest, proportion, weightstats
 
 from helpers import stats
@@ -146,6 +147,30 @@ def test_cosines_are_scipys_and_zero_where_there_is_nothing():
     a, b = RNG.normal(size=(2, 5))
     assert stats.cosine(a, b) == pytest.approx(1 - spatial.distance.cosine(a, b))
     assert stats.cosine([0.0, 0], [1.0, 0]) == 0 and stats.cosine([2.0, 0], [5.0, 0]) == 1
+
+
+def test_an_auroc_is_the_libraries_own_column_by_column_ties_counted_a_half():
+    rng = np.random.default_rng(0)
+    pos, neg = rng.integers(0, 4, (9, 5)).astype(np.float32), rng.integers(0, 3, (14, 5)).astype(np.float32)
+    found = stats.auroc(pos, neg)
+    for i in range(5):
+        assert found[i] == pytest.approx(roc_auc_score([1] * 9 + [0] * 14, np.concatenate([pos[:, i], neg[:, i]])))
+        assert found[i] == pytest.approx(scipy_stats.mannwhitneyu(pos[:, i], neg[:, i]).statistic / (9 * 14))
+    assert stats.auroc(np.array([1.0, 2]), np.array([2.0])) == 0.25 and stats.auroc(np.zeros(3), np.zeros(4)) == 0.5
+
+
+def test_an_interval_of_an_auroc_covers_is_symmetric_and_has_ends_where_the_sides_are_told_perfectly():
+    for value, n, m in ((0.8, 20, 20), (0.97, 7, 30), (0.5, 3, 3)):
+        one, turned = stats.auroc_interval(value, n, m), stats.auroc_interval(1 - value, m, n)
+        assert one.low < value < one.high
+        assert (1 - turned.high, 1 - turned.low) == pytest.approx((one.low, one.high))
+    perfect = stats.auroc_interval(1.0, 20, 20)
+    assert perfect.high == 1.0 and 0.85 < perfect.low < 0.95 < stats.auroc_interval(1.0, 200, 200).low
+    rng, apart = np.random.default_rng(1), {0.5: 0.0, 0.85: 2**0.5 * 1.0364, 0.97: 2**0.5 * 1.8808}
+    for truth, shift in apart.items():
+        draws = [stats.auroc(rng.normal(shift, 1, 20), rng.normal(0, 1, 20)) for _ in range(1000)]
+        inside = [low <= truth <= high for _, low, high in (stats.auroc_interval(float(x), 20, 20) for x in draws)]
+        assert 0.93 <= np.mean(inside) <= 0.995
 
 
 def test_at_level_interpolates_and_says_when_it_is_never_reached():

@@ -1,15 +1,19 @@
 """The entrance of a notebook: what it gives is what the rooms give one by one."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import HARVEST, a_profile
+from test_decompose import sae_of
 
 from helpers import study
 from helpers.lm import scoring
 from helpers.lm.reading import LM
+from helpers.sae import evidence
+from helpers.sae.latents import Latent
 from helpers.steering import behaviors, caa, directions
 
 
@@ -122,6 +126,33 @@ def test_an_sae_out_of_a_registry_has_one_seed_and_no_frozen_twin(lab, monkeypat
     )
     of_registry.__dict__["text"] = (None, None)
     assert of_registry.saes((4, 5, 6)) == [(4, False)] and of_registry.frozen(4) is None
+
+
+def test_evidence_is_chosen_on_half_of_the_pairs_and_asked_of_the_rest(two):
+    sae = sae_of("standard", torch.nn.functional.normalize(torch.randn(60, 48), dim=1))
+    words = [Latent(i, float(i != 3), [], [], []) for i in range(60)]
+    two.data["joy"] = behaviors.trim(behaviors.load_behavior("joy"), pairs=6, items=4)
+    two.data["format"] = behaviors.trim(behaviors.load_behavior("format"), pairs=6, items=4)
+    found = two.evidence(sae, words, 0.2, 2, 5)
+    made, held = evidence.halved(two.halves()["format"].at(1))
+    alone = evidence.of_latents(
+        sae, made, held, two.gradients()["format"], 2.0, 5, 2, torch.tensor([w.frequency > 0 for w in words])
+    )
+    assert found["format"].rows == alone.rows and [len(x) for x in alone.found.values()] == [2, 2]
+    assert found["format"].response == alone.response and len(found["joy"].null_response) == 59
+
+
+def test_labels_are_those_of_the_sae_that_the_profile_names(lab, tmp_path):
+    (tmp_path / "mine.json").write_text('{"7": "tea"}')
+    loaded = SimpleNamespace(latents=9, sae=SimpleNamespace(cfg=None))
+    given = {"harvest": HARVEST, "labels": str(tmp_path / "mine.json")}
+
+    def found(seed=0, fast=False, **more):
+        one = study.Single(Session(fast, sae=given | more), lab.model, 1, [1], lab.data)
+        return one.labels(loaded, [7, 8], seed)
+
+    assert found() == {7: "tea"} == found(seed=1, fast=True, release="r", id="i")
+    assert found(fast=True) == found(seed=1) == {}  # another SAE, with other latents
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ of it; the others ask which sparse sum of rows comes closest, whatever an encode
 along its path (Efron et al. 2004), and least squares as the dense limit.
 """
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -126,6 +127,23 @@ def codes_of(sae: Dictionary, rows: Tensor, batch: int = 1024) -> Tensor:
         return torch.cat([sae.encode(part.float().to(sae.device)).float() for part in rows.split(batch)])
 
 
+def centred(sae: Dictionary) -> bool:
+    """Whether the SAE takes its decoder's bias off its input before it encodes."""
+    return bool(getattr(sae.cfg, "apply_b_dec_to_input", True))
+
+
+def pre_codes(sae: Dictionary, rows: Tensor) -> Tensor:
+    """What the encoder gives before it chooses: (x - b_dec) W_enc + b_enc, (n, latents) float32, of rows (n, d_model).
+
+    ValueError for a gated SAE, which has two of it.
+    """
+    if sae.b_enc is None:
+        raise ValueError("this SAE gates its codes by a second encoder, and has no one value before them")
+    with torch.no_grad():
+        x = rows.float().to(sae.device) - sae.b_dec * centred(sae)
+        return (x @ sae.W_enc + sae.b_enc).float()
+
+
 def encode(sae: Dictionary, vectors: Tensor, k: int = 0) -> Decomposition:
     """decode(encode(v)): the vector taken for an activation. The k largest codes; 0: all the SAE gives."""
     v, began = check_vectors(vectors, sae.cfg.d_in), time.perf_counter()
@@ -139,8 +157,7 @@ def encode_unbounded(sae: Dictionary, vectors: Tensor) -> Decomposition:
     A mistake, made on purpose: what source 000 measures, and how thousands of latents of a TopK SAE can be "active".
     """
     v, began = check_vectors(vectors, sae.cfg.d_in), time.perf_counter()
-    x = v.float().to(sae.device) - sae.b_dec * bool(getattr(sae.cfg, "apply_b_dec_to_input", True))
-    codes = (x @ sae.W_enc + sae.b_enc).relu()
+    codes = pre_codes(sae, v).relu()
     return _finish(v, codes, codes @ sae.W_dec + sae.b_dec, began)
 
 
@@ -149,6 +166,31 @@ def encode_less_zero(sae: Dictionary, vectors: Tensor, k: int = 0) -> Decomposit
     v, began = check_vectors(vectors, sae.cfg.d_in), time.perf_counter()
     rows = rows_of(sae)
     codes = keep_largest(codes_of(sae, v) - codes_of(sae, torch.zeros(1, sae.cfg.d_in)), rows, k)
+    return _finish(v, codes, codes @ rows, began)
+
+
+def encode_centred(sae: Dictionary, vectors: Tensor, k: int = 0) -> Decomposition:
+    """decode(encode(v + b_dec)) - b_dec: v seen from where activations have their centre. The k largest codes; 0: all."""
+    v, rows, began = check_vectors(vectors, sae.cfg.d_in), rows_of(sae), time.perf_counter()
+    codes = keep_largest(codes_of(sae, v.float().to(sae.device) + sae.b_dec.detach()), rows, k)
+    return _finish(v, codes, codes @ rows, began)
+
+
+def without_bias(sae: Dictionary) -> Dictionary:
+    """The same SAE with its encoder's bias set to zero; the weights are shared, and the SAE given stays as it is."""
+    twin = copy.deepcopy(sae, {id(w): w for w in (sae.W_enc, sae.W_dec)})
+    with torch.no_grad():
+        for name in ("b_enc", "b_gate", "b_mag"):  # the last two are a gated SAE's
+            if getattr(twin, name, None) is not None:
+                getattr(twin, name).zero_()
+    return twin
+
+
+def encode_without_bias(sae: Dictionary, vectors: Tensor, k: int = 0) -> Decomposition:
+    """The SAE's rule for what is on, applied to v W_enc alone: neither bias has a say. The k largest codes; 0: all."""
+    v, rows, began = check_vectors(vectors, sae.cfg.d_in), rows_of(sae), time.perf_counter()
+    x = v.float().to(sae.device) + sae.b_dec.detach() * centred(sae)  # which the SAE takes off again
+    codes = keep_largest(codes_of(without_bias(sae), x), rows, k)
     return _finish(v, codes, codes @ rows, began)
 
 
@@ -369,11 +411,13 @@ def dense(rows: Tensor, vectors: Tensor, k: int = 0) -> Decomposition:
     return _finish(v, _in_units(codes, norms), codes @ unit, began)
 
 
-# name -> (sae, vectors, k, acts) -> Decomposition; the first three are what the SAE's encoder says; what takes
+# name -> (sae, vectors, k, acts) -> Decomposition; the first five are what the SAE's encoder says; what takes
 # long is kept on disk
 METHODS: dict[str, Callable[[Dictionary, Tensor, int, Tensor], Decomposition]] = {
     "encode": lambda sae, v, k, acts: encode(sae, v, k),
     "encode less zero": lambda sae, v, k, acts: encode_less_zero(sae, v, k),
+    "encode(v + b_dec)": lambda sae, v, k, acts: encode_centred(sae, v, k),
+    "encode without bias": lambda sae, v, k, acts: encode_without_bias(sae, v, k),
     "with and without v": lambda sae, v, k, acts: store.kept(encode_shift, sae, v, acts, k),
     "gradient pursuit, unsigned": lambda sae, v, k, acts: store.kept(
         pursuit, rows_of(sae), v, k, "gradient", signed=False
@@ -443,6 +487,71 @@ def error_over_zero(sae: Dictionary, vectors: Tensor) -> np.ndarray:
     """|v - decode(encode(v))| over |v - decode(encode(0))|, (n,): 1 where encoding v is no better than encoding nothing."""
     from_zero = (vectors - zero(sae).reconstruction).norm(dim=1) / vectors.norm(dim=1)
     return encode(sae, vectors).error / from_zero.double().cpu().numpy()
+
+
+class Errors(NamedTuple):
+    """Relative errors of decode(encode(v)) over 1/|v|, each (lengths, n): `inverse` = 1/|v|, `error` =
+    |v - decode(encode(v))| / |v|, and what it would be if v were not seen, `from_zero` = |decode(encode(0))| / |v|."""
+
+    inverse: np.ndarray
+    error: np.ndarray
+    from_zero: np.ndarray
+
+
+def errors(sae: Dictionary, vectors: Tensor, lengths: Sequence[float] = ()) -> Errors:
+    """The error of vectors (n, d_model) at each of `lengths`, or, where none is given, as long as they are."""
+    norm = vectors.double().norm(dim=1)
+    wanted = torch.tensor(lengths, dtype=torch.float64)[:, None].expand(-1, len(norm)) if len(lengths) else norm[None]
+    scaled = vectors.double() / norm[:, None] * wanted[..., None]
+    error = encode(sae, scaled.flatten(0, 1)).error.reshape(wanted.shape)
+    inverse = 1 / wanted.numpy()
+    return Errors(inverse, error, float(zero(sae).reconstruction.norm()) * inverse)
+
+
+class Twice(NamedTuple):
+    """Which latents change when what decode(encode(v)) gives is encoded again: those that `appear`, `vanish` and
+    `stay`, the largest first. `shared`: the share of random vectors with the same change, mean over those that appear
+    or vanish (1 where none does); `null` (draws,): the same for each random vector among the others; `rare`: those that
+    few of them share, 1 in 20 or less."""
+
+    appear: list[int]
+    vanish: list[int]
+    stay: list[int]
+    shared: float
+    null: np.ndarray
+    rare: list[int]
+
+
+def twice(sae: Dictionary, vector: Tensor, random: Tensor) -> Twice:
+    """The latents that differ between encode(v) and encode(decode(encode(v))), v being (d_model,), and how many of
+    `random` vectors (draws, d_model), two or more and as long as v, see the same. A clue about v would be a change that
+    few of them see."""
+    if len(random) < 2:
+        raise ValueError(f"{len(random)} random vectors were given; two or more are wanted")
+    rows = check_vectors(torch.cat([vector[None].double().cpu(), random.double().cpu()]), sae.cfg.d_in)
+    once = encode(sae, rows)
+    again = codes_of(sae, once.reconstruction).cpu()
+    change = (again > 0).int() - (once.codes > 0).int()  # 1: appears, -1: vanishes
+    draws = len(random)
+    seen = torch.where(
+        change > 0, (change[1:] > 0).sum(0), (change[1:] < 0).sum(0)
+    ).double()  # as often among the random
+    own, moved = seen[0], change != 0
+    others = torch.cat([own[None] / draws, (seen[1:] - 1) / (draws - 1)])
+    shared = (others * moved).sum(1) / moved.sum(1).clamp_min(1) + (~moved.any(1)).double()
+
+    def largest(mask: Tensor, codes: Tensor) -> list[int]:
+        return [int(i) for i in codes.argsort(descending=True) if mask[i]]
+
+    size = torch.maximum(again[0], once.codes[0])
+    return Twice(
+        largest(change[0] > 0, again[0]),
+        largest(change[0] < 0, once.codes[0]),
+        largest((change[0] == 0) & (again[0] > 0), size),
+        float(shared[0]),
+        shared[1:].numpy(),
+        largest(moved[0] & (own <= draws / 20), size),
+    )
 
 
 def twice_as_zero(sae: Dictionary, vectors: Tensor) -> np.ndarray:

@@ -13,7 +13,8 @@ import torch
 from scipy.stats import false_discovery_control, ttest_1samp
 from torch import Tensor
 
-from helpers.sae.decompose import Dictionary, check_vectors, codes_of, rows_of, unit_rows
+from helpers import stats
+from helpers.sae.decompose import Dictionary, centred, check_vectors, codes_of, rows_of, unit_rows
 
 
 class Negative(NamedTuple):
@@ -118,6 +119,58 @@ def spurious(sae: Dictionary, vector: Tensor, difference: Tensor) -> list[Spurio
             share = float(best.values[i] / rise[i]) if rise[i] > 0 else float("nan")
         out.append(Spurious(j, float(codes[j]), float(zero[j]), float(difference[j]), source, cosine, share))
     return out
+
+
+class Part(NamedTuple):
+    """What one latent adds to the pre-code of another: the pairs' `difference` in its code times its row's product with
+    the other's encoder column, `adds`; and the cosine of the two decoder rows."""
+
+    latent: int
+    difference: float
+    cosine: float
+    adds: float
+
+
+class Account(NamedTuple):
+    """The pre-code of one latent on a vector, as a sum: `bias` (its value for the zero vector), the largest `parts`
+    along latents that the pairs raise or lower, what all others `raised` and `lowered` add, and the `rest` of v, which
+    the latents' differences do not make up. They add up to `total`, of which the SAE makes the `code`."""
+
+    latent: int
+    bias: float
+    parts: list[Part]
+    raised: float
+    lowered: float
+    rest: float
+    total: float
+    code: float
+
+
+def account(sae: Dictionary, vector: Tensor, difference: Tensor, latent: int, n: int = 4) -> Account:
+    """How `latent` comes by its pre-code on `vector` (d_model,), whose pairs differ in mean code by `difference`
+    (latents,); the `n` latents that add or take most by name. In float64.
+
+    v = sum_i D_i W_dec_i + rest, so (v - b_dec) W_enc_j + b_j = bias + sum_i D_i (W_dec_i . W_enc_j) + rest . W_enc_j.
+    """
+    v, rows = check_vectors(vector[None], sae.cfg.d_in)[0].double().cpu(), rows_of(sae).double().cpu()
+    column, change = sae.W_enc.detach()[:, latent].double().cpu(), difference.double().cpu()
+    adds = change * (rows @ column)
+    bias = float(sae.b_enc[latent].double()) - centred(sae) * float(sae.b_dec.detach().double().cpu() @ column)
+    named = adds.abs().argsort(descending=True)[: min(n, int((adds != 0).sum()))].tolist()
+    cosine = stats.cosine(rows[named].numpy(), rows[latent].numpy())
+    parts = [Part(i, float(change[i]), float(c), float(adds[i])) for i, c in zip(named, cosine, strict=True)]
+    left = adds.clone()
+    left[named] = 0
+    return Account(
+        latent,
+        bias,
+        parts,
+        float(left[change > 0].sum()),
+        float(left[change < 0].sum()),
+        float(v @ column - adds.sum()),
+        bias + float(v @ column),
+        float(codes_of(sae, vector[None])[0, latent]),
+    )
 
 
 def median_share(found: Sequence[Spurious]) -> float:
