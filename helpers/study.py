@@ -314,6 +314,18 @@ class Two:
         odds = {n: scoring.log_odds(where, none, [0.0])[0, 0] for n, where in self.before.tested().items()}
         return {n: float(x.std(ddof=1)) for n, x in odds.items()}
 
+    def moved(self) -> dict[str, dict[str, np.ndarray]]:
+        """`shifts` (items,) in standard deviations: each over its behaviour's of `spreads`."""
+        spread = self.spreads()
+        return {who: {n: x / spread[n] for n, x in by.items()} for who, by in self.shifts().items()}
+
+    def beyond(self) -> dict[str, np.ndarray]:
+        """By behaviour, how far preference training moved each item (items,), less the unrelated fine-tune where there is one, in
+        standard deviations."""
+        moved = self.moved()
+        chat, other = moved[self.names[1]], moved.get(UNRELATED)
+        return {n: x - other[n] if other else x for n, x in chat.items()}
+
     def saes(self, seed: int = 0) -> dict[str, Loaded]:
         """The SAE of every model, by name, each trained on its own model's text from one seed and in one order of tokens; and
         SECOND, another of the base that differs in its seed alone. Published ones where the profile's pair names them."""

@@ -1,5 +1,6 @@
 """Maps that are known, maps of noise, and activations between which no map should be fitted."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from helpers import stats
+from helpers.lm.reading import LM
 from helpers.pair import alignment
 from helpers.pair.alignment import Fit
 
@@ -180,3 +182,25 @@ def test_the_gate_lets_real_pairs_through_and_refuses_with_the_reason():
 def test_bad_input_is_refused_in_words(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_map_between_rows_of_padding_looks_perfect_and_is_refused(tiny, monkeypatch):
+    words = ["tin", "is", "a", "soft", "metal", "and", "lead", "is", "a", "soft", "one", "too"]
+    documents = [" ".join(words[: 2 + i % 8]) for i in range(40)] + [" ".join(words * 8)]
+    monkeypatch.setattr(alignment.text, "documents", lambda source: iter(documents))
+    other = LM.of(copy.deepcopy(tiny.weights), tiny.tokenizer, "other")
+    with torch.no_grad():
+        next(other.weights.parameters()).mul_(1.1)
+    found = alignment.of_padding(tiny, other, 2, len(documents), 8)
+    assert found.rows == 41 and found.distinct == 2 and found.mse < 0.01 * found.mse_without
+    assert "distinct" in found.refusal and found.own_r2 > 0.99
+
+
+def test_the_best_of_shuffled_maps_is_the_best_and_knows_nothing(cache):
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(400, 6, generator=g)
+    Y = X @ torch.randn(6, 6, generator=g)
+    dev, held, documents = (X[:40], Y[:40]), (X[40:100], Y[40:100]), torch.arange(60)
+    fit = X[100:], Y[100:], dev
+    each = [alignment.score(alignment.shuffled(*fit, seed), *held, documents).r2 for seed in (3, 4, 5)]
+    assert alignment.best_shuffled(*fit, held, documents, 3, 3) == pytest.approx(max(each)) and max(each) < 0.1

@@ -58,3 +58,11 @@ def test_gain_is_one_for_replies_that_name_their_latent_and_zero_for_dealt_ones(
     tables = [np.eye(5, dtype=bool), np.eye(4, dtype=bool)]
     null = explanations.dealt(tables, 2000)
     assert abs(null.mean()) < 0.02 and (null < 0.9).mean() > 0.99
+
+
+def test_known_words_are_named_where_the_replies_hold_them(tiny, monkeypatch):
+    def replies_to(lm, layer, rows, length, max_new_tokens):
+        return [f"It is {w if i < 3 * length else 'tin'}." for i, w in enumerate(explanations.WORDS)]
+
+    monkeypatch.setattr(explanations, "replies_to", replies_to)
+    assert explanations.named(tiny, 1, [1, 2]) == [0.25, 0.5]

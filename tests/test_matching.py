@@ -469,3 +469,13 @@ def test_rankings_find_a_planted_latent_the_right_way_round_and_not_the_wrong_wa
     assert int(torch.isnan(uneven["encoder norm"]).sum()) == 50 and all(len(v) == n for v in uneven.values())
     lone = matching.turned(matching.match(A[:150], B))
     assert (matching.cosines(lone) == 0).sum() == 50 and np.isfinite(matching.cosines(lone)).all()
+
+
+def test_the_planted_case_is_found_and_its_facts_say_so():
+    case = matching.planted(seed=1)
+    turned = case.A @ torch.linalg.lstsq(case.acts, case.turned).solution
+    found = matching.match(turned, case.B)
+    assert torch.equal(found.A_for_B, case.order)
+    facts = matching.facts(turned, case.B, found)
+    assert facts["nearest neighbours that collide"] == "0%" and facts["nearest neighbours that are mutual"] == "100%"
+    assert facts["greedy costs more by"] in ("0.0", "-0.0")

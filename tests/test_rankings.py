@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import pearsonr, ttest_ind
 
-from helpers.pair import matching, rankings
+from helpers.pair import alignment, matching, rankings
 from helpers.pair.rankings import Top
 from helpers.stats import p_value
 
@@ -175,3 +175,23 @@ def test_marked_tokens_and_the_share_of_firing_on_them(bpe):
     assert marked[[0, 1, 2, 4]].tolist() == [True, True, False, False] and bool(marked[5])
     share = rankings.share_of_firing(Toy(torch.eye(3)[:, :2], bias=0.5), samples, marked, batch=4)
     assert share.tolist() == pytest.approx([2 / 3, float(marked[3]) / 2, 0])
+
+
+def test_a_planted_new_latent_leads_its_fine_tune_and_is_gone_from_none(cache):
+    rows, sae = torch.eye(D), Toy(torch.eye(D))
+    old, new = torch.rand(400, D), torch.rand(400, D) + 0.1
+    old[:, 3] = 0
+    some = rankings.alive(sae, torch.ones(D).double(), 400)
+    same = alignment.identity(old, old)
+    found = rankings.of_fine_tunes(
+        {"base": sae, "chat": sae}, {"base": some, "chat": some}, {"chat": same}, {"chat": (old, new)}, "base", 0
+    )
+    assert list(found) == ["chat", "base"] and torch.equal(some.rows, rows)
+    assert found["chat"].ids[rankings.top(found["chat"].by["latent scaling"], 1)].tolist() == [3]
+    assert 3 not in found["base"].ids  # the base does not use it
+
+
+def test_a_predicted_shift_is_the_change_through_the_gradient_in_standard_deviations():
+    change, gradients = {"chat": np.array([1.0, 2.0])}, {"joy": np.array([3.0, 1.0])}
+    found = rankings.predicted(change, gradients, {"joy": 5.0}, {"chat": {"joy": np.array([1.0, 2.0])}})
+    assert found.tolist() == [[[1.0, 1.5]]]

@@ -177,6 +177,14 @@ def test_shifts_are_those_of_the_items_and_none_for_a_model_that_did_not_change(
     assert not any(x.any() for x in same.shifts()["after"].values()) and same.moved_on_dev() == []
 
 
+def test_moves_are_shifts_in_standard_deviations_less_the_unrelated_fine_tunes(changed):
+    shifts, spread, moved = changed.shifts(), changed.spreads(), changed.moved()
+    assert np.allclose(moved["after"]["joy"], shifts["after"]["joy"] / spread["joy"])
+    assert all(np.array_equal(x, moved["after"][n]) for n, x in changed.beyond().items())
+    both = study.Two(changed.before, changed.after, changed.after, ("before", "after"), [])
+    assert not any(x.any() for x in both.beyond().values())
+
+
 def test_behaviours_whose_dev_items_moved_stand_for_the_trained_ones(changed, monkeypatch):
     shifts = {"joy": np.array([1.0, 1.1, 0.9, 1.0]), "format": np.array([1.0, -1.0, 2.0, -2.0])}
     monkeypatch.setattr(study.Two, "shifts", lambda self, part: {"after": shifts})

@@ -1,18 +1,22 @@
 """Linear maps from one model's activations to another's, how well they hold on held-out documents, and when not to fit one.
 
-Tensors in, tensors out (`split` reads the rows it is asked for); sums and solutions in float64. Rows are tokens, row i of X and
+Tensors in, tensors out (`split` reads the rows it is asked for, `of_padding` two models); sums and solutions in float64. Rows are tokens, row i of X and
 of Y the same token. The gate exists because a map between two constants is perfect: with more dimensions than distinct rows any
 fit interpolates.
 Sources: orthogonal Procrustes, Schoenemann 1966; ridge, Hoerl & Kennard 1970.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from helpers import store
+from helpers.lm import reading, text
+from helpers.lm.reading import LM
 from helpers.sae.activations import Pair
 
 PENALTIES = tuple(10.0**e for e in range(-8, 1))  # in units of the mean eigenvalue of the covariance of X
@@ -130,6 +134,41 @@ def cut_after_padding(coded: Sequence[Sequence[int]], pad: int, width: int) -> T
     """
     longest = max(map(len, coded))
     return torch.tensor([([pad] * (longest - len(ids)) + list(ids))[:width] for ids in coded])
+
+
+class OfPadding(NamedTuple):
+    """The map that source 002 fits, on rows most of which are padding: how many of its `rows` are `distinct`, R^2 on these rows
+    themselves (`own_r2`), its mean squared error and the identity's (`mse_without`), and what `gate` says of the rows (`refusal`)."""
+
+    map: Map
+    rows: int
+    distinct: int
+    own_r2: float
+    mse: float
+    mse_without: float
+    refusal: str
+
+
+def of_padding(base: LM, chat: LM, layer: int, texts: int, width: int) -> OfPadding:
+    """The map of source 002 rebuilt for a pair of models: least squares on the last position of `texts` packaged texts, padded and cut
+    as it does (`cut_after_padding`)."""
+    documents = (d for d in text.documents("packaged:wiki+web+stories") if isinstance(d, str))
+    coded = [base.tokenizer(d, add_special_tokens=False)["input_ids"] for d in islice(documents, texts)]
+    cut = cut_after_padding(coded, base.pad_id, width)
+    different, which = torch.unique(cut, dim=0, return_inverse=True)  # equal tokens, equal residuals
+    X, Y = (reading.packed(lm, different, [layer])[layer][:, -1].double().cpu()[which] for lm in (base, chat))
+    fitted = least_squares("source 002", X, Y)
+    mse, without = (float((Y - x).square().mean()) for x in (fitted(X), X))
+    own = score(fitted, X, Y, torch.arange(len(cut))).r2
+    return OfPadding(fitted, len(cut), len(different), own, mse, without, gate(X, Y).reason)
+
+
+def best_shuffled(
+    X: Tensor, Y: Tensor, dev: Rows, held: Rows, documents: Tensor, draws: int, seed: int = 0, differences: bool = False
+) -> float:  # fmt: skip
+    """The best R^2 on held-out rows of `draws` maps that are fitted to rows in another order (see `shuffled`)."""
+    maps = [store.kept(shuffled, X, Y, dev, seed + i, differences) for i in range(draws)]
+    return max(store.kept(score, m, *held, documents).r2 for m in maps)
 
 
 # --- how well it holds -------------------------------------------------------------------------------------------------

@@ -621,6 +621,41 @@ def cycle_consistency(A_to_B: Match, B_to_C: Match, C_to_A: Match) -> float:
     return float((at == torch.arange(len(at))).double().mean())
 
 
+def facts(A: Tensor, B: Tensor, found: Match, device: str | torch.device = "cpu") -> dict[str, str]:
+    """What else there is to say of an optimal match of A to B, in words and numbers: how nearly optimal it is, and what greedy and
+    nearest-neighbour matching give in its place."""
+    close, taken = nearest(A, B, device=device), greedy(A, B, device=device)
+    paired = taken >= 0
+    cosine = torch.cosine_similarity(A[paired], B[taken[paired]]).double()
+    return {
+        "the assignment is optimal to": f"{found.gap:.0e} of {found.total:.0f}",
+        "greedy costs more by": f"{float((1 - cosine).sum()) - found.total:.1f}",
+        "nearest neighbours that collide": f"{close.collisions:.0%}",
+        "nearest neighbours that are mutual": f"{float(close.mutual.double().mean()):.0%}",
+    }
+
+
+class Planted(NamedTuple):
+    """A case whose map and match are known: dictionary `A` (latents, d), `B`, which is A turned, in another `order` and three times as
+    long, and activations (tokens, d) before and after the turn."""
+
+    A: Tensor
+    B: Tensor
+    acts: Tensor
+    turned: Tensor
+    order: Tensor
+
+
+def planted(latents: int = 60, width: int = 24, tokens: int = 2000, seed: int = 0) -> Planted:
+    """A `Planted` case, with a little noise on the rows."""
+    g = torch.Generator().manual_seed(seed)
+    acts, A = torch.randn(tokens, width, generator=g), torch.randn(latents, width, generator=g)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=g)).Q
+    order = torch.randperm(latents, generator=g)
+    B = 3 * (A @ turn)[order] + 0.05 * torch.randn(latents, width, generator=g)
+    return Planted(A, B, acts, acts @ turn, order)
+
+
 def references(
     A: Tensor, B: Tensor, seed: int = 0, device: str | torch.device = "cpu", block: int = 2048
 ) -> dict[str, Match]:

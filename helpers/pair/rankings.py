@@ -18,6 +18,7 @@ from torch import Tensor
 from helpers import stats, store
 from helpers.lm.tokens import Tokenizer
 from helpers.pair import matching
+from helpers.pair.alignment import Map
 from helpers.pair.matching import Match, Scaling, Side
 from helpers.sae.activations import Samples
 from helpers.sae.decompose import Dictionary, codes_of
@@ -73,6 +74,27 @@ def ranked(
     at = np.flatnonzero(sure & (scaling.own.numpy() > least_used))
     rows = torch.nn.functional.normalize(new.rows, dim=1).double().numpy()[at]
     return Ranked(new.ids[at], rows, {k: v[at] for k, v in by.items()}, len(new.ids))
+
+
+def of_fine_tunes(
+    sae: Mapping[str, Dictionary], living: Mapping[str, Alive], maps: Mapping[str, Map], acts: Mapping[str, Sequence[Tensor]],
+    base: str, least_fired: int, device: str | torch.device = "cpu",
+) -> dict[str, Ranked]:  # fmt: skip
+    """By name: the latents of each fine-tune's SAE by how new they look beside the base's, and those of the base by how gone they look
+    beside the first fine-tune's.
+
+    The match is of the base's rows, carried over by the fine-tune's map (`maps`); `acts`: for each fine-tune the base's and its
+    own activations (tokens, d_model) for the same tokens.
+    """
+    found: dict[str, Ranked] = {}
+    for who, (old, new) in acts.items():
+        rows = maps[who].directions(living[base].rows), living[who].rows
+        kin = store.kept(matching.match, *rows, device=device)
+        found[who] = ranked(sae[who], living[who], living[base], kin, new, old, least_fired)
+        if base not in found:
+            back = matching.turned(kin)
+            found[base] = ranked(sae[base], living[base], living[who], back, old, new, least_fired)
+    return found
 
 
 def top(values: np.ndarray, n: int) -> np.ndarray:
@@ -147,6 +169,17 @@ def by_chance(tops: Sequence[Top], draws: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     drawn = [np.array([rng.choice(t.values, len(t.top), replace=False).mean() for _ in range(draws)]) for t in tops]
     return np.asarray(drawn[0] - (drawn[1] if len(drawn) > 1 else tops[0].values.mean()))
+
+
+def predicted(
+    change: Mapping[str, np.ndarray], gradients: Mapping[str, np.ndarray], spreads: Mapping[str, float],
+    moved: Mapping[str, Mapping[str, np.ndarray]],
+) -> np.ndarray:  # fmt: skip
+    """Predicted and measured shifts (behaviours, fine-tunes, 2), in standard deviations: a fine-tune's mean change (d_model,) through
+    each behaviour's gradient (d_model,) over its spread, and the mean of the items that it moved."""
+    return np.array(
+        [[[change[who] @ g / spreads[n], moved[who][n].mean()] for who in moved] for n, g in gradients.items()]
+    )
 
 
 def correlation(points: np.ndarray) -> Interval:

@@ -42,6 +42,13 @@ def replies_to(lm: LM, layer: int, rows: Tensor, length: float, max_new_tokens: 
     return [lm.tokenizer.decode(row[row >= 0], skip_special_tokens=True).strip() for row in ids]
 
 
+def named(lm: LM, layer: int, lengths: Sequence[float], max_new_tokens: int = 24) -> list[float]:
+    """The share of known WORDS that the replies name when the words' own residuals are added, at each of `lengths`."""
+    rows, wanted = of_words(lm, layer), [{word} for word in WORDS]
+    said = (replies_to(lm, layer, rows, length, max_new_tokens) for length in lengths)
+    return [float(hits(answers, wanted).diagonal().mean()) for answers in said]
+
+
 def words_of(latent: Latent, least: int = 4) -> set[str]:
     """The words, of `least` letters or more, that a latent makes likeliest or on which it is largest."""
     found = [*latent.promotes, *(c.token for c in latent.contexts)]
