@@ -61,14 +61,19 @@ def at_least(threshold: float, margin: float = 0.0) -> Rule:
     return Rule(f"{words}, else undecided", decide)
 
 
-def at_most(threshold: float, margin: float = 0.0) -> Rule:
-    """The value is `threshold` or less; `fails` where it is clearly more, by more than `margin`."""
+def at_most(threshold: float, margin: float = 0.0, beats: bool = True) -> Rule:
+    """The value is `threshold` or less; `fails` where it is clearly more, by more than `margin`.
+
+    Not `beats`: the null stands beside the value and is not asked. Where little being left is the claim, nothing is what a
+    null leaves, and no value beats it.
+    """
 
     def decide(found: Found) -> str:
-        high = found.value.high < threshold and found.beats
+        high = found.value.high < threshold and (found.beats or not beats)
         return "holds" if high else "fails" if found.value.low > threshold + margin else "undecided"
 
-    words = f"holds if the 95 % interval lies below {threshold:g} and beats the null, fails if it lies above {threshold + margin:g}"
+    asked = " and beats the null" if beats else ", whatever the null gives"
+    words = f"holds if the 95 % interval lies below {threshold:g}{asked}, fails if it lies above {threshold + margin:g}"
     return Rule(f"{words}, else undecided", decide, sign=-1)
 
 
@@ -170,6 +175,15 @@ def reproduces(published: float, tolerance: float) -> Rule:
 
     words = f"holds if the whole 95 % interval lies within {tolerance:.0%} of the published {published:g} and the null does not"
     return Rule(f"{words}, fails if the interval lies outside, else undecided", decide)
+
+
+def beside(why: str) -> Rule:
+    """No verdict: the value stands beside a published number that it cannot be judged by, for a reason."""
+
+    def decide(found: Found) -> str:
+        return "not run"
+
+    return Rule(f"shown beside the published number, not judged: {why}", decide)
 
 
 # --- claims ------------------------------------------------------------------------------------------------------------

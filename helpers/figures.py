@@ -17,6 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from helpers import stats
 from helpers.session import Session
 from helpers.store import write_file
 
@@ -26,6 +27,7 @@ Range = tuple[float, float, float]  # a value with its interval, such as stats.I
 Series = Mapping[str, Sequence[Range | None] | None]
 Bands = Sequence[tuple[float, float]] | np.ndarray
 MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
+STYLES = [":", "--", "-."] * 4  # of lines that mark a threshold
 
 mpl.rcParams.update(
     {
@@ -126,8 +128,8 @@ def forest(
     forest_on(axis, shown, drawn, null, null_label)
     if pooled:
         axis.axhline(0.5, color="black", linewidth=0.8)
-    for label, x in (marks or {}).items():
-        axis.axvline(x, color="black", linestyle=":", linewidth=1.2, label=label)
+    for (label, x), style in zip((marks or {}).items(), STYLES, strict=False):
+        axis.axvline(x, color="black", linestyle=style, linewidth=1.2, label=label)
     axis.set(xlabel=xlabel, title=titled(title, verdict))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     show(session, name, figure, {"rows": shown, "series": drawn, "null": null, "marks": marks})
@@ -181,6 +183,31 @@ def heat(
     show(session, name, figure, {"rows": rows, "columns": columns, "values": values, "framed": framed})
 
 
+def by_row(
+    session: Session,
+    name: str,
+    rows: Sequence[str],
+    table: np.ndarray,
+    pooled: Range | None,
+    null: np.ndarray,
+    *,
+    title: str,
+    xlabel: str,
+    null_label: str,
+    marks: Mapping[str, float] | None = None,
+    verdict: str = "",
+) -> None:
+    """A forest plot of what several SAEs give for each of `rows`, `table` (SAEs, rows): mean and range. Beside them the central 95 %
+    of a null's draws (draws, rows); below them the `pooled` Interval and the null's means. Drawn, saved and shown."""
+    label = f"mean and range of {len(table)} SAEs" if len(table) > 1 else "one SAE"
+    each: Series = {label: list(zip(table.mean(0), table.min(0), table.max(0), strict=True))}
+    bands = [stats.band(x) for x in (*null.T, null.mean(1))]
+    forest(
+        session, name, rows, each, title=title, xlabel=xlabel, null=bands, null_label=null_label,
+        pooled={label: pooled}, marks=marks, verdict=verdict,
+    )  # fmt: skip
+
+
 def titled(title: str, verdict: str) -> str:
     """A title with the verdict behind it."""
     return f"{title} {verdict.upper()}" if verdict else title
@@ -200,12 +227,14 @@ def lines(
     marks: Mapping[str, float] | None = None,
     log: bool = False,
     log_y: bool = False,
+    grey: Sequence[str] = (),
     verdict: str = "",
     interactive: Interactive | None = None,
 ) -> None:
     """Curves over `x`, drawn, saved and shown: each series numbers or Intervals (a band), `null` a (low, high) for each x.
 
-    `marks`: {label: y}, dotted lines across. `log`: a logarithmic x axis, with a tick at every x where there are few.
+    `marks`: {label: y}, dotted lines across. `log`: a logarithmic x axis, with a tick at every x where there are few. Series of
+    `grey` are nulls.
     """
     figure, axis = plt.subplots(figsize=(9.5, 4.2))
     if null is not None:
@@ -213,10 +242,11 @@ def lines(
         axis.fill_between(x, low, high, color=NULL, alpha=0.3, linewidth=0, label=null_label)
     for (label, values), colour, marker in zip(series.items(), PALETTE * 3, MARKERS * 3, strict=False):
         table = np.array([v if isinstance(v, Sequence) else (v, v, v) for v in values], float)
-        axis.plot(x, table[:, 0], color=colour, marker=marker, markersize=5 if len(x) <= 40 else 0, label=label)
-        axis.fill_between(x, table[:, 1], table[:, 2], color=colour, alpha=0.15, linewidth=0)
-    for label, y in (marks or {}).items():
-        axis.axhline(y, color="black", linestyle=":", linewidth=1.2, label=label)
+        shade, size = NULL if label in grey else colour, 5 if len(x) <= 40 else 0
+        axis.plot(x, table[:, 0], color=shade, marker=marker, markersize=size, label=label)
+        axis.fill_between(x, table[:, 1], table[:, 2], color=shade, alpha=0.15, linewidth=0)
+    for (label, y), style in zip((marks or {}).items(), STYLES, strict=False):
+        axis.axhline(y, color="black", linestyle=style, linewidth=1.2, label=label)
     if log:
         axis.set(xscale="log")
     if log and len(x) <= 12:
@@ -227,6 +257,28 @@ def lines(
     axis.set(xlabel=xlabel, ylabel=ylabel, title=titled(title, verdict))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     show(session, name, figure, {"x": x, "series": series, "null": null, "marks": marks}, interactive)
+
+
+def twin(
+    x: Sequence[float],
+    series: Mapping[str, Sequence[Range | float] | np.ndarray],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+) -> Interactive:
+    """The curves of `lines` to look at closely: what `interactive` takes. Intervals are error bars, and in the hover text."""
+    from plotly import graph_objects
+
+    figure = graph_objects.Figure()
+    for label, values in series.items():
+        value, low, high = np.array([v if isinstance(v, Sequence) else (v, v, v) for v in values], float).T
+        bars = {"type": "data", "array": high - value, "arrayminus": value - low, "thickness": 1}
+        figure.add_scatter(x=list(x), y=value, error_y=bars, name=label, mode="lines+markers")
+    figure.update_layout(title=title, xaxis_title=xlabel, yaxis_title=ylabel, template="simple_white")
+    figure.update_xaxes(type="log" if log else "linear", tickvals=list(x))
+    return figure
 
 
 def histogram(
@@ -305,15 +357,17 @@ def scatter(
     ylabel: str,
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     log: bool = False,
+    grey: Sequence[str] = (),
     verdict: str = "",
     interactive: Interactive | None = None,
 ) -> None:
-    """Clouds of points {label: (x, y)}, with `curves` in black behind them (a theory, the diagonal), drawn, saved and shown."""
+    """Clouds of points {label: (x, y)}, those of `grey` (nulls) in grey, with `curves` in black behind them (a theory, the diagonal),
+    drawn, saved and shown."""
     figure, axis = plt.subplots(figsize=(9.5, 4.4))
     for (label, (x, y)), style in zip((curves or {}).items(), ["-", ":", "--", "-."] * 2, strict=False):
         axis.plot(x, y, color="black", linewidth=1.2, linestyle=style, label=label)
     for (label, (x, y)), colour, marker in zip(points.items(), PALETTE * 3, MARKERS * 3, strict=False):
-        axis.plot(x, y, marker, color=colour, markersize=5, alpha=0.7, label=label)
+        axis.plot(x, y, marker, color=NULL if label in grey else colour, markersize=5, alpha=0.7, label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=titled(title, verdict), xscale="log" if log else "linear")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("")

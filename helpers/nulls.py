@@ -3,10 +3,10 @@
     nulls.random(v, 500); nulls.like_rows(v, residuals, 500); nulls.shuffled(pos, neg, 300); nulls.concepts(model, layer)
 
 Every null vector has the length of the vector it stands for. The null of a whole dictionary is one whose decoder rows stay
-random: `train.dictionary(..., frozen=True)`; the null of its rows alone is `rotations`, and `in_rotated_rows` for pursuit.
+random: `train.dictionary(..., frozen=True)`; the null of its rows alone is `rotations`: `in_rotated_rows` and `in_rotated_sae`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from helpers.entries import DataError, listed
 from helpers.lm import text
 from helpers.lm.reading import LM
 from helpers.sae import decompose
+from helpers.sae.decompose import Dictionary
 from helpers.session import ROOT
 from helpers.steering import caa, directions
 from helpers.steering.behaviors import SystemPair
@@ -129,16 +130,31 @@ def rotations(d_model: int, draws: int, seed: int = 0) -> Iterator[Tensor]:
         yield q * r.diagonal().sign()
 
 
-def in_rotated_rows(rows: Tensor, vectors: Tensor, k: int, draws: int, seed: int = 0) -> Tensor:
-    """What orthogonal pursuit makes of `vectors` (n, d_model) with k of `rows` turned at random: (draws, n, d_model) float32.
+def random_rows(latents: int, d_model: int, seed: int = 0) -> Tensor:
+    """Rows (latents, d_model) of length 1 in random directions: what the decoder of a frozen-decoder SAE is."""
+    rows = torch.randn(latents, d_model, generator=torch.Generator().manual_seed(seed))
+    return rows / rows.norm(dim=1, keepdim=True)
 
-    Rows as many and as coherent, without a meaning. Pursuing v in rows R is pursuing v R^T in the rows, turned back by R.
-    """
-    back = vectors.double().cpu()
+
+def in_rotated_rows(rows: Tensor, vectors: Tensor, sizes: Sequence[int], draws: int, seed: int = 0) -> Tensor:
+    """What orthogonal pursuit makes of `vectors` (n, d_model) with each of `sizes` of the `rows` turned at random: (draws, sizes, n,
+    d_model) float32. Rows as many and as coherent, without a meaning."""
+    return _turned(lambda v: decompose.pursuit_path(rows, v, sizes), vectors, draws, seed)
+
+
+def in_rotated_sae(sae: Dictionary, vectors: Tensor, draws: int, seed: int = 0) -> Tensor:
+    """What encoding and decoding makes of `vectors` (n, d_model) in an SAE whose weights are turned at random: (draws, n, d_model)
+    float32. It has the same biases, and no idea of where the vectors point."""
+    return _turned(lambda v: decompose.encode(sae, v).reconstruction, vectors, draws, seed)
+
+
+def _turned(see: Callable[[Tensor], Tensor], vectors: Tensor, draws: int, seed: int) -> Tensor:
+    """What a turned dictionary would make of `vectors` (n, d_model): `see`, the dictionary as it is, is shown the vectors turned the
+    other way, and what it makes (..., n, d_model) is turned with it: (draws, ..., n, d_model) float32."""
     turns = list(rotations(vectors.shape[1], draws, seed))
-    turned = torch.cat([back @ turn.T for turn in turns])
-    found = decompose.pursuit(rows, turned, k).reconstruction.reshape(draws, *vectors.shape)
-    return torch.stack([(part.double() @ turn).float() for part, turn in zip(found, turns, strict=True)])
+    back = torch.cat([vectors.double().cpu() @ turn.T for turn in turns])
+    made = see(back).double().unflatten(-2, (draws, len(vectors)))
+    return torch.stack([(made[..., i, :, :] @ turn).float() for i, turn in enumerate(turns)])
 
 
 def named_concepts() -> list[tuple[str, str]]:

@@ -104,6 +104,17 @@ class Single:
         at = list(layers or self._read)
         return {n: caa.extract_padded(self.model, b.system_pairs, at, caa.PARTS) for n, b in self.data.items()}
 
+    def as_source_001(self, names: Sequence[str] = (), pairs: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
+        """Both sides (pairs, d_model) at the layer of the first padded system `pairs` (0: all) of each behaviour that has some (or of
+        `names`), as source 001 reads them: over every position, fillers and special tokens too, which it also attends to."""
+        some = {n: self.data[n].system_pairs[: pairs or None] for n in names or self.names}
+        read = {
+            n: caa.extract_padded(self.model, p, [self.layer], ["every"], attend_filler=True)
+            for n, p in some.items()
+            if p
+        }
+        return {n: halves["every"].at(self.layer) for n, halves in read.items()}
+
     def vectors(self, kind: str = ANSWERS, where: str = "") -> dict[str, Tensor]:
         """The mean difference (d_model,) float64 of each behaviour's pairs, as long as it is; `where` as in `halves`."""
         return {n: directions.mean(*h.at(self.layer)) for n, h in self.halves(kind, where=where).items()}

@@ -41,6 +41,18 @@ def test_at_least_and_at_most_are_one_rule_turned_round(ledger, interval, verdic
     assert judged(ledger, claims.at_most(-0.9, 0.1), turned).verdict == verdict
 
 
+def test_little_can_be_claimed_without_a_null_that_leaves_less(ledger):
+    for null, asked, unasked in ((0.5, "holds", "holds"), (0.0, "undecided", "holds")):
+        assert judged(ledger, claims.at_most(0.4), (0.2, 0.1, 0.3), null).verdict == asked
+        assert judged(ledger, claims.at_most(0.4, beats=False), (0.2, 0.1, 0.3), null).verdict == unasked
+    assert judged(ledger, claims.at_most(0.4, 0.1, beats=False), (0.6, 0.55, 0.7)).verdict == "fails"
+
+
+def test_what_cannot_be_judged_stands_beside_what_was_published(ledger):
+    found = judged(ledger, claims.beside("other prompts"), (0.5, 0.5, 0.5), published=0.6)
+    assert found.verdict == "not run" and found.value == 0.5 and "other prompts" in found.rule
+
+
 def test_an_effect_too_small_to_matter_fails_and_one_inside_the_null_does_not(ledger):
     rule = claims.effect(0.5)
     assert judged(ledger, rule, (0.2, 0.1, 0.3)).verdict == "fails"  # there, and smaller than what would matter

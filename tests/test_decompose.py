@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sae_lens import SAE
-from sklearn.linear_model import lasso_path, orthogonal_mp
+from sklearn.linear_model import orthogonal_mp
 
 from helpers import stats
 from helpers.sae import decompose
@@ -83,31 +83,22 @@ def found(result, support, weight):
 
 # --- the methods -------------------------------------------------------------------------------------------------------
 
-SIGNED = ("orthogonal pursuit", "gradient pursuit", "lasso")
 
-
-@pytest.mark.parametrize("name", SIGNED)
-def test_a_planted_signed_sum_is_recovered_by_the_signed_methods(name, sae, planted):
+@pytest.mark.parametrize("update", ["orthogonal", "gradient"])
+def test_a_planted_signed_sum_is_recovered_by_the_signed_pursuits(update, sae, planted):
     vectors, support, weight = planted
-    result = METHODS[name](sae, vectors, K, torch.zeros(1, D))
-    assert found(result, support, weight) > 0.95 and result.cosine.min() > (0.9 if name == "lasso" else 0.97)
-    if name == "orthogonal pursuit":
+    result = decompose.pursuit(sae.W_dec, vectors, K, update)
+    assert found(result, support, weight) > 0.95 and result.cosine.min() > 0.97
+    if update == "orthogonal":
         at = result.codes.gather(1, support) * sae.W_dec.norm(dim=1)[support]
         assert (at - weight).abs().max() < 0.5
 
 
-@pytest.mark.parametrize("name", ["encode", "encode less zero", "gradient pursuit, unsigned", "lasso, unsigned"])
+@pytest.mark.parametrize("name", ["encode", "encode less zero", decompose.UNSIGNED])
 def test_a_planted_signed_sum_is_not_recovered_without_a_sign(name, sae, planted):
     vectors, support, weight = planted
     result = METHODS[name](sae, vectors, K, torch.zeros(1, D))
     assert found(result, support, weight) <= 0.55 and result.cosine.max() < 0.9
-
-
-def test_thresholded_least_squares_finds_part_of_a_planted_sum_and_all_rows_the_whole_of_it(sae, planted):
-    """The least-norm solution spreads over all rows: its largest are mostly the planted ones, far too short to add up to v."""
-    vectors, support, weight = planted
-    cut, whole = METHODS["least squares, largest"](sae, vectors, K, vectors), decompose.dense(sae.W_dec, vectors)
-    assert found(cut, support, weight) > 0.6 and cut.error.min() > 0.3 and whole.error.max() < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "standard"])
@@ -126,11 +117,10 @@ def test_activations_in_which_the_planted_latents_are_on_show_both_signs_of_a_ch
     assert found(decompose.encode_shift(sae, v, acts * 0, K), support, weight) <= 0.5  # all off: nothing can go out
 
 
-@pytest.mark.parametrize("name", ["gradient pursuit, unsigned", "lasso, unsigned"])
-def test_without_negative_weights_the_unsigned_methods_recover_it_too(name, sae, planted):
+def test_without_negative_weights_the_unsigned_pursuit_recovers_it_too(sae, planted):
     _, support, weight = planted
     vectors = torch.einsum("nk,nkd->nd", weight.abs(), unit(sae.W_dec.detach())[support])
-    result = METHODS[name](sae, vectors, K, torch.zeros(1, D))
+    result = METHODS[decompose.UNSIGNED](sae, vectors, K, torch.zeros(1, D))
     assert found(result, support, weight.abs()) > 0.95 and (result.codes >= 0).all()
 
 
@@ -287,31 +277,6 @@ def test_gradient_pursuit_is_its_naive_twin_and_least_squares_on_an_orthogonal_d
     assert torch.allclose(exact, vectors @ basis.T, atol=1e-4)
 
 
-@pytest.mark.parametrize("positive", [True, False])
-def test_the_lasso_is_a_point_of_sklearns_coordinate_descent_path(positive):
-    rows, v = unit(torch.randn(40, D)), torch.randn(1, D)
-    ours = decompose.lasso(rows, v, 8, positive).codes[0].double().numpy()
-    design = rows.double().numpy().T
-    slope = design.T @ (v[0].double().numpy() - design @ ours)  # at the optimum |slope| is the penalty on the support
-    penalty = np.abs(slope[ours != 0]).mean()
-    theirs = lasso_path(
-        design, v[0].double().numpy(), alphas=[penalty / D], positive=positive, tol=1e-10, max_iter=50_000
-    )[1][:, 0]
-    assert np.abs(ours - theirs).max() < 1e-4 and 1 <= (ours != 0).sum() <= 8
-
-
-def test_least_squares_on_all_rows_is_exact_and_of_least_norm():
-    rows, v = torch.randn(LATENTS, D), torch.randn(3, D)
-    result = decompose.dense(rows, v)
-    assert result.error.max() < 1e-4
-    unit_codes = result.codes * rows.norm(dim=1)
-    theirs = torch.linalg.lstsq(unit(rows).T.double(), v.T.double(), driver="gelsd").solution.T
-    assert torch.allclose(unit_codes.double(), theirs, atol=1e-4)
-    line = torch.zeros(2, D)
-    line[:, 0] = torch.tensor([1.0, 2.0])
-    assert torch.allclose(decompose.dense(line, v).reconstruction[:, 0], v[:, 0], atol=1e-5)
-
-
 def test_an_exhausted_vector_stops_and_a_batch_is_its_vectors_one_by_one():
     rows = unit(torch.randn(LATENTS, D))
     v = torch.stack([2 * rows[5], torch.zeros(D), *torch.randn(3, D)])
@@ -326,9 +291,8 @@ def test_a_dead_row_and_rows_of_any_length_do_no_harm():
     rows = torch.randn(LATENTS, D) * torch.logspace(-2, 2, LATENTS)[:, None]
     rows[7] = 0
     v = 3 * unit(rows[100]) - 2 * unit(rows[3])
-    for codes in (decompose.pursuit(rows, v[None], 2).codes[0], decompose.dense(rows, v[None]).codes[0]):
-        assert torch.isfinite(codes).all() and codes[7] == 0
-        assert torch.allclose(codes @ rows, v, atol=1e-3)
+    codes = decompose.pursuit(rows, v[None], 2).codes[0]
+    assert torch.isfinite(codes).all() and codes[7] == 0 and torch.allclose(codes @ rows, v, atol=1e-3)
     assert decompose.pursuit(rows, v[None], 2).codes[0].nonzero()[:, 0].tolist() == [3, 100]
 
 
@@ -339,7 +303,7 @@ def test_a_dead_row_and_rows_of_any_length_do_no_harm():
         (lambda r: decompose.pursuit(r, torch.randn(2, D), 3, "newton"), "update = 'newton' given"),
         (lambda r: decompose.pursuit(r, torch.randn(2, D), 3, signed=False), "gradient"),
         (lambda r: decompose.pursuit(r, torch.randn(2, D + 1), 3), r"wants \(n, 160\)"),
-        (lambda r: decompose.dense(r, torch.full((1, D), torch.nan)), "NaN"),
+        (lambda r: decompose.pursuit(r, torch.full((1, D), torch.nan), 1), "NaN"),
         (lambda r: decompose.retention(np.ones(2), np.ones(2)), "three or more"),
     ],
 )
@@ -385,6 +349,9 @@ def test_a_short_vector_is_encoded_as_the_zero_vector_is_and_a_long_one_is_not(b
     assert np.allclose(decompose.twice_as_zero(biased, short), 1.0)
     assert np.allclose(decompose.twice_as_zero(biased, long), 0.0, atol=1e-6)
     assert decompose.code_cosine(biased, 0, short.numpy()) == pytest.approx(0.8)
+    for of_mean in (True, False):
+        alike = decompose.code_cosines(biased, 0, np.repeat(short.numpy(), 3, axis=0), of_mean)
+        assert alike == pytest.approx((0.8, 0.8, 0.8))
 
 
 def test_errors_at_several_lengths_are_those_of_vectors_so_long_and_a_line_from_the_zero_vector(biased):
@@ -431,13 +398,26 @@ def test_a_random_vector_among_random_vectors_changes_what_they_change(sae):
 # --- the methods, together ---------------------------------------------------------------------------------------------
 
 
-def test_vectors_of_any_shape_are_rebuilt_as_one_by_one(sae):
-    vectors, acts = torch.randn(3, 2, D), torch.randn(4, D)
-    for name in ("encode", decompose.WHOLE, "orthogonal pursuit"):
-        found = decompose.rebuilt(name, sae, vectors, 3, acts)
-        one = decompose.rebuilt(name, sae, vectors[2, 1:], 3, acts)
-        assert found.shape == vectors.shape and torch.allclose(found[2, 1:], one, atol=1e-4)
-    assert torch.allclose(decompose.rebuilt(decompose.DENSE, sae, vectors, 3, acts), vectors, atol=1e-3)
+def test_one_run_gives_every_number_of_latents_for_vectors_of_any_shape(sae):
+    vectors, acts, sizes = torch.randn(3, 2, D), torch.randn(4, D), [2, 5]
+    for name, method in METHODS.items():
+        found = decompose.at_sizes(name, sae, vectors, sizes, acts)
+        assert found.shape == (2, 3, 2, D)
+        for k, made in zip(sizes, found, strict=True):
+            alone = method(sae, vectors[2], k, acts).reconstruction
+            assert torch.allclose(made[2], alone, atol=1e-4), name
+    halves = [(v + acts, acts) for v in vectors[0]]
+    written = decompose.written(sae, vectors[0], halves, 2, acts)
+    assert list(written) == [*METHODS, decompose.PAIRS, decompose.WHOLE]
+    assert torch.equal(written[decompose.WHOLE], decompose.encode_shift(sae, vectors[0], acts).reconstruction)
+    assert torch.equal(written[decompose.PAIRS][1], decompose.encode_pairs(sae, *halves[1], 2).reconstruction[0])
+
+
+def test_what_is_used_up_stays_as_it_is_with_more_latents():
+    rows = unit(torch.randn(LATENTS, D))
+    v = torch.stack([2 * rows[5], torch.zeros(D)])
+    made = decompose.pursuit_path(rows, v, [1, 3, 9])
+    assert torch.allclose(made, v.expand(3, -1, -1), atol=1e-4)
 
 
 def test_a_sign_adds_to_a_vector_with_negative_codes_and_nothing_to_one_without():
@@ -453,8 +433,11 @@ def test_a_sign_adds_to_a_vector_with_negative_codes_and_nothing_to_one_without(
 def test_a_response_is_of_the_direction_alone_each_vector_under_its_own_gradient():
     gradient = np.array([[1.0, 0, 0], [0, 2.0, 0]])
     vectors = torch.tensor([[[3.0, 4, 0], [0, -5, 0]], [[0, 0, 1], [0, 0, 0]]])
-    assert decompose.response(vectors, gradient, 10.0).tolist() == [[6, -20], [0, 0]]
-    assert decompose.response(vectors[0, 0], gradient, 10.0).tolist() == [6, 16]  # one vector under both
+    steering = decompose.Steering(vectors[0], gradient, 10.0)
+    assert steering.response(vectors).tolist() == [[6, -20], [0, 0]] and steering.own.tolist() == [6, -20]
+    assert steering.left(vectors).tolist() == [1, 0]
+    three = decompose.Steering(torch.eye(3), np.eye(3) * [[1], [1.5], [2]], 1.0)
+    assert three.kept(torch.eye(3)) == pytest.approx((1, 1, 1))
 
 
 def test_steering_retained_is_a_ratio_of_sums_over_behaviours_and_saes():
@@ -512,20 +495,6 @@ def test_an_sae_that_normalises_as_it_runs_is_refused_and_one_in_units_of_its_ou
     )
 
 
-def test_one_lasso_path_gives_every_size():
-    rows, v = unit(torch.randn(60, D)), torch.randn(2, D)
-    for size, at in zip((2, 6), decompose.lasso_path(rows, v, [2, 6]), strict=True):
-        assert torch.allclose(at.codes, decompose.lasso(rows, v, size).codes, atol=1e-6) and (at.l0 <= size).all()
-
-
-@pytest.mark.parametrize("positive", [True, False])
-def test_a_lasso_among_few_rows_is_that_of_all_rows(positive):
-    rows, v = unit(torch.randn(900, 48)), torch.randn(3, 48)
-    whole = decompose.lasso_path(rows, v, [3, 12, 30], positive, start=900)
-    for few, every in zip(decompose.lasso_path(rows, v, [3, 12, 30], positive, start=12), whole, strict=True):
-        assert torch.allclose(few.codes, every.codes, atol=1e-4) and (every.l0 >= 2).all()
-
-
 def test_methods_take_what_has_an_encoder_and_rows():
     """Nothing but encode, decode, W_dec, W_enc, device and cfg.d_in is asked of an SAE."""
     rows = torch.eye(6)
@@ -538,7 +507,7 @@ def test_methods_take_what_has_an_encoder_and_rows():
         cfg=SimpleNamespace(d_in=6),
     )
     v = torch.tensor([[1.0, -2, 0, 0, 0, 3]])
-    assert METHODS["orthogonal pursuit"](thing, v, 3, v).cosine[0] == pytest.approx(1.0)
+    assert METHODS[decompose.PURSUIT](thing, v, 3, v).cosine[0] == pytest.approx(1.0)
     assert METHODS["encode"](thing, v, 3, v).codes.tolist() == [[1, 0, 0, 0, 0, 3]]
 
 

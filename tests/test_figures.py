@@ -52,9 +52,13 @@ def test_one_call_draws_saves_and_shows(tmp_path):
     figures.forest(session_like, "a", ["one", "two"], {"s": [x, None], "t": [x, x]}, title="T", xlabel="x",
                    null=[(0, 1), (0, 2)], pooled={"s": x, "t": x}, marks={"m": 1.0}, verdict="holds")  # fmt: skip
     figures.lines(session_like, "b", [1, 2, 4], {"s": [x, x, x], "t": [1.0, 2.0, 3.0]}, title="T", xlabel="x",
-                  ylabel="y", null=[(0, 1)] * 3, marks={"m": 1.0}, log=True, log_y=True)  # fmt: skip
+                  ylabel="y", null=[(0, 1)] * 3, marks={"m": 1.0}, log=True, log_y=True, grey=["t"])  # fmt: skip
+    curves = figures.twin(
+        [1, 2, 4], {"s": [x, None, x], "t": [1.0, 2.0, 3.0]}, title="T", xlabel="x", ylabel="y", log=True
+    )
+    assert json.loads(curves.to_json())["data"][0]["error_y"]["arrayminus"] and len(curves.data) == 2
     figures.scatter(session_like, "c", {"s": ([1, 2], [3, 4])}, curves={"t": ([1, 2], [1, 2])}, title="T",
-                    xlabel="x", ylabel="y", log=True)  # fmt: skip
+                    xlabel="x", ylabel="y", log=True, grey=["s"])  # fmt: skip
     figures.histogram(session_like, "d", {"s": [1, 2, 3], "t": [0, 1]}, grey=["t"], title="T", xlabel="x", ylabel="y")
     figures.matrices(session_like, "e", {"p": np.eye(3), "q": np.eye(3)}, ["x", "y", "z"], "T")
     figures.at_the_seam(session_like, "f", {"y": {"s": [[1.0, 2, 3, 4]] * 2, "n": [[1.0, 1, 1, 1]] * 2}},
@@ -65,6 +69,20 @@ def test_one_call_draws_saves_and_shows(tmp_path):
         assert (session_like.figures / f"99_{name}.png").stat().st_size > 5000
         assert json.loads((session_like.figures / f"99_{name}.json").read_text())
     assert figures.titled("Is it?", "holds") == "Is it? HOLDS" and figures.titled("Is it?", "") == "Is it?"
+
+
+def test_rows_have_the_range_of_their_saes_and_the_null_its_pooled_band(monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "show", lambda session, name, figure, numbers: shown.update({name: (figure, numbers)}))
+    table, null = np.array([[1.0, 4], [3, 6]]), np.array([[0.0, 2]] * 20)
+    said = dict(title="t", xlabel="x", null_label="noise")
+    figures.by_row(None, "two", ["a", "b"], table, Interval(3, 1, 5), null, **said)
+    figures.by_row(None, "one", ["a", "b"], table[:1], None, null, **said)
+    figure, numbers = shown["two"]
+    assert numbers["rows"] == ["a", "b", "all"] and numbers["null"] == [(0, 0), (2, 2), (1, 1)]
+    assert numbers["series"] == {"mean and range of 2 SAEs": [(2, 1, 3), (5, 4, 6), (3, 1, 5)]}
+    assert list(shown["one"][1]["series"]) == ["one SAE"]
+    plt.close(figure)
 
 
 def test_bars_have_their_labels_and_their_group(tmp_path, monkeypatch):

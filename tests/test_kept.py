@@ -18,7 +18,7 @@ def test_results_of_every_kind_come_back_and_are_not_computed_again(cache, monke
         (matching.match, A, B),
         (matching.references, A, B),
         (decompose.pursuit, A, B[:3], 4),
-        (decompose.lasso_path, A, B[:2], [1, 3]),
+        (decompose.pursuit_path, A, B[:2], [1, 3]),
         (overlap.best, B[:3], A),
         (alignment.ridge, A, B, (A, B)),
     ]

@@ -1,5 +1,7 @@
 """Nulls: of the right length, with nothing of what they stand beside, and refused where they are none."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -155,15 +157,35 @@ def test_other_items_keep_a_behaviours_responses_and_lose_whose_they_are():
 
 def test_rows_that_are_turned_are_pursued_as_if_they_had_been():
     rows, vectors = torch.randn(60, 24), torch.randn(3, 24, dtype=torch.float64)
-    found = nulls.in_rotated_rows(rows, vectors, 4, draws=2, seed=7)
+    found = nulls.in_rotated_rows(rows, vectors, [1, 4], draws=2, seed=7)
     for part, turn in zip(found, nulls.rotations(24, 2, 7), strict=True):
-        plain = decompose.pursuit((rows.double() @ turn).float(), vectors, 4).reconstruction
-        torch.testing.assert_close(part, plain, atol=1e-4, rtol=1e-4)
+        for k, made in zip((1, 4), part, strict=True):
+            plain = decompose.pursuit((rows.double() @ turn).float(), vectors, k).reconstruction
+            torch.testing.assert_close(made, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_an_sae_that_is_turned_encodes_as_if_it_had_been():
+    rows, bias, vectors = nulls.random_rows(60, 24), torch.randn(24), torch.randn(3, 24, dtype=torch.float64)
+    assert torch.allclose(rows.norm(dim=1), torch.ones(60)) and not torch.equal(rows, nulls.random_rows(60, 24, seed=1))
+
+    def sae(turn):
+        weights = {name: (x.double() @ turn).float() for name, x in (("W_dec", rows), ("b_dec", bias))}
+        return SimpleNamespace(
+            cfg=SimpleNamespace(d_in=24),
+            device=torch.device("cpu"),
+            W_dec=weights["W_dec"],
+            encode=lambda x: ((x - weights["b_dec"]) @ weights["W_dec"].T - 0.2).relu(),
+            decode=lambda z: z @ weights["W_dec"] + weights["b_dec"],
+        )
+
+    found = nulls.in_rotated_sae(sae(torch.eye(24).double()), vectors, draws=2, seed=7)
+    for part, turn in zip(found, nulls.rotations(24, 2, 7), strict=True):
+        torch.testing.assert_close(part, decompose.encode(sae(turn), vectors).reconstruction, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_with_a_meaning_are_ahead_of_turned_ones():
     rows = torch.randn(200, 48)
     planted = rows[:3].sum(0, keepdim=True)
-    turned = nulls.in_rotated_rows(rows, planted, 3, draws=20)
+    turned = nulls.in_rotated_rows(rows, planted, [3], draws=20)
     assert decompose.pursuit(rows, planted, 3).cosine[0] > 0.999
-    assert torch.cosine_similarity(turned[:, 0], planted, dim=1).max() < 0.95
+    assert torch.cosine_similarity(turned[:, 0, 0], planted, dim=1).max() < 0.95

@@ -632,3 +632,12 @@ def test_explained_variance_over_documents_and_seeds():
     noisy = one._replace(error=one.error + torch.from_numpy(rng.uniform(0, 0.3, 40)).repeat_interleave(5))
     wider = saes.explained([noisy], documents)
     assert wider.low < noisy.explained_variance < wider.high and wider.high - wider.low > 0.01
+
+
+def test_the_largest_latents_are_by_size_with_their_sign_and_their_mark():
+    rows = [
+        latents.Latent(i, 0.1, [latents.Context("so far", " it", " fires", 1.0)] * (i > 0), [], []) for i in range(4)
+    ]
+    found = latents.largest(rows, torch.tensor([-1.0, 0.5, -3.0, 0.0]), 2, torch.tensor([True, False, False, False]))
+    assert [(code, marked) for _, code, marked in found] == [(-3.0, False), (-1.0, True)]
+    assert found[0][0] == "2   …so far« it» fires" and found[1][0].endswith("(never fired)")

@@ -91,6 +91,17 @@ def test_padded_pairs_are_read_over_all_positions(two):
     assert two.nulls("joy", 5, kind=study.PADDED)[study.SHUFFLED].shape == (5, 48)
 
 
+def test_the_sources_own_vectors_are_of_one_pair_and_every_position(two):
+    pairs = two.data["joy"].system_pairs
+    read = caa.extract_padded(two.model, pairs, [1], ["every"], attend_filler=True)["every"].at(1)
+    assert list(two.as_source_001()) == ["joy", "format"]
+    for one, other, all_of_them in zip(
+        two.as_source_001()["joy"], read, two.as_source_001(["joy"], 0)["joy"], strict=True
+    ):
+        torch.testing.assert_close(one, other[:1])
+        torch.testing.assert_close(all_of_them, other)
+
+
 def test_responses_are_gradients_times_vectors_of_one_length(two):
     vectors = {n: torch.randn(3, 48) for n in two.names}
     found = two.responses(vectors, 0.1)

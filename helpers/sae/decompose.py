@@ -4,20 +4,18 @@ Pure: vectors (n, d_model) and an SAE as sae_lens holds one (`encode`, `decode`,
 models, text or files. Each method returns a Decomposition; what is summed to many is in float64, on the CPU where a device
 has none. The encoder's methods (encode, minus the zero vector's code, with and without the vector) answer what the SAE says
 of it; the others ask which sparse sum of rows comes closest, whatever an encoder says: orthogonal matching pursuit (Pati et al.
-1993), gradient pursuit (Blumensath & Davies 2008; without sign as in Smith 2024, "Inference-time optimisation"), lasso
-along its path (Efron et al. 2004), and least squares as the dense limit.
+1993) and gradient pursuit (Blumensath & Davies 2008; without sign as in Smith 2024, "Inference-time optimisation").
 """
 
 import copy
 import time
-import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from helpers import stats, store
 
@@ -275,19 +273,33 @@ def pursuit(rows: Tensor, vectors: Tensor, k: int, update: str = "orthogonal", s
     if update not in ("orthogonal", "gradient", "matching"):
         raise ValueError(f"update = {update!r} given; it is orthogonal, gradient or matching")
     if update == "orthogonal" and not signed:
-        raise ValueError(
-            "least squares has a sign: take update='gradient' or lasso(positive=True) for codes without one"
-        )
-    if not 1 <= k <= len(rows):
-        raise ValueError(f"k = {k} given; it must lie between 1 and the {len(rows)} rows of the dictionary")
+        raise ValueError("least squares has a sign: take update='gradient' for codes without one")
     v, began = check_vectors(vectors, rows.shape[1]), time.perf_counter()
     unit, norms = unit_rows(rows)
-    parts = v.to(unit.device).double().split(max(1, 10**8 // (k * rows.shape[1])))  # 0.8 GB of chosen rows at a time
+    parts = _in_parts(v, unit, k)
     if update == "matching":
         codes = torch.cat([_matching(unit, part, k, signed) for part in parts])
     else:
-        codes = torch.cat([_greedy(unit, part, k, update == "orthogonal", signed) for part in parts])
+        codes = torch.cat([_greedy(unit, part, [k], update == "orthogonal", signed)[0] for part in parts])
     return _finish(v, _in_units(codes, norms), codes @ unit, began)
+
+
+def pursuit_path(
+    rows: Tensor, vectors: Tensor, sizes: Sequence[int], update: str = "orthogonal", signed: bool = True
+) -> Tensor:
+    """What orthogonal or gradient `pursuit` makes of `vectors` (n, d_model) with each of `sizes` latents, from one run: (sizes, n,
+    d_model) float32. ValueError as there."""
+    v, (unit, _) = check_vectors(vectors, rows.shape[1]), unit_rows(rows)
+    parts = _in_parts(v, unit, max(sizes))
+    made = [_greedy(unit, part, sizes, update == "orthogonal", signed)[1] for part in parts]
+    return torch.cat(made, 1).float().cpu()
+
+
+def _in_parts(vectors: Tensor, unit: Tensor, k: int) -> tuple[Tensor, ...]:
+    """`vectors` (n, d_model) float64, so few at a time that k rows chosen for each take 0.8 GB."""
+    if not 1 <= k <= len(unit):
+        raise ValueError(f"k = {k} given; it must lie between 1 and the {len(unit)} rows of the dictionary")
+    return vectors.to(unit.device).double().split(max(1, 10**8 // (k * unit.shape[1])))
 
 
 def _matching(unit: Tensor, left: Tensor, k: int, signed: bool) -> Tensor:
@@ -304,9 +316,13 @@ def _matching(unit: Tensor, left: Tensor, k: int, signed: bool) -> Tensor:
     return codes
 
 
-def _greedy(unit: Tensor, target: Tensor, k: int, orthogonal: bool, signed: bool) -> Tensor:
-    """Orthogonal or gradient pursuit of `target` (n, d_model) float64 in unit rows: codes (n, latents)."""
-    n, left = len(target), target
+def _greedy(
+    unit: Tensor, target: Tensor, sizes: Sequence[int], orthogonal: bool, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """Orthogonal or gradient pursuit of `target` (n, d_model) float64 in unit rows: codes (n, latents) with the largest of `sizes`
+    latents, and what each of `sizes` makes of it (sizes, n, d_model)."""
+    n, k, left = len(target), max(sizes), target
+    made = target.new_zeros(len(sizes), *target.shape)
     atoms, wanted = target.new_zeros(n, k, target.shape[1]), target.new_zeros(n, k)  # rows chosen, and target on them
     chosen, values = torch.zeros(n, k, dtype=torch.long, device=unit.device), target.new_zeros(n, k)
     taken = torch.zeros(n, len(unit), dtype=torch.bool, device=unit.device)
@@ -317,6 +333,7 @@ def _greedy(unit: Tensor, target: Tensor, k: int, orthogonal: bool, signed: bool
         best = (aligned.abs() if signed else aligned).masked_fill_(taken, -1.0).max(dim=1)
         going = (left.norm(dim=1) > enough) & (best.values > 0)  # what stops here keeps its codes
         if not bool(going.any()):
+            made[[size > t for size in sizes]] = target - left
             break
         chosen[:, t] = best.indices
         taken.scatter_(1, best.indices[:, None], True)
@@ -333,7 +350,8 @@ def _greedy(unit: Tensor, target: Tensor, k: int, orthogonal: bool, signed: bool
             now = now if signed else now.clamp_min(0.0)
         values[:, : t + 1] = torch.where(going[:, None], now, values[:, : t + 1])
         left = torch.where(going[:, None], target - torch.einsum("nt,ntd->nd", values[:, : t + 1], here), left)
-    return torch.zeros(n, len(unit), device=unit.device).scatter_add_(1, chosen, values.float())
+        made[[size == t + 1 for size in sizes]] = target - left
+    return torch.zeros(n, len(unit), device=unit.device).scatter_add_(1, chosen, values.float()), made
 
 
 def _least_squares(factor: Tensor, atoms: Tensor, wanted: Tensor, going: Tensor) -> Tensor:
@@ -347,70 +365,6 @@ def _least_squares(factor: Tensor, atoms: Tensor, wanted: Tensor, going: Tensor)
     return torch.cholesky_solve(wanted[..., None], factor[:, : t + 1, : t + 1])[..., 0]
 
 
-def lasso_path(
-    rows: Tensor, vectors: Tensor, sizes: Sequence[int], positive: bool = False, start: int = 1000
-) -> list[Decomposition]:
-    """The lasso's codes at several points of its path (sklearn's `lars_path`, one vector after another): for each of `sizes` the
-    smallest penalty passed within 2 max(sizes) steps at which no more latents are on.
-
-    `positive`: codes not below zero. Codes are shrunk, as the lasso's are: compare directions rather than errors. A path is found
-    among the `start` rows most aligned with the vector; rows outside that break the optimality of a point (aligned with what
-    is left by more than the penalty) are added until none does, so the result is that of all rows. Paths are on the
-    CPU; seconds are those of all sizes together.
-    """
-    v, began = check_vectors(vectors, rows.shape[1]), time.perf_counter()
-    unit, norms = unit_rows(rows)
-    codes = torch.zeros(len(sizes), len(v), len(unit), device=unit.device)
-    for i, one in enumerate(tqdm(v.to(unit.device).double(), desc="lasso", leave=False)):
-        if bool(one.any()):
-            chosen, values = _lasso_points(unit, one, sizes, positive, min(start, len(unit)))
-            codes[:, i, chosen] = values.float().to(codes.device)
-    return [_finish(v, _in_units(c, norms), c @ unit, began) for c in codes]
-
-
-def _lasso_points(unit: Tensor, v: Tensor, sizes: Sequence[int], positive: bool, start: int) -> tuple[Tensor, Tensor]:
-    """The rows looked at (m,) and the codes (sizes, m) of one vector (d_model,) float64 at each size; optimal among all rows."""
-    from sklearn.linear_model import lars_path
-
-    def aligned(left: Tensor) -> Tensor:
-        c = left.float() @ unit.T
-        return c if positive else c.abs()
-
-    chosen = aligned(v).topk(start).indices
-    while True:
-        design, inside = unit[chosen].double().T, torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
-        with warnings.catch_warnings():  # the path ends early where rows are collinear: what is there is used
-            warnings.simplefilter("ignore")
-            penalties, _, path = lars_path(
-                design.cpu().numpy(), v.cpu().numpy(), method="lasso", positive=positive, max_iter=2 * max(sizes)
-            )
-        count = (path != 0).sum(0)
-        at = [int(np.flatnonzero(count <= k)[-1]) for k in sizes]
-        values = torch.from_numpy(np.ascontiguousarray(path[:, at].T))
-        left = v - values.to(v.device) @ design.T
-        limits = torch.from_numpy(penalties[at] * len(v)).to(v.device)  # sklearn's are divided by the number of samples
-        inside[chosen] = True
-        broken = (aligned(left) > 1.0001 * limits[:, None] + 1e-6 * float(v.norm())).any(0) & ~inside
-        if not bool(broken.any()):
-            return chosen, values
-        chosen = torch.cat([chosen, broken.nonzero()[:, 0]])
-
-
-def lasso(rows: Tensor, vectors: Tensor, k: int, positive: bool = False) -> Decomposition:
-    """The lasso's codes at the smallest penalty of its path with at most k latents: see `lasso_path`."""
-    return lasso_path(rows, vectors, [k], positive)[0]
-
-
-def dense(rows: Tensor, vectors: Tensor, k: int = 0) -> Decomposition:
-    """Least squares on all rows at once, of least norm: the dense limit, exact where the rows span. The k largest; 0: all."""
-    v, began = check_vectors(vectors, rows.shape[1]), time.perf_counter()
-    unit, norms = unit_rows(rows)
-    gram = sum(part.double().T @ part.double() for part in unit.split(4096))
-    codes = (v.to(gram.device).double() @ torch.linalg.pinv(gram, hermitian=True)).float() @ unit.T
-    codes = keep_largest(codes, unit, k)
-    return _finish(v, _in_units(codes, norms), codes @ unit, began)
-
-
 # name -> (sae, vectors, k, acts) -> Decomposition; the first five are what the SAE's encoder says; what takes
 # long is kept on disk
 METHODS: dict[str, Callable[[Dictionary, Tensor, int, Tensor], Decomposition]] = {
@@ -419,30 +373,37 @@ METHODS: dict[str, Callable[[Dictionary, Tensor, int, Tensor], Decomposition]] =
     "encode(v + b_dec)": lambda sae, v, k, acts: encode_centred(sae, v, k),
     "encode without bias": lambda sae, v, k, acts: encode_without_bias(sae, v, k),
     "with and without v": lambda sae, v, k, acts: store.kept(encode_shift, sae, v, acts, k),
-    "gradient pursuit, unsigned": lambda sae, v, k, acts: store.kept(
-        pursuit, rows_of(sae), v, k, "gradient", signed=False
-    ),
-    "lasso, unsigned": lambda sae, v, k, acts: store.kept(lasso, rows_of(sae), v, k, positive=True),
-    "orthogonal pursuit": lambda sae, v, k, acts: store.kept(pursuit, rows_of(sae), v, k),
-    "gradient pursuit": lambda sae, v, k, acts: store.kept(pursuit, rows_of(sae), v, k, "gradient"),
-    "lasso": lambda sae, v, k, acts: store.kept(lasso, rows_of(sae), v, k),
-    "least squares, largest": lambda sae, v, k, acts: dense(rows_of(sae), v, k),
+    "unsigned pursuit": lambda sae, v, k, acts: store.kept(pursuit, rows_of(sae), v, k, "gradient", signed=False),
+    "signed pursuit": lambda sae, v, k, acts: store.kept(pursuit, rows_of(sae), v, k),
 }
+ENCODE, SHIFT, UNSIGNED, PURSUIT = "encode", "with and without v", "unsigned pursuit", "signed pursuit"
+WHOLE, PAIRS = f"{SHIFT}, all latents", "codes of the pairs"
+PATHS = {UNSIGNED: ("gradient", False), PURSUIT: ("orthogonal", True)}
 
 
-# name -> the same, for what keeps to no number of latents
-WHOLE, DENSE = "with and without v, all latents", "least squares, all latents"
-UNLIMITED: dict[str, Callable[[Dictionary, Tensor, int, Tensor], Decomposition]] = {
-    WHOLE: lambda sae, v, k, acts: store.kept(encode_shift, sae, v, acts),
-    DENSE: lambda sae, v, k, acts: dense(rows_of(sae), v),
-}
+def at_sizes(method: str, sae: Dictionary, vectors: Tensor, sizes: Sequence[int], acts: Tensor) -> Tensor:
+    """What a method of METHODS makes of `vectors` (..., d_model) with each of `sizes` latents, from one run: (sizes, ..., d_model)
+    float32. Size 0, all that the method gives, is for what the encoder says."""
+    rows, v = rows_of(sae), vectors.flatten(0, -2)
+    if method in PATHS:
+        update, signed = PATHS[method]
+        made = store.kept(pursuit_path, rows, v, list(sizes), update, signed)
+    else:
+        codes = METHODS[method](sae, v, 0, acts).codes.to(rows.device)
+        few = [keep_largest(codes, rows, k) for k in sizes]
+        with torch.no_grad():
+            made = torch.stack([sae.decode(z) if method == ENCODE else z @ rows for z in few])
+    return made.float().cpu().reshape(len(sizes), *vectors.shape)
 
 
-def rebuilt(method: str, sae: Dictionary, vectors: Tensor, k: int, acts: Tensor) -> Tensor:
-    """What a method of METHODS or UNLIMITED makes of `vectors` (..., d_model): (..., d_model) float32, a thousand at a time."""
-    parts = vectors.reshape(-1, vectors.shape[-1]).split(1000)
-    found = [(METHODS | UNLIMITED)[method](sae, part, k, acts).reconstruction for part in parts]
-    return torch.cat(found).reshape(vectors.shape)
+def written(
+    sae: Dictionary, vectors: Tensor, halves: Sequence[tuple[Tensor, Tensor]], k: int, acts: Tensor
+) -> dict[str, Tensor]:
+    """What every way makes of `vectors` (n, d_model) with k latents, each (n, d_model): those of METHODS, PAIRS, out of the `halves`
+    (pos, neg) that each vector was made of, and WHOLE, which has no limit."""
+    made = {m: at_sizes(m, sae, vectors, [k], acts)[0] for m in METHODS}
+    made[PAIRS] = of_pairs(sae, halves, k).reconstruction
+    return made | {WHOLE: at_sizes(SHIFT, sae, vectors, [0], acts)[0]}
 
 
 def of_pairs(sae: Dictionary, halves: Sequence[tuple[Tensor, Tensor]], k: int) -> Decomposition:
@@ -567,19 +528,45 @@ def code_cosine(sae: Dictionary, latent: int, rows: np.ndarray) -> float:
     return float(code[latent] / code.norm().clamp_min(1e-12))
 
 
+def code_cosines(sae: Dictionary, latent: int, rows: np.ndarray, of_mean: bool) -> stats.Interval:
+    """`code_cosine` over pairs whose differences are `rows` (pairs, d_model): of the code of their mean, or the mean of their codes'."""
+    score = partial(code_cosine, sae, latent)
+    return stats.over(rows, score) if of_mean else stats.over([score(row[None]) for row in rows])
+
+
 # --- how much of the steering is left ----------------------------------------------------------------------------------
 
 
-def response(vectors: Tensor | np.ndarray, gradient: np.ndarray, length: float) -> np.ndarray:
-    """Change of the mean log-odds, in nats, that vectors (..., behaviours, d_model), each brought to `length`, give: (..., behaviours).
+class Steering(NamedTuple):
+    """What some vectors do, and how much of it is left in what stands for them: `vectors` (behaviours, d_model), the `gradient`
+    (behaviours, d_model) of each behaviour's log-odds (the mean over items of `scoring.linear_response`), and the `length` to
+    which all that is added is brought."""
 
-    By the linear response, `gradient` (behaviours, d_model): the mean over items of `scoring.linear_response`. A vector of
-    zeros gives none.
-    """
-    v = np.asarray(vectors, np.float64)
-    norm = np.linalg.norm(v, axis=-1, keepdims=True)
-    unit = np.divide(v, norm, out=np.zeros_like(v), where=norm > 0)
-    return np.einsum("...d,...d->...", unit, gradient) * length
+    vectors: Tensor
+    gradient: np.ndarray
+    length: float
+
+    def response(self, made: Tensor) -> np.ndarray:
+        """Change of the mean log-odds, in nats and by gradient, that `made` (..., behaviours, d_model) gives at that length: (...,
+        behaviours). A vector of zeros gives none."""
+        v = np.asarray(made, np.float64)
+        norm = np.linalg.norm(v, axis=-1, keepdims=True)
+        unit = np.divide(v, norm, out=np.zeros_like(v), where=norm > 0)
+        return np.einsum("...d,...d->...", unit, self.gradient) * self.length
+
+    @property
+    def own(self) -> np.ndarray:
+        """The response to the vectors themselves (behaviours,)."""
+        return self.response(self.vectors)
+
+    def left(self, made: Tensor) -> np.ndarray:
+        """The share of their steering that is left in `made` (..., behaviours, d_model), each in place of its vector: (...,). 1: all
+        of it; 0: none; negative: it steers the wrong way."""
+        return retained(self.response(made), self.own)
+
+    def kept(self, made: Tensor) -> stats.Interval | None:
+        """The same with its interval, of `made` (behaviours, d_model) or (SAEs, behaviours, d_model): see `retention`."""
+        return retention(self.response(made), self.own)
 
 
 def retained(steered: np.ndarray, own: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ latent a line, so that labels need no network; the page is one static file.
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,12 @@ def label(latent: Latent, before: int = 34, after: int = 12) -> str:
         return f"{latent.index}   (never fired)"
     at = latent.contexts[0]
     return f"{latent.index}   …{at.before[-before:]}«{at.token}»{at.after[:after]}"
+
+
+def largest(rows: Sequence[Latent], codes: Tensor, n: int, marked: Tensor) -> list[tuple[str, float, bool]]:
+    """The n latents of largest |code| (latents,), as `figures.ranked` draws them: label, code, and whether it is `marked` (latents,)."""
+    top = codes.abs().topk(n).indices.tolist()
+    return [(label(rows[i]), float(codes[i]), bool(marked[i])) for i in top]
 
 
 class Top(NamedTuple):
