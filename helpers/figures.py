@@ -217,7 +217,7 @@ def lines(
     session: Session,
     name: str,
     x: Sequence[float],
-    series: Mapping[str, Sequence[Range | float] | np.ndarray],
+    series: Mapping[str, Sequence[Range | float | None] | np.ndarray],
     *,
     title: str,
     xlabel: str,
@@ -231,7 +231,8 @@ def lines(
     verdict: str = "",
     interactive: Interactive | None = None,
 ) -> None:
-    """Curves over `x`, drawn, saved and shown: each series numbers or Intervals (a band), `null` a (low, high) for each x.
+    """Curves over `x`, drawn, saved and shown: each series numbers or Intervals (a band; None: not run), `null` a (low, high)
+    for each x.
 
     `marks`: {label: y}, dotted lines across. `log`: a logarithmic x axis, with a tick at every x where there are few. Series of
     `grey` are nulls.

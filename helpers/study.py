@@ -145,6 +145,13 @@ class Single:
         """The linear response (items, d_model) of those items' log-odds to a vector added at the layer."""
         return {n: scoring.linear_response(where) for n, where in self.tested(items).items()}
 
+    def slopes(self, items: int = 0, part: str = "test") -> dict[str, np.ndarray]:
+        """The same at every layer of `layers`, of test or dev items: (layers, items, d_model) nats a unit, from one backward pass."""
+        at, width = self.layers, self.model.d_model
+        each = {n: getattr(b, part)[: items or None] for n, b in self.data.items()}
+        scored = {n: propensity.of_items(self.model, x, at[0]) for n, x in each.items()}
+        return {n: scoring.linear_response(x, at[1:]).reshape(len(at), -1, width) for n, x in scored.items()}
+
     def response(self, name: str, vectors: Tensor, length: float, items: int = 0) -> np.ndarray:
         """By gradient, the change of each item's log-odds, in nats, from each of `vectors` (n, d_model) brought to `length` residual
         norms: (n, items)."""
@@ -170,14 +177,9 @@ class Single:
         responses (layers,)."""
         own, chance = {}, {}
         sizes = torch.stack([reading.rows(self.model, self._prompts, k).norm(dim=1).median() for k in self.layers])
+        slopes = self.slopes(part="dev")
         for n, h in self.halves(kind, self.layers, where).items():
-            items = propensity.of_items(self.model, self.data[n].dev, self.layers[0])
-            at_each = (
-                scoring.linear_response(items, self.layers[1:])
-                .reshape(len(self.layers), -1, self.model.d_model)
-                .mean(1)
-            )
-            at_each = at_each * length * sizes.double().numpy()[:, None]
+            at_each = slopes[n].mean(1) * length * sizes.double().numpy()[:, None]
             units = [directions.mean(*h.at(k)).numpy() for k in self.layers]
             own[n] = np.array([g @ u / np.linalg.norm(u) for g, u in zip(at_each, units, strict=True)])
             chance[n] = np.linalg.norm(at_each, axis=1) / self.model.d_model**0.5

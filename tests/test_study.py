@@ -63,6 +63,13 @@ def test_the_response_by_layer_is_that_of_the_layer(lab):
     assert own["joy"][1] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_slopes_are_the_gradients_of_every_layer(lab):
+    slopes = lab.slopes(2)
+    assert slopes["joy"].shape == (2, 2, lab.model.d_model)
+    np.testing.assert_allclose(slopes["joy"][1], lab.gradients(2)["joy"], atol=1e-5)
+    assert lab.slopes(part="dev")["joy"].shape[1] == len(lab.data["joy"].dev)
+
+
 def test_tables_show_pairs_and_replies(lab):
     assert lab.contrast("joy", rows=2).data.count("\n") == 3
     said = lab.say("What is tin?", {"joy": lab.vectors()["joy"]}, 0.1, tokens=3).data

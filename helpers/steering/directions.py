@@ -11,7 +11,6 @@ Sources: mean, Rimsky et al. 2023 (arXiv:2312.06681); PCA of differences and LAT
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -136,7 +135,8 @@ def pc1_pair_centred(pos: Tensor, neg: Tensor) -> Tensor:
 def logistic(pos: Tensor, neg: Tensor, penalty: float = 1.0) -> Tensor:
     """Weights of a logistic probe, positive against negative activations, features standardised, C = 1/penalty.
 
-    A dimension in which nothing varies, but for rounding, has weight zero.
+    A dimension in which nothing varies, but for rounding, has weight zero. Fitted in the span of the activations, outside of
+    which the penalty leaves no weight: as exact, and as fast as there are few pairs.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -148,9 +148,10 @@ def logistic(pos: Tensor, neg: Tensor, penalty: float = 1.0) -> Tensor:
     scale = x.std(0)
     weights = torch.zeros_like(v)
     if bool(varies.any()):
-        probe = LogisticRegression(C=1 / penalty, max_iter=2000)
-        probe.fit(((x - x.mean(0)) / scale).numpy(), [1] * len(pos) + [0] * len(neg))
-        weights[varies] = torch.from_numpy(probe.coef_[0]) / scale
+        probe = LogisticRegression(C=1 / penalty, max_iter=2000, tol=1e-8, solver="newton-cholesky")
+        left, sizes, axes = torch.linalg.svd((x - x.mean(0)) / scale, full_matrices=False)
+        probe.fit((left * sizes).numpy(), [1] * len(pos) + [0] * len(neg))
+        weights[varies] = torch.from_numpy(probe.coef_[0]) @ axes / scale
     return _oriented(weights, v)
 
 
@@ -206,72 +207,6 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "LDA (shrinkage)": lda,
     "LAT (shuffled)": lat,
 }
-
-
-# --- mean against component ------------------------------------------------------------------------------------------------
-
-
-def round_trip(pos: Tensor, neg: Tensor) -> tuple[float, float]:
-    """What source 001 compares: the cosine of the mean difference with the mean of differences that a PCA of one component has
-    taken apart and put together again; and the share of variance that the component explains.
-
-    Putting together adds the mean back, and centred projections average to zero, so that the cosine is 1 for any data.
-    """
-    from sklearn.decomposition import PCA
-
-    pos, neg = float64(pos, neg)
-    difference = (pos - neg).numpy()
-    pca = PCA(n_components=1, svd_solver="full").fit(difference)
-    back = pca.inverse_transform(pca.transform(difference)).mean(0)
-    return float(stats.cosine(back, difference.mean(0))), float(pca.explained_variance_ratio_[0])
-
-
-def agreement(method: str, pos: Tensor, neg: Tensor) -> float:
-    """The cosine of the direction that a method of METHODS finds in pairs (pairs, d_model) with their mean difference."""
-    return float(stats.cosine(METHODS[method](pos, neg).numpy(), mean(pos, neg).numpy()))
-
-
-class Race(NamedTuple):
-    """What decides whether the uncentred component follows the mean m: the `ratio` |m|^2 / top eigenvalue of the scatter, the
-    `cosine` of the component with m, and the `overlap` |cosine| of m with the scatter's own top axis."""
-
-    ratio: float
-    cosine: float
-    overlap: float
-
-
-def race(pos: Tensor, neg: Tensor) -> Race:
-    """The race between the mean of differences (pairs, d_model) and their strongest axis of disagreement."""
-    pos, neg = float64(pos, neg)
-    difference = (pos - neg).numpy()
-    m = difference.mean(0)
-    spread, axes = np.linalg.svd((difference - m) / len(difference) ** 0.5, full_matrices=False)[1:]
-    component = first_component(torch.from_numpy(difference)).numpy()
-    return Race(float(m @ m / spread[0] ** 2), *(abs(float(stats.cosine(x, m))) for x in (component, axes[0])))
-
-
-def two_axis(ratio: float | np.ndarray, overlap: float) -> np.ndarray:
-    """The cosine that `race` would find if all scatter lay along one axis: that of the top eigenvector of e e^T + ratio m m^T with
-    m, both unit, |e.m| = `overlap`. A step at ratio 1 where the overlap is 0 (the spiked-covariance threshold)."""
-    m = np.array([overlap, (1 - min(overlap, 1 - 1e-9) ** 2) ** 0.5])
-    planes = np.diag([1.0, 0.0]) + np.atleast_1d(ratio)[:, None, None] * np.outer(m, m)
-    return np.abs(np.linalg.eigh(planes)[1][:, :, -1] @ m)
-
-
-def mean_where(
-    races: Mapping[tuple[str, str, int], Race], chosen: Mapping[tuple[str, str, int], bool], draws: int, seed: int
-) -> tuple[list[float], np.ndarray]:
-    """For each behaviour with any chosen case, the mean cosine of those, (behaviours,); and the null's mean over behaviours,
-    (draws,), in which as many of the behaviour's cases are chosen at random. Cases are (kind of pairs, behaviour, layer)."""
-    rng = np.random.default_rng(seed)
-    found, drawn = [], []
-    for name in dict.fromkeys(name for _, name, _ in races):
-        cases = [case for case in races if case[1] == name]
-        cosine, pick = np.array([races[c].cosine for c in cases]), np.array([chosen[c] for c in cases])
-        if pick.any():
-            found.append(float(cosine[pick].mean()))
-            drawn.append([rng.permutation(cosine)[: pick.sum()].mean() for _ in range(draws)])
-    return found, np.mean(drawn, axis=0) if drawn else np.empty(0)
 
 
 # --- fewer pairs than there are --------------------------------------------------------------------------------------------
