@@ -90,12 +90,14 @@ class Single:
         if kind == SYSTEM:
             return {n: caa.extract(self.model, b.system_pairs, at) for n, b in self.data.items()}
         where = where or self.session.profile.answers
-        return {
-            n: caa.extract(
-                self.model, b.answer_pairs, at, where if isinstance(b.answer_pairs[0], AnswerPair) else "last"
-            )
-            for n, b in self.data.items()
-        }
+        return {n: self._answers(b, at)[where] for n, b in self.data.items()}
+
+    def _answers(self, b: Behavior, at: list[int]) -> dict[str, Halves]:
+        """A behaviour's answer pairs read at each place of READ, from the same passes; plain texts have their last token alone."""
+        answers = [pair for pair in b.answer_pairs if isinstance(pair, AnswerPair)]
+        if answers:
+            return caa.extract_answers(self.model, answers, at)
+        return dict.fromkeys(READ, caa.extract(self.model, b.answer_pairs, at))
 
     def parts(self, layers: Sequence[int] | None = None) -> dict[str, dict[str, Halves]]:
         """What each behaviour's padded system pairs give over each position set of `caa.PARTS`, from the same passes."""
