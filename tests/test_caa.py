@@ -60,7 +60,10 @@ def test_the_turns_end_is_one_token_after_whatever_the_answers_end_in(tiny, cach
 
 
 def test_three_places_of_an_answer_come_from_one_pass(tiny, cache):
-    pairs = [AnswerPair("What is tin?", "A dull metal, you fool!", "A soft metal."), AnswerPair("Why?", "No.", "So it is")]
+    pairs = [
+        AnswerPair("What is tin?", "A dull metal, you fool!", "A soft metal."),
+        AnswerPair("Why?", "No.", "So it is"),
+    ]
     found = caa.extract_answers(tiny, pairs, [0, 2])
     assert list(found) == ["answer", "last", "turn"] and found["last"].passes == 4
     for where, halves in found.items():
@@ -426,7 +429,7 @@ def test_the_pair_that_needs_most_fillers_is_shown_with_what_is_averaged(bpe):
     one, other = caa.padded_pair(bpe, pair)
     masks = caa.padded_masks(one, other)
     for side, shown in zip((one, other), caa.shown_padded(bpe, pair), strict=True):
-        assert shown.count("«") == int(masks["masked"].sum())
+        assert shown.count("«") == int((masks["masked"] & ~masks["masked"].roll(1)).sum()) and "»«" not in shown
         assert shown.replace("«", "").replace("»", "") == bpe.decode(side.ids).replace("\n", "⏎")
 
 

@@ -195,11 +195,12 @@ def most_filled(tokenizer: Tokenizer, pairs: Sequence[SystemPair]) -> SystemPair
 
 
 def shown_padded(tokenizer: Tokenizer, pair: SystemPair) -> tuple[str, str]:
-    """Both halves of a padded pair as text, the averaged ("masked") positions in «guillemets»."""
+    """Both halves of a padded pair as text, runs of averaged ("masked") positions in «guillemets»."""
     both = padded_pair(tokenizer, pair)
     batch = tokens.pad(both, tokens.padding(tokenizer), "right")
     chosen = tokens.positions(batch, padded_masks(*both)["masked"].expand(2, -1))
-    return tokens.provenance(tokenizer, batch, chosen, 0), tokens.provenance(tokenizer, batch, chosen, 1)
+    one, other = (tokens.provenance(tokenizer, batch, chosen, row).replace("»«", "") for row in (0, 1))
+    return one, other
 
 
 def position_lengths(lm: LM, pair: SystemPair, layer: int) -> Tensor:
