@@ -124,7 +124,8 @@ def forest(
     """
     shown = [*rows, "all"] if pooled else list(rows)
     drawn = {k: values if values is None or not pooled else [*values, pooled[k]] for k, values in series.items()}
-    figure, axis = plt.subplots(figsize=(9.5, 1.4 + 0.12 * len(shown) * (1.6 + len(series))))
+    many = sum(values is not None for values in series.values())
+    figure, axis = plt.subplots(figsize=(9.5, 1.4 + 0.12 * len(shown) * (1.6 + many)))
     forest_on(axis, shown, drawn, null, null_label)
     if pooled:
         axis.axhline(0.5, color="black", linewidth=0.8)
@@ -167,20 +168,25 @@ def heat(
     framed: np.ndarray,
     *,
     title: str,
+    xlabel: str = "",
     reach: float = 1.0,
+    interactive: Interactive | None = None,
 ) -> None:
     """A table of signed numbers (rows, columns) coloured from -reach to reach, those of `framed` in a frame; drawn, saved and shown."""
     figure, axis = plt.subplots(figsize=(2.5 + 1.1 * len(columns), 1.6 + 0.42 * len(rows)))
     image = axis.imshow(values, cmap="PuOr", vmin=-reach, vmax=reach, aspect="auto")
     box = {"boxstyle": "square,pad=0.25", "fill": False, "linewidth": 1.2}
     for (i, j), value in np.ndenumerate(values):
-        axis.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=9, bbox=box if framed[i, j] else None)
-    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+        ink = "white" if abs(value) > 0.6 * reach else "black"
+        frame = {**box, "edgecolor": ink} if framed[i, j] else None
+        axis.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=9, color=ink, bbox=frame)
+    long = max(map(len, columns)) > 4
+    axis.set_xticks(range(len(columns)), columns, rotation=30 if long else 0, ha="right" if long else "center")
     axis.set_yticks(range(len(rows)), rows)
     axis.grid(visible=False)
-    axis.set_title(title)
+    axis.set(title=title, xlabel=xlabel)
     figure.colorbar(image, ax=axis, shrink=0.8)
-    show(session, name, figure, {"rows": rows, "columns": columns, "values": values, "framed": framed})
+    show(session, name, figure, {"rows": rows, "columns": columns, "values": values, "framed": framed}, interactive)
 
 
 def by_row(
@@ -217,7 +223,7 @@ def lines(
     session: Session,
     name: str,
     x: Sequence[float],
-    series: Mapping[str, Sequence[Range | float | None] | np.ndarray],
+    series: Mapping[str, Sequence[Range | float | None] | np.ndarray | None],
     *,
     title: str,
     xlabel: str,
@@ -234,14 +240,16 @@ def lines(
     """Curves over `x`, drawn, saved and shown: each series numbers or Intervals (a band; None: not run), `null` a (low, high)
     for each x.
 
-    `marks`: {label: y}, dotted lines across. `log`: a logarithmic x axis, with a tick at every x where there are few. Series of
-    `grey` are nulls.
+    A series that is None is not drawn but keeps its colour. `marks`: {label: y}, dotted lines across. `log`: a logarithmic x axis,
+    with a tick at every x where there are few. Series of `grey` are nulls.
     """
     figure, axis = plt.subplots(figsize=(9.5, 4.2))
     if null is not None:
         low, high = np.array(null, float).T
         axis.fill_between(x, low, high, color=NULL, alpha=0.3, linewidth=0, label=null_label)
     for (label, values), colour, marker in zip(series.items(), PALETTE * 3, MARKERS * 3, strict=False):
+        if values is None:
+            continue
         table = np.array([v if isinstance(v, Sequence) else (v, v, v) for v in values], float)
         shade, size = NULL if label in grey else colour, 5 if len(x) <= 40 else 0
         axis.plot(x, table[:, 0], color=shade, marker=marker, markersize=size, label=label)
@@ -282,6 +290,33 @@ def twin(
     return figure
 
 
+def beside(
+    session: Session,
+    name: str,
+    x: Sequence[float],
+    panels: Mapping[str, Mapping[str, Sequence[Range]]],
+    *,
+    title: str,
+    xlabel: str,
+    grey: Sequence[str] = (),
+    interactive: Interactive | None = None,
+) -> None:
+    """The same curves over `x` in several units, side by side, drawn, saved and shown: {y label: {series: an Interval for each x}},
+    those of `grey`, the nulls, in grey."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.9), squeeze=False)
+    for axis, (label, series) in zip(axes[0], panels.items(), strict=True):
+        colour = dict(zip([who for who in series if who not in grey], PALETTE, strict=False))
+        for (who, values), marker in zip(series.items(), MARKERS, strict=False):
+            value, low, high = np.array(values, float).T
+            axis.plot(x, value, color=colour.get(who, NULL), marker=marker, markersize=5, label=who)
+            axis.fill_between(x, low, high, color=colour.get(who, NULL), alpha=0.15, linewidth=0)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(xlabel=xlabel, ylabel=label)
+    axes[0, 0].set_title(title)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(series))
+    show(session, name, figure, {"x": x, "panels": panels}, interactive)
+
+
 def histogram(
     session: Session,
     name: str,
@@ -304,7 +339,14 @@ def histogram(
     show(session, name, figure, values)
 
 
-def matrices(session: Session, name: str, panels: Mapping[str, np.ndarray], labels: Sequence[str], title: str) -> None:
+def matrices(
+    session: Session,
+    name: str,
+    panels: Mapping[str, np.ndarray],
+    labels: Sequence[str],
+    title: str,
+    digits: int = 1,
+) -> None:
     """Square tables of cosines {panel title: (n, n)} with one row and column for each label, drawn, saved and shown."""
     n = len(labels)
     figure, axes = plt.subplots(
@@ -317,7 +359,7 @@ def matrices(session: Session, name: str, panels: Mapping[str, np.ndarray], labe
         axis.grid(False)
         axis.set_title(head)
         for i, j in np.ndindex(table.shape):
-            axis.text(j, i, f"{table[i, j]:.1f}", ha="center", va="center", fontsize=9)
+            axis.text(j, i, f"{table[i, j]:.{digits}f}", ha="center", va="center", fontsize=9)
     figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     show(session, name, figure, {"labels": labels, **panels})
@@ -419,10 +461,12 @@ def forest_on(
         for i, (left, right) in enumerate(null):
             name = null_label if i == 0 else None
             axis.fill_betweenx([y[i] - 0.42, y[i] + 0.42], left, right, color=NULL, alpha=0.3, linewidth=0, label=name)
-    offsets = np.linspace(0.28, -0.28, len(series)) if len(series) > 1 else [0.0]
-    for (label, values), offset, colour, marker in zip(series.items(), offsets, PALETTE * 3, MARKERS * 3, strict=False):
+    many = sum(values is not None for values in series.values())
+    offsets = iter(np.linspace(0.28, -0.28, many) if many > 1 else [0.0])
+    for (label, values), colour, marker in zip(series.items(), PALETTE * 3, MARKERS * 3, strict=False):
         if values is None:
             continue
+        offset = next(offsets)
         v, low, high = np.array([(np.nan,) * 3 if x is None else x for x in values], float).T  # None: not run
         axis.errorbar(
             v, y + offset, xerr=[v - low, high - v], fmt=marker, color=colour, markersize=5, linewidth=1.2, label=label

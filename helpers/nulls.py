@@ -55,7 +55,8 @@ def shuffled(pos: Tensor, neg: Tensor, draws: int = 1, seed: int = 0) -> Tensor:
     See `flipped`. ValueError for one pair, and for pairs that all differ alike: with half swapped nothing is left of them.
     """
     length = _length(directions.nonzero_mean(pos, neg), draws)
-    found = torch.stack([directions.mean(*flipped(pos, neg, seed + i)) for i in range(draws)])
+    signs = torch.stack([_signs(len(pos), seed + i) for i in range(draws)]).double()
+    found = signs @ torch.sub(*directions.float64(pos, neg)) / (len(pos) - len(pos) % 2)
     if (found.abs() <= directions.rounding(pos, neg)).all(1).any():
         raise ValueError(
             f"the {len(pos)} pairs all differ alike: with half of them swapped nothing is left, and shuffled labels "
@@ -73,19 +74,22 @@ def flipped(pos: Tensor, neg: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     alone is a ValueError: there is nothing to shuffle.
     """
     directions.float64(pos, neg)
-    if len(pos) < 2:
+    signs = _signs(len(pos), seed).to(pos.device)
+    kept, flip = signs != 0, (signs < 0)[:, None]
+    return torch.where(flip, neg, pos)[kept], torch.where(flip, pos, neg)[kept]
+
+
+def _signs(pairs: int, seed: int) -> Tensor:
+    """For each of so many pairs -1 if its sides are swapped, 0 if it stays out, 1 otherwise: see `flipped`."""
+    if pairs < 2:
         raise ValueError(
             "one pair was given: swapped or not it is +-v itself, there is nothing to shuffle; give two or more"
         )
-    order = torch.randperm(len(pos), generator=torch.Generator().manual_seed(seed))
-    flip = torch.zeros(len(pos), dtype=torch.bool)
-    flip[order[: len(pos) // 2]] = True
-    flip = flip.to(pos.device)[:, None]
-    one, other = torch.where(flip, neg, pos), torch.where(flip, pos, neg)
-    if len(pos) % 2:
-        kept = order[:-1].sort().values.to(pos.device)
-        one, other = one[kept], other[kept]
-    return one, other
+    order, signs = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed)), torch.ones(pairs)
+    signs[order[: pairs // 2]] = -1
+    if pairs % 2:
+        signs[order[-1]] = 0
+    return signs
 
 
 def others(v: Tensor, vectors: Sequence[Tensor]) -> Tensor:

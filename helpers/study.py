@@ -10,6 +10,7 @@ how they fit together; nothing here measures or judges.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from helpers import nulls, stats
 from helpers.claims import table
-from helpers.lm import models, reading, replies, scoring, tokens
+from helpers.lm import models, reading, replies, scoring, text, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
 from helpers.pair import patching
@@ -32,6 +33,7 @@ from helpers.session import Session
 from helpers.steering import behaviors, caa, directions, propensity
 from helpers.steering.behaviors import AnswerPair, Behavior
 from helpers.steering.caa import Halves
+from helpers.steering.propensity import AtKL
 
 ANSWERS, SYSTEM, PADDED = "answer pairs", "system pairs", "padded system pairs"
 READ = {
@@ -43,6 +45,15 @@ RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", 
 UNRELATED, SECOND = "unrelated", "second seed"  # the fine-tune without preferences; the base's SAE from another seed
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
 FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS, FAST_ROWS = 3, 6, 6, 100
+
+
+class Doses(NamedTuple):
+    """What vectors do at several strengths, each (behaviours, vectors, strengths): the mean `change` of items' log-odds in nats, and
+    the price: `kl` in nats a token of the model's own replies, and the `loss` of plain text in nats a token."""
+
+    change: np.ndarray
+    kl: np.ndarray
+    loss: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,12 +103,14 @@ class Single:
         if kind == SYSTEM:
             return {n: caa.extract(self.model, b.system_pairs, at) for n, b in self.data.items()}
         where = where or self.session.profile.answers
-        return {
-            n: caa.extract(
-                self.model, b.answer_pairs, at, where if isinstance(b.answer_pairs[0], AnswerPair) else "last"
-            )
-            for n, b in self.data.items()
-        }
+        return {n: self._answers(b, at)[where] for n, b in self.data.items()}
+
+    def _answers(self, b: Behavior, at: list[int]) -> dict[str, Halves]:
+        """A behaviour's answer pairs read at each place of READ, from the same passes; plain texts have their last token alone."""
+        answers = [pair for pair in b.answer_pairs if isinstance(pair, AnswerPair)]
+        if answers:
+            return caa.extract_answers(self.model, answers, at)
+        return dict.fromkeys(READ, caa.extract(self.model, b.answer_pairs, at))
 
     def parts(self, layers: Sequence[int] | None = None) -> dict[str, dict[str, Halves]]:
         """What each behaviour's padded system pairs give over each position set of `caa.PARTS`, from the same passes."""
@@ -114,6 +127,11 @@ class Single:
             if p
         }
         return {n: halves["every"].at(self.layer) for n, halves in read.items()}
+
+    def differences(self, kind: str = ANSWERS, where: str = "") -> dict[str, Tensor]:
+        """Of each behaviour what every pair's sides differ by, (pairs, d_model) float64; `where` as in `halves`."""
+        both = {n: h.at(self.layer) for n, h in self.halves(kind, where=where).items()}
+        return {n: pos.double() - neg.double() for n, (pos, neg) in both.items()}
 
     def vectors(self, kind: str = ANSWERS, where: str = "") -> dict[str, Tensor]:
         """The mean difference (d_model,) float64 of each behaviour's pairs, as long as it is; `where` as in `halves`."""
@@ -162,6 +180,23 @@ class Single:
         """The same for each behaviour's own `vectors` (n, d_model), mean of its items: (n, behaviours)."""
         return np.stack([self.response(n, v, length, items).mean(1) for n, v in vectors.items()], axis=1)
 
+    def moved(self, vectors: Mapping[str, Tensor], length: float, items: int = 0) -> dict[str, np.ndarray]:
+        """The same item by item, mean of each behaviour's own vectors, (n, d_model) or one (d_model,): (items,) by behaviour."""
+        return {n: self.response(n, v.reshape(-1, v.shape[-1]), length, items).mean(0) for n, v in vectors.items()}
+
+    def chance(self, kind: str, draws: int, length: float, items: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
+        """What vectors that hold nothing of a behaviour do to it, one vector a behaviour and draw: by the kind of null the mean
+        response of its items, (draws, behaviours) in nats. Of OTHERS, the behaviours' own vectors are dealt out among them."""
+        drawn = {n: self.nulls(n, draws, seed, kind) for n in self.names}
+        found = {
+            null: self.responses({n: x[null] for n, x in drawn.items()}, length, items)
+            for null in (RANDOM, LIKE_ROWS, SHUFFLED)
+        }
+        every, place = pooled(self.vectors(kind)), np.arange(len(self.names))
+        table = self.responses(dict.fromkeys(self.names, every), length, items)  # (whose vector, behaviour)
+        rng = np.random.default_rng(seed)
+        return found | {OTHERS: np.stack([table[rng.permutation(place), place] for _ in range(draws)])}
+
     def change(self, name: str, vectors: Tensor, length: float, items: int = 0, per_token: bool = False) -> np.ndarray:
         """The same by a finite step: the steered model's log-odds less the unsteered one's, (n, items); `per_token`, of log-odds in
         which each log p is divided by its completion's tokens."""
@@ -191,6 +226,65 @@ class Single:
         own = propensity.of_replies(self.model, self.data[name].open[:prompts], self.layer)
         units = [v / v.norm() * self.residual_norm for v in vectors]
         return scoring.kl(own, units, [length])[:, 0]
+
+    def at_kl(
+        self,
+        vectors: Mapping[str, Tensor],
+        strengths: Sequence[float],
+        target: float,
+        prompts: int,
+        measured: int,
+        items: int = 0,
+    ) -> dict[str, AtKL]:
+        """Each behaviour's own `vectors` (n, d_model) at the length, in residual norms, at which they change the model's own replies
+        to its first open `prompts` by `target` nats a token: see `propensity.at_kl`. The change (n,) is that of the first `items`,
+        estimated from `measured` of them (`estimated`)."""
+        found = {}
+        for n, v in vectors.items():
+            units = [x / x.norm() * self.residual_norm for x in v]
+            own = propensity.of_replies(self.model, self.data[n].open[:prompts], self.layer)
+            at = propensity.at_kl(self.tested(measured)[n], own, units, strengths, target)
+            predicted = self.response(n, v, 1.0, items) * at.strength[:, None]
+            found[n] = at._replace(change=estimated(at.change, predicted))
+        return found
+
+    def doses(
+        self,
+        vectors: Mapping[str, Tensor],
+        strengths: Sequence[float],
+        prompts: int,
+        pieces: int,
+        measured: int,
+        items: int = 0,
+    ) -> Doses:
+        """What each behaviour's own `vectors` (n, d_model) do at every one of `strengths`, in residual norms, 0 among them: to its
+        first `items`, estimated from finite steps on `measured` of them; to the replies to its first open `prompts`; and to `pieces`
+        of packaged plain text."""
+        plain = propensity.of_text(self.model, text.excerpt("wiki", 40_000), self.layer, chunks=pieces)
+        change, kl, loss = [], [], []
+        for n, v in vectors.items():
+            units = [x / x.norm() * self.residual_norm for x in v]
+            own = propensity.of_replies(self.model, self.data[n].open[:prompts], self.layer)
+            odds = scoring.log_odds(self.tested(measured)[n], units, strengths)  # (vectors, strengths, measured)
+            predicted = self.response(n, v, 1.0, items)[:, None] * np.asarray(strengths)[:, None]
+            change.append(estimated(odds - odds[:, [list(strengths).index(0)]], predicted))
+            kl.append(scoring.kl(own, units, strengths).mean(-1))
+            loss.append(scoring.text_loss(plain, units, strengths).mean(-1))
+        return Doses(np.stack(change), np.stack(kl), np.stack(loss))
+
+    def says(self, ways: Mapping[str, Mapping[str, Tensor]], strengths: Sequence[float], tokens: int) -> Markdown:
+        """A table of what the model answers to each behaviour's first open question, under nothing and under its vector by each of
+        `ways` at each of `strengths`: a row for each behaviour."""
+        steps = {
+            f"{way}, {x:+g}": {n: v / v.norm() * x * self.residual_norm for n, v in of.items()}
+            for way, of in ways.items()
+            for x in strengths
+        }
+        said = propensity.say(self.model, self.data, self.layer, steps, 1, tokens)
+        asked = [f"**{n}**: {b.open[0]}" for n, b in self.data.items()]
+        return table(
+            ["asked", *said], [[q, *(said[k][n][0] for k in said)] for q, n in zip(asked, self.names, strict=True)]
+        )
 
     def say(self, question: str, vectors: dict[str, Tensor], length: float, tokens: int = 40) -> Markdown:
         """A table of what the model answers when each vector, at `length` residual norms, is added to its answer."""
@@ -384,6 +478,12 @@ def pair(s: Session) -> Two:
 
     names = section.names if section else ("base", "chat")
     return Two(of(base), of(chat), of(other) if other else None, names, [n for n in trained if n in data])
+
+
+def estimated(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """The mean over all items of what was measured on the first of them, (..., some): the prediction's mean over all, `predicted`
+    (..., all), and the mean of what it misses where it was measured (the difference estimator, Cochran 1977, ch. 7)."""
+    return predicted.mean(-1) + (measured - predicted[..., : measured.shape[-1]]).mean(-1)
 
 
 def pooled(by_behavior: dict[str, Tensor]) -> Tensor:

@@ -59,6 +59,25 @@ def test_the_turns_end_is_one_token_after_whatever_the_answers_end_in(tiny, cach
     assert kept.read_from.endswith("«<|im_end|>»")
 
 
+def test_three_places_of_an_answer_come_from_one_pass(tiny, cache):
+    pairs = [
+        AnswerPair("What is tin?", "A dull metal, you fool!", "A soft metal."),
+        AnswerPair("Why?", "No.", "So it is"),
+    ]
+    found = caa.extract_answers(tiny, pairs, [0, 2])
+    assert list(found) == ["answer", "last", "turn"] and found["last"].passes == 4
+    for where, halves in found.items():
+        for ours, alone_ in zip(halves.at(2), caa.extract(tiny, pairs, [2], where).at(2), strict=True):
+            torch.testing.assert_close(ours, alone_, atol=1e-5, rtol=1e-4)
+
+
+def test_a_pass_is_priced_by_its_tokens(tiny):
+    sides = [len(side.ids) for pair in PAIRS for side in caa.tokens_of(tiny.tokenizer, pair)]
+    assert caa.tokens_read(tiny.tokenizer, PAIRS) == sum(sides) / len(sides)
+    filled = [len(side.ids) for pair in PAIRS for side in caa.padded_pair(tiny.tokenizer, pair)]
+    assert caa.tokens_read(tiny.tokenizer, PAIRS, padded=True) == sum(filled) / len(filled) >= sum(sides) / len(sides)
+
+
 def test_a_base_models_turn_ends_with_the_line(tiny):
     plain = copy.copy(tiny.tokenizer)
     plain.chat_template = None
@@ -410,7 +429,7 @@ def test_the_pair_that_needs_most_fillers_is_shown_with_what_is_averaged(bpe):
     one, other = caa.padded_pair(bpe, pair)
     masks = caa.padded_masks(one, other)
     for side, shown in zip((one, other), caa.shown_padded(bpe, pair), strict=True):
-        assert shown.count("«") == int(masks["masked"].sum())
+        assert shown.count("«") == int((masks["masked"] & ~masks["masked"].roll(1)).sum()) and "»«" not in shown
         assert shown.replace("«", "").replace("»", "") == bpe.decode(side.ids).replace("\n", "⏎")
 
 

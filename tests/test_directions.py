@@ -232,3 +232,31 @@ def test_halves_agree_where_there_is_a_direction_and_not_where_sides_are_swapped
     for size, swapped in ((1, False), (41, False), (3, True)):
         with pytest.raises(ValueError, match="cannot be split"):
             d.split_cosines(rows, size, 5, swapped=swapped)
+
+
+def test_methods_agree_where_they_share_a_direction_and_not_across_behaviours():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 40, 300, generator=g, dtype=torch.float64)
+    axes = 2 * torch.eye(300, dtype=torch.float64)[:3]
+    one = {"a": noise[0] + axes[0], "b": noise[1] + axes[1]}
+    other = {"a": noise[2] + axes[0], "b": noise[3] + axes[1]}
+    elsewhere = {n: rows + axes[2] - axes[i] for i, (n, rows) in enumerate(other.items())}
+    methods = {"one": one, "the same pairs": one, "other": other, "elsewhere": elsewhere, "single": one}
+    same, apart = d.between(methods, 60, single=["single"])
+    ceiling = d.split_cosines(one, 40, 200).mean()
+    assert same[0, 0] == pytest.approx(ceiling, abs=0.02) and np.allclose(same, same.T)
+    assert same[0, 1] == pytest.approx(same[0, 0])  # no pair on both sides, else it would be 1
+    assert same[0, 2] == pytest.approx(ceiling, abs=0.05) and abs(same[0, 3]) < 0.1
+    assert 0 < same[4, 4] < same[0, 4] < same[0, 0]
+    assert abs(apart[:3, :3]).max() < 0.1 and apart[3, 3] > 0.2
+    with pytest.raises(ValueError, match="one pair was given"):
+        d.between({"m": {"a": noise[0][:1]}}, 2)
+
+
+def test_pairs_that_point_one_way_are_coherent():
+    rows = torch.eye(4, dtype=torch.float64)
+    assert d.coherence(3 * rows[:1].expand(5, -1)) == pytest.approx(1) and d.coherence(rows) == pytest.approx(0.5)
+    g = torch.randn(4, dtype=torch.float64)
+    scaled = torch.tensor([1.0, 2.0, 5.0, 0.1]).double()[:, None] * rows
+    mean = rows.mean(0)  # the mean response of the unit rows is that of a vector along their mean, so much shorter
+    assert (rows @ g).mean() == pytest.approx(float(d.coherence(scaled) * (mean / mean.norm()) @ g))

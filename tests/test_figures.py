@@ -108,3 +108,6 @@ def test_panels_side_by_side_and_heat_maps_save_what_they_show(monkeypatch, tmp_
     values = np.array([[0.5, -0.25]])
     figures.heat(s, "map", values, ["a"], ["b", "c"], values > 0.3, title="t")
     assert json.loads((s.figures / "00_map.json").read_text())["framed"] == [[True, False]]
+    twice = {unit: {"v": [Interval(1, 0, 2)] * 2, "null": [Interval(0, 0, 0)] * 2} for unit in ("nats", "words")}
+    figures.beside(s, "doses", [-0.1, 0.1], twice, title="t", xlabel="x", grey=["null"])
+    assert json.loads((s.figures / "00_doses.json").read_text())["panels"]["words"]["v"][1] == [1, 0, 2]

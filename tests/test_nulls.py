@@ -73,6 +73,15 @@ def test_shuffled_labels_keep_nothing_of_the_mean():
     assert abs(float(cosine.mean())) < 0.05
 
 
+@pytest.mark.parametrize("count", [8, 7])
+def test_many_shuffles_are_one_flip_after_another(count):
+    pos, neg = pairs(count)
+    length = directions.mean(pos, neg).norm()
+    for i, row in enumerate(nulls.shuffled(pos, neg, 5, seed=3)):
+        v = directions.mean(*nulls.flipped(pos, neg, 3 + i))
+        torch.testing.assert_close(row, v / v.norm() * length)
+
+
 def test_one_pair_has_nothing_to_shuffle_and_an_odd_one_is_left_out():
     pos, neg = torch.randn(7, 5), torch.randn(7, 5)
     for f in (lambda p, n: nulls.flipped(p, n, 0), nulls.shuffled):

@@ -74,6 +74,9 @@ def test_tables_show_pairs_and_replies(lab):
     assert lab.contrast("joy", rows=2).data.count("\n") == 3
     said = lab.say("What is tin?", {"joy": lab.vectors()["joy"]}, 0.1, tokens=3).data
     assert "| nothing |" in said and "| joy |" in said
+    rows = lab.says({"mean": lab.vectors()}, [-0.1, 0.2], tokens=3).data.splitlines()
+    assert rows[0] == "| asked | nothing | mean, -0.1 | mean, +0.2 |" and len(rows) == 5
+    assert rows[2].startswith(f"| **joy**: {lab.data['joy'].open[0]} |")
 
 
 def test_a_fast_run_has_few_behaviours_and_the_first_lead():
@@ -115,6 +118,66 @@ def test_responses_are_gradients_times_vectors_of_one_length(two):
     gradient = two.gradients()["format"].mean(0)
     v = vectors["format"][2].double()
     assert found.shape == (3, 2) and found[2, 1] == pytest.approx(float(gradient @ (v / v.norm()).numpy()))
+
+
+def test_differences_average_to_the_vectors_and_answers_are_read_where_asked(lab):
+    for kind, where in ((study.SYSTEM, ""), (study.PADDED, ""), (study.ANSWERS, "turn")):
+        for n, rows in lab.differences(kind, where).items():
+            torch.testing.assert_close(rows.mean(0), lab.vectors(kind, where)[n])
+    assert not torch.equal(lab.vectors(where="turn")["joy"], lab.vectors(where="last")["joy"])
+    chosen = lab.vectors(where=lab.session.profile.answers)["joy"]
+    assert torch.equal(lab.vectors()["joy"], chosen)
+
+
+def test_items_move_by_the_mean_over_vectors_each_of_one_length(two):
+    vectors = {n: torch.randn(3, 48) * torch.tensor([[1.0], [5.0], [0.1]]) for n in two.names}
+    found = two.moved(vectors, 0.1)
+    assert found["joy"].shape == (4,)
+    np.testing.assert_allclose(found["joy"], two.response("joy", vectors["joy"], 0.1).mean(0))
+    one = {n: v[0] for n, v in vectors.items()}
+    np.testing.assert_allclose(two.moved(one, 0.1)["joy"], two.response("joy", vectors["joy"][:1], 0.1)[0])
+
+
+def test_vectors_of_nothing_move_no_behaviour_on_average_and_others_are_dealt_out(lab):
+    found = lab.chance(study.ANSWERS, 400, 0.1, seed=1)
+    own = lab.responses({n: v[None] for n, v in lab.vectors().items()}, 0.1)[0]
+    assert {x.shape for x in found.values()} == {(400, 3)}
+    for kind in (study.RANDOM, study.SHUFFLED):
+        assert (abs(found[kind].mean(0)) < 4 * found[kind].std(0) / 20).all()
+    for i, n in enumerate(lab.names):
+        given = {float(x) for x in found[study.OTHERS][:, i].round(9)}
+        each = {float(lab.response(n, v[None], 0.1).mean().round(9)) for v in lab.vectors().values()}
+        assert given == each and float(own[i].round(9)) in given
+
+
+def test_doses_are_finite_steps_with_their_price_and_at_kl_is_the_dose_of_that_price(two, monkeypatch):
+    monkeypatch.setattr(study.text, "excerpt", lambda name, characters: "Tin is a soft metal. " * 60)
+    vectors, strengths = {n: torch.randn(2, 48) for n in two.names}, [-0.2, 0.0, 0.1]
+    found = two.doses(vectors, strengths, prompts=2, pieces=1, measured=4)
+    assert found.change.shape == found.kl.shape == found.loss.shape == (2, 2, 3)
+    np.testing.assert_allclose(found.change[0, :, 2], two.change("joy", vectors["joy"], 0.1).mean(1))
+    np.testing.assert_allclose(found.change[0, :, 0], two.change("joy", vectors["joy"], -0.2).mean(1))
+    assert not found.change[:, :, 1].any() and not found.kl[:, :, 1].any() and (found.kl[:, :, ::2] > 0).all()
+    assert np.ptp(found.loss[:, :, 1]) == 0 and np.ptp(found.loss[:, :, 0]) > 0
+    target = float(found.kl[0, 1, 2])
+    reached = two.at_kl({n: v[1:] for n, v in vectors.items()}, [0.0, 0.1, 0.2], target, prompts=2, measured=4)["joy"]
+    assert reached.strength == pytest.approx([0.1]) and reached.change.shape == (1,)
+    np.testing.assert_allclose(reached.change, found.change[0, 1:, 2], atol=1e-4)
+
+
+def test_what_few_items_show_is_corrected_by_what_is_predicted_of_all(two):
+    rng = np.random.default_rng(0)
+    predicted = rng.normal(1, 2, (3, 400))
+    true = 0.8 * predicted + rng.normal(0.3, 0.2, predicted.shape)
+    found, raw = study.estimated(true[:, :20], predicted), true[:, :20].mean(1)
+    assert abs(found - true.mean(1)).max() < 0.25 < abs(raw - true.mean(1)).max()
+    np.testing.assert_allclose(study.estimated(true, predicted), true.mean(1))
+    v = {n: torch.randn(1, 48) for n in two.names}
+    few = two.at_kl(v, [0.0, 0.1], 1e9, prompts=1, measured=2)[
+        "joy"
+    ]  # a KL that is never reached: at the last strength
+    step, slope = two.change("joy", v["joy"], 0.1, 2), two.response("joy", v["joy"], 0.1)
+    np.testing.assert_allclose(few.change, (step - slope[:, :2]).mean(1) + slope.mean(1), atol=1e-5)
 
 
 def test_changes_per_token_divide_each_log_p_by_its_tokens(two):

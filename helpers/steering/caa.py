@@ -77,6 +77,30 @@ def extract(
     return Halves(acts[0::2, 0], acts[1::2, 0], list(layers), 2 * len(pairs), seconds)
 
 
+def extract_answers(
+    lm: LM, pairs: Sequence[AnswerPair], layers: Sequence[int], batch_size: int = 32
+) -> dict[str, Halves]:
+    """Answer pairs read at three places in one pass, by the words of `extract`: over the `answer`, at its `last` token, and at the
+    mark that ends its `turn`."""
+    sides, masks = [s for pair in pairs for s in tokens_of(lm.tokenizer, pair, closed=True)], []
+    for side in sides:
+        answer = tokens.positions(tokens.pad([side], lm.pad_id), "answer").prompt[0]
+        mark = torch.arange(len(answer)) == len(answer) - 1
+        masks.append(torch.stack([answer, mark.roll(-1), mark]))
+    acts, seconds = reading.means(lm, sides, layers, "answer+last+turn", masks, batch_size)
+    read = {where: acts[:, i] for i, where in enumerate(("answer", "last", "turn"))}
+    return {w: Halves(x[0::2], x[1::2], list(layers), 2 * len(pairs), seconds) for w, x in read.items()}
+
+
+def tokens_read(tokenizer: Tokenizer, pairs: Sequence[ContrastPair], padded: bool = False) -> float:
+    """How many tokens one forward pass over a side of these pairs takes, on average: the price of a pass."""
+    both = [
+        padded_pair(tokenizer, pair) if padded and isinstance(pair, SystemPair) else tokens_of(tokenizer, pair)
+        for pair in pairs
+    ]
+    return float(np.mean([len(side.ids) for sides in both for side in sides]))
+
+
 def padded_pair(tokenizer: Tokenizer, pair: SystemPair, filler: str = " .") -> tuple[Tokens, Tokens]:
     """Both prompts of a system pair, the shorter system prompt filled up with `filler` tokens to equal length.
 
@@ -171,11 +195,12 @@ def most_filled(tokenizer: Tokenizer, pairs: Sequence[SystemPair]) -> SystemPair
 
 
 def shown_padded(tokenizer: Tokenizer, pair: SystemPair) -> tuple[str, str]:
-    """Both halves of a padded pair as text, the averaged ("masked") positions in «guillemets»."""
+    """Both halves of a padded pair as text, runs of averaged ("masked") positions in «guillemets»."""
     both = padded_pair(tokenizer, pair)
     batch = tokens.pad(both, tokens.padding(tokenizer), "right")
     chosen = tokens.positions(batch, padded_masks(*both)["masked"].expand(2, -1))
-    return tokens.provenance(tokenizer, batch, chosen, 0), tokens.provenance(tokenizer, batch, chosen, 1)
+    one, other = (tokens.provenance(tokenizer, batch, chosen, row).replace("»«", "") for row in (0, 1))
+    return one, other
 
 
 def position_lengths(lm: LM, pair: SystemPair, layer: int) -> Tensor:

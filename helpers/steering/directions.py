@@ -10,7 +10,7 @@ activations, judged dimension by dimension, counts as none.
 Sources: mean, Rimsky et al. 2023 (arXiv:2312.06681); PCA of differences and LAT, Zou et al. 2023 (arXiv:2310.01405).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -212,6 +212,13 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 # --- fewer pairs than there are --------------------------------------------------------------------------------------------
 
 
+def _of_places(rows: Tensor, places: np.ndarray, signs: np.ndarray | float = 1.0) -> Tensor:
+    """Means (draws, d_model) of the rows (pairs, d_model) at `places` (draws, size), each times its sign (size,)."""
+    weights = np.zeros((len(places), len(rows)))
+    np.put_along_axis(weights, places, signs / places.shape[1], axis=1)
+    return torch.from_numpy(weights) @ rows
+
+
 def of_subsets(differences: Mapping[str, Tensor], size: int, draws: int, seed: int = 0) -> dict[str, Tensor]:
     """Means of `size` of each behaviour's differences (pairs, d_model), drawn anew each time, by name: float64 (draws, d_model).
 
@@ -223,7 +230,7 @@ def of_subsets(differences: Mapping[str, Tensor], size: int, draws: int, seed: i
         if not 1 <= size <= pairs:
             raise ValueError(f"{name}: {size} of {pairs} pairs were asked for")
         orders = [[i % pairs] if size == 1 else rng.permutation(pairs)[:size] for i in range(draws)]
-        found[name] = torch.stack([exact[order].mean(0) for order in orders])
+        found[name] = _of_places(exact, np.array(orders))
     return found
 
 
@@ -239,11 +246,50 @@ def split_cosines(
     half, pairs = size // 2 - (size // 2) % 2 if swapped else size // 2, min(map(len, differences.values()))
     if half < 1 or size > pairs:
         raise ValueError(f"{size} of {pairs} pairs cannot be split{' and swapped' if swapped else ''}")
-    rng, signs = np.random.default_rng(seed), np.resize([1.0, -1.0 if swapped else 1.0], half)[:, None]
+    rng, signs = np.random.default_rng(seed), np.resize([1.0, -1.0 if swapped else 1.0], half)
     found = []
     for name, rows in differences.items():
-        exact = finite(name, rows).numpy()
+        exact = finite(name, rows)
         order = np.stack([rng.permutation(len(rows))[: 2 * half] for _ in range(draws)])
-        one, other = ((signs * exact[part]).mean(1) for part in (order[:, :half], order[:, half:]))
+        one, other = (_of_places(exact, part, signs).numpy() for part in (order[:, :half], order[:, half:]))
         found.append(stats.cosine(one, other))
     return np.mean(found, axis=0)
+
+
+def between(
+    differences: Mapping[str, Mapping[str, Tensor]], draws: int, seed: int = 0, single: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """How well methods agree on a direction: cosines (methods, methods) between the vector of one half of the pairs by the one
+    method and of the other half by the other, mean over random halves and behaviours; and the same between vectors of different
+    behaviours.
+
+    `differences`: (pairs, d_model) by method and behaviour, pair i of one being pair i of the other where they share pairs, so
+    that no pair is on both sides. The diagonal, a method against itself on other pairs, is the most that its row can reach. Of
+    methods in `single` one pair of the half is taken. ValueError for fewer than two pairs.
+    """
+    rng, names = np.random.default_rng(seed), list(next(iter(differences.values())))
+    half = min(len(rows) for of in differences.values() for rows in of.values()) // 2
+    if half < 1:
+        raise ValueError("one pair was given for a behaviour: it has no halves; give two or more")
+    orders = {n: np.stack([rng.permutation(2 * half) for _ in range(draws)]) for n in names}
+
+    def units(part: slice) -> np.ndarray:
+        """Unit vectors (methods, behaviours, draws, d_model) of the pairs in one half of every order."""
+        rows = [
+            [_of_places(finite(n, of[n]), orders[n][:, part][:, : 1 if m in single else half]).numpy() for n in names]
+            for m, of in differences.items()
+        ]
+        return np.array(rows) / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+    found = np.einsum("intd,jktd->nkij", units(slice(half)), units(slice(half, None)), optimize=True) / draws
+    cosines = (found + np.einsum("nkij->knji", found)) / 2  # (behaviours, behaviours, methods, methods)
+    same = np.eye(len(names), dtype=bool)
+    return cosines[same].mean(0), cosines[~same].mean(0)
+
+
+def coherence(rows: Tensor) -> float:
+    """The length of the mean of differences (pairs, d_model) each brought to length one: 1 where all point one way, about
+    1 / sqrt(pairs) where they have nothing in common. The mean response to the pairs, one by one at equal length, is that to
+    one vector along this mean, so much shorter."""
+    exact = finite("rows", rows)
+    return float((exact / exact.norm(dim=1, keepdim=True)).mean(0).norm())
