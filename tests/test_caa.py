@@ -59,6 +59,19 @@ def test_the_turns_end_is_one_token_after_whatever_the_answers_end_in(tiny, cach
     assert kept.read_from.endswith("«<|im_end|>»")
 
 
+def test_one_pass_reads_answers_at_all_places(tiny, cache):
+    pairs = [
+        AnswerPair("What is tin?", "A dull metal, you fool!", "A soft metal."),
+        AnswerPair("Why is the sky blue at noon?", "Look it up!", "Air scatters the short waves of light most."),
+    ]
+    found = caa.extract_answers(tiny, pairs, [1, 3], batch_size=3)
+    assert list(found) == list(caa.ANSWER_PLACES)
+    for where, halves in found.items():
+        alone = caa.extract(tiny, pairs, [1, 3], where)
+        torch.testing.assert_close(halves.at(3), alone.at(3), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(halves.at(1), alone.at(1), atol=1e-4, rtol=1e-4)
+
+
 def test_a_base_models_turn_ends_with_the_line(tiny):
     plain = copy.copy(tiny.tokenizer)
     plain.chat_template = None

@@ -26,7 +26,7 @@ from helpers.entries import DataError, parse
 from helpers.lm import models, reading, tokens
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
-from helpers.lm.tokens import FILLER, SPECIAL, SYSTEM, Tokenizer, Tokens
+from helpers.lm.tokens import ANSWER, FILLER, SPECIAL, SYSTEM, Tokenizer, Tokens
 from helpers.steering import directions
 from helpers.steering.behaviors import AnswerPair, ContrastPair, SystemPair
 from helpers.store import digest, write_file
@@ -75,6 +75,25 @@ def extract(
     sides, where = [s for pair in both for s in pair], "last" if turn else where
     acts, seconds = reading.means(lm, sides, layers, where, batch_size=batch_size)
     return Halves(acts[0::2, 0], acts[1::2, 0], list(layers), 2 * len(pairs), seconds)
+
+
+ANSWER_PLACES = ("answer", "last", "turn")  # where an answer pair can be read: see `extract`
+
+
+def extract_answers(
+    lm: LM, pairs: Sequence[AnswerPair], layers: Sequence[int], batch_size: int = 32
+) -> dict[str, Halves]:
+    """What `extract` reads of answer pairs at each of ANSWER_PLACES, from one pass: a later token changes nothing before it."""
+    sides = [side for pair in pairs for side in tokens_of(lm.tokenizer, pair, closed=True)]
+    masks = [torch.zeros(3, len(side.ids), dtype=torch.bool) for side in sides]
+    for mask, side in zip(masks, sides, strict=True):
+        mask[0] = torch.tensor(side.roles) == ANSWER
+        mask[1, -2] = mask[2, -1] = True
+    acts, seconds = reading.means(lm, sides, layers, "+".join(ANSWER_PLACES), masks, batch_size)
+    return {
+        where: Halves(acts[0::2, i], acts[1::2, i], list(layers), 2 * len(pairs), seconds)
+        for i, where in enumerate(ANSWER_PLACES)
+    }
 
 
 def padded_pair(tokenizer: Tokenizer, pair: SystemPair, filler: str = " .") -> tuple[Tokens, Tokens]:
