@@ -10,7 +10,7 @@ how they fit together; nothing here measures or judges.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,18 +22,20 @@ from helpers.claims import table
 from helpers.lm import models, reading, replies, scoring, text, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
+from helpers.lm.tokens import USER
 from helpers.pair import patching
-from helpers.sae import activations, evidence, harvest, labels, latents, train
+from helpers.sae import activations, evidence, harvest, labels, latents, saes, train
 from helpers.sae.activations import Pair, Samples
 from helpers.sae.decompose import Dictionary
 from helpers.sae.evidence import Listed
 from helpers.sae.latents import Latent
 from helpers.sae.saes import Loaded
 from helpers.session import Session
+from helpers.stats import Interval
 from helpers.steering import behaviors, caa, directions, propensity
 from helpers.steering.behaviors import AnswerPair, Behavior
 from helpers.steering.caa import Halves
-from helpers.steering.propensity import AtKL
+from helpers.steering.propensity import AtKL, Changes
 
 ANSWERS, SYSTEM, PADDED = "answer pairs", "system pairs", "padded system pairs"
 READ = {
@@ -42,6 +44,8 @@ READ = {
     "turn": "end-of-turn mark",
 }  # places to read answer pairs at
 RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", "shuffled labels", "another behaviour"
+MEAN = "the mean activation"
+TOKENS = "every token", "first tokens left out", "outliers left out too"  # over which a fit is measured
 UNRELATED, SECOND = "unrelated", "second seed"  # the fine-tune without preferences; the base's SAE from another seed
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
 FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS, FAST_ROWS = 3, 6, 6, 100
@@ -54,6 +58,16 @@ class Doses(NamedTuple):
     change: np.ndarray
     kl: np.ndarray
     loss: np.ndarray
+
+
+class Lengths(NamedTuple):
+    """Lengths of the residual stream at each layer: of each prompt's `first` and `second` token and the median of its `user` tokens
+    (layers, prompts), and the median of all prompts' user tokens, `stream` (layers,)."""
+
+    first: np.ndarray
+    second: np.ndarray
+    user: np.ndarray
+    stream: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +104,20 @@ class Single:
     def residual_norm(self) -> float:
         """The median length of those rows: lengths and strengths are in units of it."""
         return float(self.residuals.norm(dim=1).median())
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """Lengths of the stream after each of `layers`, of the same prompts in one pass."""
+        first, second, user = np.zeros((3, len(self.layers), len(self._prompts)))
+        every: list[list[Tensor]] = [[] for _ in self.layers]
+        for rows, batch, acts in reading.batches(self.model, self._prompts, self.layers, by_length=False):
+            for i, k in enumerate(self.layers):
+                norms = acts[k].float().norm(dim=-1).cpu()
+                first[i, rows], second[i, rows] = norms[:, :2].T
+                own = [x[roles == USER] for x, roles in zip(norms, batch.roles, strict=True)]
+                user[i, rows] = [x.median() for x in own]
+                every[i] += own
+        return Lengths(first, second, user, np.array([torch.cat(x).median() for x in every]))
 
     def halves(self, kind: str = ANSWERS, layers: Sequence[int] | None = None, where: str = "") -> dict[str, Halves]:
         """What each behaviour's contrast pairs give at the layers looked at; read once, then cached.
@@ -197,6 +225,39 @@ class Single:
         rng = np.random.default_rng(seed)
         return found | {OTHERS: np.stack([table[rng.permutation(place), place] for _ in range(draws)])}
 
+    def by_chance(self, length: float, items: int = 0) -> np.ndarray:
+        """The standard deviation (behaviours,) in nats of those responses to random directions `length` residual norms long: a unit in
+        which behaviours compare, whose completions are of any length."""
+        means = np.stack([g.mean(0) for g in self.gradients(items).values()])
+        return length * self.residual_norm * np.linalg.norm(means, axis=1) / self.model.d_model**0.5
+
+    def instructed(self, measure: str, items: int) -> dict[str, Changes]:
+        """By behaviour: how far `measure`, one of `propensity.MEASURES`, moves on each of the first test `items` between a positive and a
+        negative system prompt of the behaviour's own, and of another one's: each item has another pair and another foreign
+        behaviour."""
+        found = {}
+        for i, (n, b) in enumerate(self.data.items()):
+            asked, others = b.test[:items], [*self.names[i + 1 :], *self.names[:i]]
+            foreign = [self.data[others[j % len(others)]] for j in range(len(asked))]
+            pairs = [
+                x.system_pairs[j % len(x.system_pairs)]
+                for who in ([b] * len(asked), foreign)
+                for j, x in enumerate(who)
+            ]
+            moved = propensity.instructed(self.model, measure, asked * 2, self.layer, pairs)
+            found[n] = Changes(moved[: len(asked)], moved[len(asked) :])
+        return found
+
+    def steered(self, measure: str, items: int, length: float, kind: str = ANSWERS) -> dict[str, Changes]:
+        """The same by gradient under the behaviour's own vector, and under every other behaviour's, `length` residual norms long."""
+        units = torch.stack(list(self.steps(kind, length).values())).double().numpy()
+        found = {}
+        for i, (n, b) in enumerate(self.data.items()):
+            where = propensity.MEASURES[measure](self.model, b.test[:items], self.layer)
+            moved = propensity.content(measure, scoring.linear_response(where)) @ units.T
+            found[n] = Changes(moved[:, i], np.delete(moved, i, 1).ravel())
+        return found
+
     def change(self, name: str, vectors: Tensor, length: float, items: int = 0, per_token: bool = False) -> np.ndarray:
         """The same by a finite step: the steered model's log-odds less the unsteered one's, (n, items); `per_token`, of log-odds in
         which each log p is divided by its completion's tokens."""
@@ -211,10 +272,9 @@ class Single:
         vector of that kind (`where` as in `halves`), `length` residual norms long; and the standard deviation of random directions'
         responses (layers,)."""
         own, chance = {}, {}
-        sizes = torch.stack([reading.rows(self.model, self._prompts, k).norm(dim=1).median() for k in self.layers])
         slopes = self.slopes(part="dev")
         for n, h in self.halves(kind, self.layers, where).items():
-            at_each = slopes[n].mean(1) * length * sizes.double().numpy()[:, None]
+            at_each = slopes[n].mean(1) * length * self.lengths.stream[:, None]
             units = [directions.mean(*h.at(k)).numpy() for k in self.layers]
             own[n] = np.array([g @ u / np.linalg.norm(u) for g, u in zip(at_each, units, strict=True)])
             chance[n] = np.linalg.norm(at_each, axis=1) / self.model.d_model**0.5
@@ -293,6 +353,23 @@ class Single:
         said = replies.generate(self.model, [question] * len(ask), self.layer, pushes, max_new_tokens=tokens)
         return table(["added", "reply"], [list(row) for row in zip(ask, said, strict=True)])
 
+    def marked(self, name: str) -> Markdown:
+        """A table with the first of a behaviour's pairs and prompts, in «guillemets» the tokens that vectors are read from and added to."""
+        b, tokenizer, where = self.data[name], self.model.tokenizer, self.session.profile.answers
+        system, answer = (
+            caa.tokens_of(tokenizer, x[0], closed=where == "turn")[0] for x in (b.system_pairs, b.answer_pairs)
+        )
+        places = {
+            f"read, {ANSWERS} ({READ[where]})": (answer, "answer" if where == "answer" else "last"),
+            f"read, {SYSTEM} (last token)": (system, "last"),
+            "added to": (tokens.chat(tokenizer, b.open[0]), "response"),
+        }
+        lines = []
+        for what, (laid, at) in places.items():
+            batch = tokens.pad([laid], self.model.pad_id)
+            lines.append([what, latents.cell(tokens.provenance(tokenizer, batch, tokens.positions(batch, at)))])
+        return table(["tokens", "in «guillemets»"], lines)
+
     def contrast(self, name: str, kind: str = ANSWERS, rows: int = 3) -> Markdown:
         """A table of a behaviour's first contrast pairs: both sides, the length of their difference, its cosine with the mean."""
         b, (pos, neg) = self.data[name], self.halves(kind)[name].at(self.layer)
@@ -330,6 +407,35 @@ class Single:
     def _trained(self) -> bool:
         how = self.session.profile.sae
         return not (how and how.release)
+
+    def one_row(self, rows: int, seed: int = 0) -> dict[str, Interval]:
+        """Explained variance of a dictionary with a single row, the direction that first tokens bring: over every token of `rows` rows of
+        text, over all of the text's tokens but the first of a row, and over those that are no outliers either; over documents."""
+        used = self.text[0]
+        some = saes.spliceable(used, rows, seed)
+        chosen = some.kept.clone()
+        chosen[:, 0] = True
+        every = activations.Array(reading.packed(self.model, some.ids, [self.layer])[self.layer].cpu()[chosen])
+        rest = activations.Samples(used.folder, self.layer, verify=False, outlier=float("inf"))
+        row, found = cast(Dictionary, saes.Principal(every.tensor.float(), 1)), {}
+        of_row = np.repeat(some.document, chosen.sum(1).numpy())
+        parts = ((every, of_row), *((x, x.named("document").numpy()) for x in (rest, used)))
+        for name, (part, documents) in zip(TOKENS, parts, strict=True):
+            fit, of = saes.evaluate(row, part), np.unique(documents, return_inverse=True)[1]
+            total, error = (np.bincount(of, x.numpy()) for x in (fit.total, fit.error))
+            found[name] = stats.ratio(total - error, total)
+        return found
+
+    def loss_added(self, dictionaries: Mapping[str, Dictionary], rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+        """Next-token loss in nats a token that each of `dictionaries` adds when it stands in for the stream on `rows` rows of held-out
+        text, and MEAN, the mean activation: the mean of each document (documents,)."""
+        some = saes.spliceable(self.text[1], rows, seed)
+        mean, made = self.text[0].sample(50_000, seed).mean(0), list(dictionaries.values())
+        found = saes.loss_recovered(self.model, made, self.layer, some.ids, some.kept, mean, self.text[1].limit)
+        parts = {n: x.sae - x.model for n, x in zip(dictionaries, found, strict=True)}
+        parts[MEAN] = found[0].mean - found[0].model
+        count = stats.grouped(np.ones(len(some.document)), some.document)
+        return {n: stats.grouped(x.numpy(), some.document) / count for n, x in parts.items()}
 
     def contexts(self, seed: int = 0, limit: int = 1200) -> list[Latent]:
         """What each latent of that SAE responds to, in `limit` rows of its text (few in a fast run); made once, then kept with it."""

@@ -59,16 +59,17 @@ def test_the_turns_end_is_one_token_after_whatever_the_answers_end_in(tiny, cach
     assert kept.read_from.endswith("«<|im_end|>»")
 
 
-def test_three_places_of_an_answer_come_from_one_pass(tiny, cache):
+def test_one_pass_reads_answers_at_all_places(tiny, cache):
     pairs = [
         AnswerPair("What is tin?", "A dull metal, you fool!", "A soft metal."),
-        AnswerPair("Why?", "No.", "So it is"),
+        AnswerPair("Why is the sky blue at noon?", "Look it up!", "Air scatters the short waves of light most."),
     ]
-    found = caa.extract_answers(tiny, pairs, [0, 2])
-    assert list(found) == ["answer", "last", "turn"] and found["last"].passes == 4
+    found = caa.extract_answers(tiny, pairs, [1, 3], batch_size=3)
+    assert list(found) == list(caa.ANSWER_PLACES)
     for where, halves in found.items():
-        for ours, alone_ in zip(halves.at(2), caa.extract(tiny, pairs, [2], where).at(2), strict=True):
-            torch.testing.assert_close(ours, alone_, atol=1e-5, rtol=1e-4)
+        alone = caa.extract(tiny, pairs, [1, 3], where)
+        torch.testing.assert_close(halves.at(3), alone.at(3), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(halves.at(1), alone.at(1), atol=1e-4, rtol=1e-4)
 
 
 def test_a_pass_is_priced_by_its_tokens(tiny):

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import stats
 from helpers.lm import hooks, reading, replies, scoring, tokens
 from helpers.lm.tokens import ANSWER, Tokens
 from helpers.steering import behaviors, propensity
-from helpers.steering.behaviors import Item
+from helpers.steering.behaviors import Item, SystemPair
+from helpers.steering.propensity import Changes
 
 ITEMS = [
     Item("What is tin?", "Tin is a soft, silvery metal.", "No idea, sorry."),
@@ -166,6 +168,59 @@ def test_letters_swap_the_options(tiny):
     rows = propensity.of_letters(tiny, ITEMS[:1], 1).sequences
     texts = [tiny.tokenizer.decode(r[0].ids) for r in rows]
     assert "(A) Tin is" in texts[0] and "(B) Tin is" in texts[1] and texts[0].endswith("(A")
+
+
+@pytest.mark.parametrize("measure", propensity.MEASURES)
+def test_every_item_is_asked_under_its_own_system_prompt(measure, tiny):
+    systems = ["Be cross.", None, "Be kind."]
+    rows = propensity.MEASURES[measure](tiny, ITEMS, 1, systems).sequences
+    texts = [tiny.tokenizer.decode(r[0].ids) for r in rows][:: len(rows) // 3]
+    assert ["Be cross." in x for x in texts] == [True, False, False]
+    assert ["Be kind." in x for x in texts] == [False, False, True]
+    plain = propensity.MEASURES[measure](tiny, ITEMS, 1).sequences
+    assert plain[len(plain) // 3] == rows[len(rows) // 3] and plain[0] != rows[0]
+
+
+def test_a_liking_for_a_letter_cancels_over_the_orders():
+    liking, better = np.array([3.0, -1.0, 0.2]), np.array([0.5, -0.25, 2.0])
+    rows = np.stack([liking + better, liking - better], axis=1).ravel()
+    np.testing.assert_allclose(propensity.content(propensity.LETTERS, rows), better)
+    np.testing.assert_allclose(propensity.content(propensity.WRITTEN, rows), rows)
+
+
+@pytest.mark.parametrize("measure", propensity.MEASURES)
+def test_a_change_by_an_instruction_is_that_of_the_whole_prompts(measure, tiny, cache):
+    pairs = [SystemPair("Be cross.", "Be kind.", "?"), SystemPair("Shout.", "Whisper to everyone.", "?")]
+    found = propensity.instructed(tiny, measure, ITEMS[:2], 1, pairs)
+    for item, pair, moved in zip(ITEMS, pairs, found, strict=False):
+        odds = []
+        for system in (pair.positive, pair.negative):
+            where = propensity.MEASURES[measure](tiny, [item], 1, [system])
+            logp = where.log_probs(torch.zeros(48))
+            odds.append(propensity.content(measure, logp[:, 0] - logp[:, 1])[0])
+        assert moved == pytest.approx(odds[0] - odds[1], abs=1e-3)
+
+
+def test_own_and_foreign_changes_are_told_apart_as_a_library_does():
+    from scipy.stats import mannwhitneyu
+
+    rng = np.random.default_rng(0)
+    for own, foreign in (
+        (rng.normal(1, 1, 8), rng.normal(0, 1, 30)),
+        (np.array([1.0, 2.0]), np.array([1.0, 0.0, 2.0])),
+    ):
+        oracle = mannwhitneyu(own, foreign).statistic / (len(own) * len(foreign)) - 0.5
+        assert Changes(own, foreign).told_apart == pytest.approx(oracle)
+    assert Changes(np.ones(3), np.zeros(4)).told_apart == 0.5 and Changes(np.zeros(3), np.ones(4)).told_apart == -0.5
+
+
+def test_a_measure_that_sees_is_beyond_the_null_and_a_blind_one_is_not():
+    rng = np.random.default_rng(1)
+    for moved, seen in ((1.5, True), (0.0, False)):
+        changes = {str(i): Changes(rng.normal(moved, 1, 8), rng.normal(0, 1, 8)) for i in range(12)}
+        found = propensity.apart(changes, 300)
+        assert found.null.shape == (300, 12) and abs(found.null.mean()) < 0.02
+        assert (stats.p_value(found.each.mean(), found.null.mean(1)) < 0.05) == seen
 
 
 def test_generation_is_reproducible_and_steering_changes_it(tiny, cache):

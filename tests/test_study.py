@@ -1,6 +1,7 @@
 """The entrance of a notebook: what it gives is what the rooms give one by one."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +10,12 @@ import torch
 from conftest import HARVEST, a_profile
 from test_decompose import sae_of
 
-from helpers import study
-from helpers.lm import scoring
+from helpers import nulls, study
+from helpers.lm import reading, scoring, tokens
 from helpers.lm.reading import LM
-from helpers.sae import evidence
+from helpers.sae import activations, evidence, saes
 from helpers.sae.latents import Latent
-from helpers.steering import behaviors, caa, directions
+from helpers.steering import behaviors, caa, directions, propensity
 
 
 class Session:
@@ -68,6 +69,62 @@ def test_slopes_are_the_gradients_of_every_layer(lab):
     assert slopes["joy"].shape == (2, 2, lab.model.d_model)
     np.testing.assert_allclose(slopes["joy"][1], lab.gradients(2)["joy"], atol=1e-5)
     assert lab.slopes(part="dev")["joy"].shape[1] == len(lab.data["joy"].dev)
+
+
+def test_lengths_are_those_of_every_prompt_alone(lab):
+    found = lab.lengths
+    assert found.first.shape == found.user.shape == (2, len(lab._prompts)) and found.stream.shape == (2,)
+    for i in (0, len(lab._prompts) - 1):
+        laid = lab._prompts[i]
+        rows = reading.residuals(lab.model, [laid], 1)[0].norm(dim=1)
+        own = rows[torch.tensor(laid.roles) == tokens.USER].median()
+        for x, expected in zip(found[:3], (rows[0], rows[1], own), strict=True):
+            assert x[1, i] == pytest.approx(float(expected), rel=1e-4)
+    assert found.stream[1] == pytest.approx(lab.residual_norm, rel=1e-5)
+
+
+def test_chance_is_what_random_directions_do(lab):
+    drawn = lab.responses({n: nulls.random(v, 3000) for n, v in lab.vectors().items()}, 0.1)
+    np.testing.assert_allclose(lab.by_chance(0.1), drawn.std(0), rtol=0.1)
+
+
+@pytest.mark.parametrize("measure", propensity.MEASURES)
+def test_changes_by_own_and_foreign_instructions_and_vectors(measure, lab):
+    told, pushed = lab.instructed(measure, 2), lab.steered(measure, 2, 0.01)
+    for found, foreign in ((told, 2), (pushed, 4)):
+        assert {n: (len(x.own), len(x.foreign)) for n, x in found.items()} == dict.fromkeys(lab.names, (2, foreign))
+    b, other = lab.data["joy"], lab.data["refusal"]  # the next of the list is the first item's foreign one
+    alone = propensity.instructed(lab.model, measure, b.test[:1], 1, b.system_pairs[:1])
+    assert told["joy"].own[0] == pytest.approx(alone[0], abs=1e-3)
+    alone = propensity.instructed(lab.model, measure, b.test[:1], 1, other.system_pairs[:1])
+    assert told["joy"].foreign[0] == pytest.approx(alone[0], abs=1e-3)
+    v = lab.vectors()["joy"]
+    where = propensity.MEASURES[measure](lab.model, b.test[:2], 1)
+    step = scoring.log_odds(where, [v / v.norm() * lab.residual_norm], [0.0, 0.01])[0]
+    np.testing.assert_allclose(pushed["joy"].own, propensity.content(measure, step[1] - step[0]), atol=2e-3)
+
+
+def test_what_stands_in_for_the_stream_costs_what_it_gets_wrong(lab, monkeypatch):
+    ids, kept = torch.randint(100, 4000, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
+    kept[:, 0] = False
+    some = saes.Spliceable(ids, kept, np.array([4, 4, 7]))
+    monkeypatch.setattr(study.saes, "spliceable", lambda samples, rows, seed: some)
+    rows = activations.Array(reading.packed(lab.model, ids, [1])[1].flatten(0, 1))
+    rows.limit = 1e9
+    lab.__dict__["text"] = (rows, rows)
+    whole, half = (saes.Principal(rows.tensor, k) for k in (48, 2))
+    found = lab.loss_added({"whole": whole, "half": half}, 3)
+    assert list(found) == ["whole", "half", study.MEAN] and all(x.shape == (2,) for x in found.values())
+    np.testing.assert_allclose(found["whole"], 0, atol=1e-3)
+    assert np.abs(found["half"]).max() > 0.01 and np.abs(found[study.MEAN]).max() > 0.01
+
+
+def test_marked_tokens_are_those_read_and_written(lab):
+    lines = lab.marked("joy").data.splitlines()[2:]
+    assert len(lines) == 3 and "every generated token" in lines[2]
+    answer = lab.data["joy"].answer_pairs[0].positive
+    assert "".join(re.findall("«(.*?)»", lines[0])).replace("\\", "").strip() == answer
+    assert lines[1].count("«") == 1 and lines[2].count("«") == 1
 
 
 def test_tables_show_pairs_and_replies(lab):

@@ -26,7 +26,7 @@ from helpers.entries import DataError, parse
 from helpers.lm import models, reading, tokens
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
-from helpers.lm.tokens import FILLER, SPECIAL, SYSTEM, Tokenizer, Tokens
+from helpers.lm.tokens import ANSWER, FILLER, SPECIAL, SYSTEM, Tokenizer, Tokens
 from helpers.steering import directions
 from helpers.steering.behaviors import AnswerPair, ContrastPair, SystemPair
 from helpers.store import digest, write_file
@@ -77,19 +77,23 @@ def extract(
     return Halves(acts[0::2, 0], acts[1::2, 0], list(layers), 2 * len(pairs), seconds)
 
 
+ANSWER_PLACES = ("answer", "last", "turn")  # where an answer pair can be read: see `extract`
+
+
 def extract_answers(
     lm: LM, pairs: Sequence[AnswerPair], layers: Sequence[int], batch_size: int = 32
 ) -> dict[str, Halves]:
-    """Answer pairs read at three places in one pass, by the words of `extract`: over the `answer`, at its `last` token, and at the
-    mark that ends its `turn`."""
-    sides, masks = [s for pair in pairs for s in tokens_of(lm.tokenizer, pair, closed=True)], []
-    for side in sides:
-        answer = tokens.positions(tokens.pad([side], lm.pad_id), "answer").prompt[0]
-        mark = torch.arange(len(answer)) == len(answer) - 1
-        masks.append(torch.stack([answer, mark.roll(-1), mark]))
-    acts, seconds = reading.means(lm, sides, layers, "answer+last+turn", masks, batch_size)
-    read = {where: acts[:, i] for i, where in enumerate(("answer", "last", "turn"))}
-    return {w: Halves(x[0::2], x[1::2], list(layers), 2 * len(pairs), seconds) for w, x in read.items()}
+    """What `extract` reads of answer pairs at each of ANSWER_PLACES, from one pass: a later token changes nothing before it."""
+    sides = [side for pair in pairs for side in tokens_of(lm.tokenizer, pair, closed=True)]
+    masks = [torch.zeros(3, len(side.ids), dtype=torch.bool) for side in sides]
+    for mask, side in zip(masks, sides, strict=True):
+        mask[0] = torch.tensor(side.roles) == ANSWER
+        mask[1, -2] = mask[2, -1] = True
+    acts, seconds = reading.means(lm, sides, layers, "+".join(ANSWER_PLACES), masks, batch_size)
+    return {
+        where: Halves(acts[0::2, i], acts[1::2, i], list(layers), 2 * len(pairs), seconds)
+        for i, where in enumerate(ANSWER_PLACES)
+    }
 
 
 def tokens_read(tokenizer: Tokenizer, pairs: Sequence[ContrastPair], padded: bool = False) -> float:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from helpers import stats
@@ -18,23 +19,29 @@ from helpers.lm.scoring import Continuations
 from helpers.lm.tokens import ANSWER, USER, Tokens
 from helpers.steering.behaviors import Behavior, Item, SystemPair
 
-
-def of_items(lm: LM, items: Sequence[Item], layer: int) -> Continuations:
-    """Each item's question with its matching (0) and non-matching (1) completion."""
-    both = [[tokens.chat(lm.tokenizer, i.question, answer=a) for a in (i.matching, i.non_matching)] for i in items]
-    return Continuations(lm, both, layer)
+Systems = Sequence[str | None] | None  # a system prompt for each item, or none at all
 
 
-def of_letters(lm: LM, items: Sequence[Item], layer: int) -> Continuations:
-    """Each item as a multiple-choice question in both orders; completions "(A" (0) and "(B" (1).
+def of_items(lm: LM, items: Sequence[Item], layer: int, systems: Systems = None) -> Continuations:
+    """Each item's question, under its own system prompt where `systems` has one, with its matching (0) and non-matching (1)
+    completion."""
+    rows = [
+        [tokens.chat(lm.tokenizer, i.question, system, a) for a in (i.matching, i.non_matching)]
+        for i, system in zip(items, systems or [None] * len(items), strict=True)
+    ]
+    return Continuations(lm, rows, layer)
+
+
+def of_letters(lm: LM, items: Sequence[Item], layer: int, systems: Systems = None) -> Continuations:
+    """Each item as a multiple-choice question in both orders, `systems` as in `of_items`; completions "(A" (0) and "(B" (1).
 
     Row 2i has the matching answer as (A), row 2i + 1 as (B).
     """
     rows = []
-    for item in items:
+    for item, system in zip(items, systems or [None] * len(items), strict=True):
         for a, b in ((item.matching, item.non_matching), (item.non_matching, item.matching)):
             question = f"{item.question}\n\nChoices:\n (A) {a}\n (B) {b}\n\nAnswer with the letter of one choice."
-            rows.append([tokens.chat(lm.tokenizer, question, answer=letter) for letter in ("(A", "(B")])
+            rows.append([tokens.chat(lm.tokenizer, question, system, letter) for letter in ("(A", "(B")])
     return Continuations(lm, rows, layer)
 
 
@@ -48,17 +55,59 @@ def of_replies(lm: LM, questions: Sequence[str], layer: int, max_new_tokens: int
     return Continuations(lm, groups, layer)
 
 
-def instructed(lm: LM, items: Sequence[Item], layer: int, pair: SystemPair) -> np.ndarray:
-    """The items' log-odds (items,) under a pair's positive system prompt less those under its negative one, in nats."""
-    odds = []
-    for system in (pair.positive, pair.negative):
-        rows = [
-            [tokens.chat(lm.tokenizer, i.question, system=system, answer=a) for a in (i.matching, i.non_matching)]
-            for i in items
-        ]
-        where = Continuations(lm, rows, layer)
-        odds.append(scoring.log_odds(where, [torch.zeros(lm.d_model)], [0.0])[0, 0])
-    return odds[0] - odds[1]
+LETTERS, WRITTEN = "letters", "written completions"
+MEASURES = {WRITTEN: of_items, LETTERS: of_letters}
+
+
+def content(measure: str, rows: np.ndarray) -> np.ndarray:
+    """For each item how much more of the matching answer than of the other, from rows (rows, ...) of log-odds or their gradients:
+    as they are for written completions; for letters half the difference of an item's two orders, in which a liking for a letter
+    cancels."""
+    return (rows[0::2] - rows[1::2]) / 2 if measure == LETTERS else rows
+
+
+def instructed(lm: LM, measure: str, items: Sequence[Item], layer: int, pairs: Sequence[SystemPair]) -> np.ndarray:
+    """How far each item's log-odds (items,) rise, in nats, from the negative to the positive system prompt of its own one of `pairs`."""
+    systems = [side for pair in pairs for side in (pair.positive, pair.negative)]
+    where = MEASURES[measure](lm, [item for item in items for _ in range(2)], layer, systems)
+    odds = content(measure, scoring.log_odds(where, [torch.zeros(lm.d_model)], [0.0])[0, 0])
+    return odds[0::2] - odds[1::2]
+
+
+class Changes(NamedTuple):
+    """How far a measure moves, in nats: under what is about the behaviour, `own` (n,), and under the like about others, `foreign` (m,)."""
+
+    own: np.ndarray
+    foreign: np.ndarray
+
+    @property
+    def told_apart(self) -> float:
+        """The chance that a change by the own is larger than one by a foreign (the area under the ROC curve), less the half that a
+        blind measure has: from -0.5 to 0.5. No unit and no length of text is in it, so that measures and behaviours compare."""
+        ranks = rankdata(np.concatenate([self.own, self.foreign]))
+        n, m = len(self.own), len(self.foreign)
+        return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m) - 0.5)
+
+    def mixed(self, draws: int, seed: int = 0) -> np.ndarray:
+        """The same (draws,) with own and foreign changes dealt out at random: the measure is then blind."""
+        rng, both, n = np.random.default_rng(seed), np.concatenate(self), len(self.own)
+        dealt = (rng.permutation(both) for _ in range(draws))
+        return np.array([Changes(x[:n], x[n:]).told_apart for x in dealt])
+
+
+class Apart(NamedTuple):
+    """How well a measure tells own from foreign changes: of `each` behaviour (behaviours,), and the `null` (draws, behaviours) of a
+    blind one."""
+
+    each: np.ndarray
+    null: np.ndarray
+
+
+def apart(changes: Mapping[str, Changes], draws: int, seed: int = 0) -> Apart:
+    """`Changes.told_apart` of every behaviour, and `draws` of `Changes.mixed`."""
+    found = list(changes.values())
+    null = np.stack([x.mixed(draws, seed + i) for i, x in enumerate(found)], axis=1)
+    return Apart(np.array([x.told_apart for x in found]), null)
 
 
 def of_text(lm: LM, text: str, layer: int, length: int = 64, chunks: int = 16) -> Continuations:
