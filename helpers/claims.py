@@ -250,7 +250,10 @@ def reading(claim: Claim) -> str:
     found = f"{number(claim.value)} [{number(claim.low)}, {number(claim.high)}] {claim.unit}"
     if not claim.verdict:
         return f"*{claim.statement[:1].upper()}{claim.statement[1:]}*: {found}; {claim.reason}."
-    beside = f"null {number(claim.null_value)}" + ("" if claim.p is None else f", p = {claim.p:.2g}")
+    drawn = claim.p is not None  # of draws, the number is what one in twenty reaches by chance
+    beside = (
+        f"null reaches {number(claim.null_value)}, p = {claim.p:.2g}" if drawn else f"null {number(claim.null_value)}"
+    )
     if claim.ceiling is not None:
         beside += f", ceiling {number(claim.ceiling)}"
     more = f" {claim.reason}." if claim.reason else ""
@@ -371,7 +374,9 @@ class Ledger:
         value, null = found.value, found.null
         clear = value.low > null if rule.sign > 0 else value.high < null
         verdict = self._checked(id, rule.decide(Found(value, null, clear if p is None else p < P)))
-        seen = f"A value {number(stats.seen(value))} beyond the threshold would have been seen"
+        seen = (
+            f"To be told from the threshold four times in five, a value must lie {number(stats.seen(value))} beyond it"
+        )
         reason = seen if verdict == "undecided" else ""
         least = len(self._family(id)) / (found.draws + 1)
         if reason and p is not None and least >= P and rule.decide(Found(value, null, True)) == "holds":

@@ -59,7 +59,7 @@ def test_an_effect_too_small_to_matter_fails_and_one_inside_the_null_does_not(le
     assert judged(ledger, rule, (1.0, 0.6, 1.4)).verdict == "holds"
     assert judged(ledger, rule, (0.3, -0.2, 0.8)).verdict == "undecided"
     inside = judged(ledger, rule, (1.0, 0.6, 1.4), np.linspace(-2, 2, 101))
-    assert inside.verdict == "undecided" and inside.p > 0.05 and "would have been seen" in inside.reason
+    assert inside.verdict == "undecided" and inside.p > 0.05 and "four times in five" in inside.reason
 
 
 def test_equivalence_is_containment(ledger):
@@ -136,7 +136,8 @@ def test_every_rule_knows_a_yes_a_no_and_what_lies_between(ledger, rule, yes, no
         assert found.verdict == verdict
         assert f"**{verdict}**" in ledger.reading("t.1") and found.rule == rule.words
     assert (
-        f"A value {claims.number(stats.seen(found.interval))} beyond the threshold would have been seen" == found.reason
+        f"To be told from the threshold four times in five, a value must lie {claims.number(stats.seen(found.interval))} beyond it"
+        == found.reason
     )
 
 
