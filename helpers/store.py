@@ -49,7 +49,7 @@ def digest(value: object) -> str:
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
         head = f"{value.dtype}{tuple(value.shape)}".encode()
-        return hashlib.sha256(head + value.view(torch.uint8).numpy().tobytes()).hexdigest()
+        return hashlib.sha256(head + value.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
     if isinstance(value, str):
         value = value.encode()
     if not isinstance(value, bytes):

@@ -409,22 +409,19 @@ class Single:
         return not (how and how.release)
 
     def one_row(self, rows: int, seed: int = 0) -> dict[str, Interval]:
-        """Explained variance of a dictionary with a single row, the direction that first tokens bring: over every token of `rows` rows of
-        text, over all of the text's tokens but the first of a row, and over those that are no outliers either; over documents."""
+        """Explained variance, over documents, of a dictionary with a single row, the direction that first tokens bring: over every token of
+        `rows` rows of text, over all of the text's tokens but the first of a row, and over those that are no outliers either."""
         used = self.text[0]
         some = saes.spliceable(used, rows, seed)
         chosen = some.kept.clone()
         chosen[:, 0] = True
         every = activations.Array(reading.packed(self.model, some.ids, [self.layer])[self.layer].cpu()[chosen])
+        documents = torch.from_numpy(some.document)[:, None].expand_as(chosen)[chosen]
         rest = activations.Samples(used.folder, self.layer, verify=False, outlier=float("inf"))
-        row, found = cast(Dictionary, saes.Principal(every.tensor.float(), 1)), {}
-        of_row = np.repeat(some.document, chosen.sum(1).numpy())
-        parts = ((every, of_row), *((x, x.named("document").numpy()) for x in (rest, used)))
-        for name, (part, documents) in zip(TOKENS, parts, strict=True):
-            fit, of = saes.evaluate(row, part), np.unique(documents, return_inverse=True)[1]
-            total, error = (np.bincount(of, x.numpy()) for x in (fit.total, fit.error))
-            found[name] = stats.ratio(total - error, total)
-        return found
+        row = cast(Dictionary, saes.Principal(every.tensor.float(), 1))
+        parts = ((every, documents), *((x, x.named("document")) for x in (rest, used)))
+        found = (saes.explained([saes.evaluate(row, part)], of) for part, of in parts)
+        return dict(zip(TOKENS, found, strict=True))
 
     def loss_added(self, dictionaries: Mapping[str, Dictionary], rows: int, seed: int = 0) -> dict[str, np.ndarray]:
         """Next-token loss in nats a token that each of `dictionaries` adds when it stands in for the stream on `rows` rows of held-out
