@@ -5,6 +5,7 @@ Importing this module sets the style. A null or control is drawn in grey on the 
 
 import io
 import json
+import warnings
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
@@ -16,6 +17,7 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import special
 
 from helpers import stats
 from helpers.session import Session
@@ -477,90 +479,85 @@ def forest_on(
     axis.grid(axis="y", visible=False)
 
 
-def over_words(
-    words: Sequence[str],
-    panels: Mapping[str, Mapping[str, Sequence[float]]],
-    start: int,
-    title: str,
-    colour: Mapping[str, str],
-) -> Figure:
-    """Series over the words of a conversation, one panel a quantity: {y label: {series: values (words,)}}.
+class Seam(TypedDict):
+    """What a panel of `at_the_seam` shows: for each name one series (tokens,) a conversation, those of `grey`, the nulls, in grey.
 
-    A dotted line before word `start`, where the answer begins. `colour`: one for each series.
+    `null`: for each draw its series, one a conversation; drawn as the band of the middle 95 % of the draws' means. `published`:
+    (low, high) before the answer and from it on.
     """
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(max(8.0, 0.21 * len(words)), 2.6 * len(panels)), sharex=True, squeeze=False
-    )
-    for axis, (label, lines) in zip(axes[:, 0], panels.items(), strict=True):
-        for name, values in lines.items():
-            axis.plot(values, color=colour[name], marker="o", markersize=3, linewidth=1.2, label=name)
-        axis.axvline(start - 0.5, color="black", linestyle=":", linewidth=1)
-        axis.set_ylabel(label)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes[0, 0].set_title(title)
-    shown = [literal(word.strip(" ")) or "·" for word in words]
-    axes[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
-    return figure
+
+    series: Mapping[str, Sequence[np.ndarray]]
+    ylabel: str
+    verdict: NotRequired[str]
+    grey: NotRequired[Sequence[str]]
+    null: NotRequired[Sequence[Sequence[np.ndarray]]]
+    null_label: NotRequired[str]
+    published: NotRequired[tuple[tuple[float, float], tuple[float, float]]]
 
 
 def at_the_seam(
     session: Session,
     name: str,
-    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    panels: Mapping[str, Seam],
     starts: Mapping[str, Sequence[int]],
+    groups: Sequence[str],
     before: int,
     after: int,
-    *,
-    title: str,
-    verdict: str = "",
-    grey: Sequence[str] = (),
 ) -> None:
-    """Many conversations laid over one another where the answer starts, drawn, saved and shown: one panel for each y label.
+    """Many conversations laid over one another where the answer starts, drawn, saved and shown: {title: what a panel shows}.
 
-    `panels`: {y label: {who: one series (tokens,) a conversation}}; `starts`: {who: where each answer starts}. Of `grey`, the
-    nulls, only the first is named. Bands: 95 % over conversations.
+    `starts`: where each answer starts, for each name of a series. `groups`: the behaviour of each conversation; a band is the
+    95 % interval over behaviours, of means over their conversations.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(max(9.5, 6.5 * len(panels)), 4), squeeze=False)
-    drawn: dict[str, Any] = {}
-    for axis, (label, lines) in zip(axes[0], panels.items(), strict=True):
-        colour = dict(zip([w for w in lines if w not in grey], PALETTE * 3, strict=False))
-        for who, series in lines.items():
-            named = who not in grey[1:]
-            drawn[f"{label}: {who}"] = around(
-                axis, series, starts[who], before, after, color=colour.get(who, NULL), label=who if named else None,
-                linewidth=1.4 if who in colour else 0.8,
-            )  # fmt: skip
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(8.0, 6.0 * len(panels)), 4.6), squeeze=False)
+    at, drawn = np.arange(-before, after), {}
+    for axis, (title, panel) in zip(axes[0], panels.items(), strict=True):
+        if "null" in panel:
+            first = next(iter(starts.values()))
+            means = [np.nanmean(around(x, first, groups, before, after), 0) for x in panel["null"]]
+            low, high = np.nanquantile(means, [0.025, 0.975], axis=0)
+            axis.fill_between(at, low, high, color=NULL, alpha=0.35, linewidth=0, label=panel.get("null_label", "null"))
+        if "published" in panel:
+            for (low, high), where, label in zip(
+                panel["published"], (at < 0, at >= 0), ("published", None), strict=True
+            ):
+                axis.fill_between(at[where], low, high, color=PALETTE[4], alpha=0.3, linewidth=0, label=label)
+        colours_left = iter(PALETTE * 3)
+        for who, series in panel["series"].items():
+            colour = NULL if who in panel.get("grey", ()) else next(colours_left)
+            drawn[f"{title} {who}"] = _over_groups(
+                axis, around(series, starts[who], groups, before, after), at, who, colour
+            )
         axis.axvline(-0.5, color="black", linestyle=":", linewidth=1)
-        axis.set(xlabel="tokens from the first of the answer", ylabel=label)
-    axes[0, 0].set_title(titled(title, verdict))
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.set(xlabel="tokens from the first of the answer", ylabel=panel["ylabel"])
+        axis.set_title(titled(title, panel.get("verdict", "")))
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     show(session, name, figure, drawn)
 
 
 def around(
-    axis: Axes,
-    series: Sequence[Sequence[float]],
-    starts: Sequence[int],
-    before: int,
-    after: int,
-    least: int = 8,
-    label: str | None = None,
-    color: str | None = None,
-    linestyle: str = "-",
-    linewidth: float | None = None,
+    series: Sequence[np.ndarray], starts: Sequence[int], groups: Sequence[str], before: int, after: int
 ) -> np.ndarray:
-    """Draw the mean of many series laid over one another at their `starts`, with its 95 % band over series; returns the mean.
-
-    Offsets from -before to after - 1; an offset that fewer than `least` series (or all, if there are fewer) reach is left out.
-    """
+    """Series (tokens,) laid over one another at their `starts`, those of a group averaged: (groups, before + after), NaN where
+    none reaches."""
     table = np.full((len(series), before + after), np.nan)
     for row, values, start in zip(table, series, starts, strict=True):
         first, last = max(start - before, 0), min(start + after, len(values))
         row[first - start + before : last - start + before] = values[first:last]
+    names = np.asarray(groups)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a mean of nothing is NaN
+        return np.stack([np.nanmean(table[names == g], 0) for g in dict.fromkeys(groups)])
+
+
+def _over_groups(axis: Axes, table: np.ndarray, at: np.ndarray, label: str, colour: str) -> np.ndarray:
+    """Draw the mean of `table` (groups, offsets) with its 95 % t interval, where two groups in three have a value; returns both."""
     count = np.isfinite(table).sum(0)
-    reached = count >= min(least, len(series))
-    table, offsets = table[:, reached], np.arange(-before, after)[reached]
-    centre, half = np.nanmean(table, 0), 1.96 * np.nanstd(table, 0) / np.sqrt(count[reached])
-    drawn = axis.plot(offsets, centre, label=label, color=color, linestyle=linestyle, linewidth=linewidth)[0]
-    axis.fill_between(offsets, centre - half, centre + half, color=drawn.get_color(), alpha=0.18, linewidth=0)
-    return centre
+    reached = count >= max(3, 2 * len(table) / 3)
+    rows, some = np.full((len(at), 3), np.nan), table[:, reached]
+    arm = special.stdtrit(count[reached] - 1, 0.975) * np.nanstd(some, 0, ddof=1) / count[reached] ** 0.5
+    centre = np.nanmean(some, 0)
+    rows[reached] = np.stack([centre, centre - arm, centre + arm], axis=1)
+    axis.plot(at, rows[:, 0], color=colour, linewidth=1.4, label=label)
+    axis.fill_between(at, rows[:, 1], rows[:, 2], color=colour, alpha=0.18, linewidth=0)
+    return rows

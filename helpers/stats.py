@@ -272,17 +272,30 @@ def _steepest(rows: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
     return before[best], size[each, best] / np.maximum(spread, 1e-300)
 
 
+def ar1(series: Sequence[float] | np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
+    """Series (draws, n) around zero that remember as this one (n,) does, and have no jump or trend: each value keeps a share
+    rho of the last (AR(1)), with rho of the whole series, corrected for its bias, and steps drawn from the series' own with
+    replacement."""
+    x = np.asarray(series, np.float64)
+    rng, rest = np.random.default_rng(seed), (x - x.mean())[None]
+    rho = float(_lag(rest, 1, 4)[0])  # least squares leaves out (1 + 4 rho) / n
+    steps = rest[0, 1:] - rho * rest[0, :-1]
+    null = rng.choice(steps - steps.mean(), (len(x), draws))
+    null[0] /= np.sqrt(1 - rho**2)
+    for now in range(1, len(x)):
+        null[now] += rho * null[now - 1]
+    return null.T
+
+
 def change_point(series: Sequence[float] | np.ndarray, least: int = 3, draws: int = 1000, seed: int = 0) -> ChangePoint:
     """The single change of mean of a series (n,) that is most pronounced, either way.
 
     Statistic of a split into m and n - m values: sqrt(m (n - m) / n) |mean before - mean after| (the
     CUSUM of Page 1955), largest over splits with `least` values on either side, in units of the
     long-run standard deviation of what is left, s sqrt((1 + rho) / (1 - rho)), rho its correlation
-    one step on. Null: series in which each value keeps a share rho of the last (AR(1)), with rho of
-    the whole series, corrected for its bias, and steps drawn from the series' own with replacement.
-    A small p says that the series has more than such a memory: a jump, or a trend. Values that wander
-    slowly hide a jump; shuffled values, a null without memory, see one in two of three such series
-    (docs/verdicts.md). ValueError for fewer than 12 values.
+    one step on. Null: `ar1`. A small p says that the series has more than such a memory: a jump, or
+    a trend. Values that wander slowly hide a jump; shuffled values, a null without memory, see one
+    in two of three such series (docs/verdicts.md). ValueError for fewer than 12 values.
     """
     x = np.asarray(series, np.float64)
     n, wanted = len(x), max(2 * least, SHORTEST)
@@ -290,15 +303,8 @@ def change_point(series: Sequence[float] | np.ndarray, least: int = 3, draws: in
         raise ValueError(f"a series of shape {x.shape} was given; {wanted} finite values or more are wanted")
     if np.ptp(x) == 0:
         return ChangePoint(least, 0.0, 1.0)
-    rng, rest = np.random.default_rng(seed), (x - x.mean())[None]
-    rho = float(_lag(rest, 1, 4)[0])  # least squares leaves out (1 + 4 rho) / n
-    steps = rest[0, 1:] - rho * rest[0, :-1]
-    null = rng.choice(steps - steps.mean(), (n, draws))
-    null[0] /= np.sqrt(1 - rho**2)
-    for now in range(1, n):
-        null[now] += rho * null[now - 1]
     (at,), (own,) = _steepest(x[None], least)
-    return ChangePoint(int(at), float(own), p_value(own, _steepest(null.T, least)[1]))
+    return ChangePoint(int(at), float(own), p_value(own, _steepest(ar1(x, draws, seed), least)[1]))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.sae import conversations, splice
+from helpers.sae import conversations, latents, splice
 from helpers.sae.conversations import Talk
 from helpers.sae.splice import Spoken
 
@@ -16,7 +16,13 @@ def run(user, answer, width=6, seed=0):
 
 
 def talk(behavior, user=8, answer=12, seed=0):
-    return Talk(behavior, "?", *(run(user, answer, seed=seed + i) for i in range(3)), "a reply")
+    return Talk(behavior, "?", *(run(user, answer, seed=seed + i) for i in range(3)), "said", "a reply")
+
+
+ASKED = [
+    ("a", "What is tin used for in the kitchens of this town?"),
+    ("b", "Why do cats purr when somebody scratches them?"),
+]
 
 
 class Halver:
@@ -31,6 +37,21 @@ class Halver:
         return z / 2
 
 
+class Cutter(Halver):
+    """Keeps what is above zero, all of it."""
+
+    class cfg:
+        d_in = 6
+
+    W_dec = torch.eye(6)
+
+    def encode(self, x):
+        return x.clamp_min(0)
+
+    def decode(self, z):
+        return z
+
+
 def test_a_drop_and_a_dip_are_what_hand_arithmetic_gives():
     series = np.array([1.0, 1, 1, 1, 0.2, 0.4, 0.6, 0.6, 0.6])
     answer = np.array([False] * 5 + [True] * 4)
@@ -42,26 +63,59 @@ def test_a_drop_and_a_dip_are_what_hand_arithmetic_gives():
 def test_numbers_are_averaged_within_behaviours_then_behaviours_count_alike():
     talks = [talk("a"), talk("a"), talk("b")]
     assert conversations.by_behavior(talks, [1.0, 3.0, 10.0]).tolist() == [2.0, 10.0]
-    assert conversations.by_behavior(talks, [[1.0, 3.0, 10.0], [0.0, 0.0, 1.0]]).tolist() == [[2.0, 10.0], [0.0, 1.0]]
+    each = [np.array([1.0, 0]), np.array([3.0, 0]), np.array([10.0, 1])]  # two SAEs
+    assert conversations.by_behavior(talks, each).tolist() == [[2.0, 10.0], [0.0, 1.0]]
 
 
-def test_errors_of_a_shift_are_those_of_shifted_rows():
+def test_errors_of_a_shift_are_those_of_shifted_rows_for_every_sae():
     runs = [run(3, 4, seed=1), run(5, 3, seed=2)]
     pushes = [torch.randn(6), torch.zeros(6)]
-    (found,) = conversations.errors(Halver(), runs, pushes)
+    (found,) = conversations.errors([Halver(), Cutter()], runs, pushes)
     for x, v, e in zip(runs, pushes, found, strict=True):
-        alone = splice.compare_errors(Halver(), x.rows, x.rows + v)
-        np.testing.assert_allclose(e.ratio, alone.ratio, rtol=1e-6)
-        np.testing.assert_allclose(e.cosine, alone.cosine, rtol=1e-6)
+        for i, sae in enumerate((Halver(), Cutter())):
+            alone = splice.compare_errors(sae, x.rows, x.rows + v)
+            np.testing.assert_allclose(e.ratio[i], alone.ratio, rtol=1e-6)
+            np.testing.assert_allclose(e.cosine[i], alone.cosine, rtol=1e-6)
     np.testing.assert_allclose(found[1].ratio, 1, rtol=1e-6)
+    talks = [talk("a"), talk("b")]
+    assert conversations.ratios(talks, found).tolist() == [[e.ratio[i].mean() for e in found] for i in (0, 1)]
 
 
-def test_shuffling_takes_a_step_away_and_rotating_keeps_its_height():
+def test_drops_are_those_of_the_run_that_is_asked_for():
+    t = talk("a", user=8, answer=12)
+    cosine = np.where(t.plain.answer, 0.2, 0.7)[None]
+    found = [splice.Errors(cosine, cosine)]
+    assert conversations.drops([t], found) == pytest.approx(0.5)
+    assert conversations.drops([t], found, "inside") == pytest.approx(0.5)
+
+
+def test_series_that_wander_have_no_drop_and_rotating_keeps_the_height():
     talks = [talk("a", seed=i) for i in range(6)]
-    steps = [np.where(t.plain.answer, 0.0, 1.0) for t in talks]
-    assert abs(conversations.shuffled_drops(talks, steps, 200, 0).mean()) < 0.05
+    steps = [np.where(t.plain.answer, 0.0, 1.0) + 0.01 * i for i, t in enumerate(talks)]
+    null = conversations.sluggish_drops(talks, steps, 200, 0)
+    assert null.shape == (200,) and abs(null.mean()) < 0.1
     peaks = conversations.rotated(talks, steps, lambda series, at: float(series.max() - series.min()), 20, 0)
-    assert (peaks == 1).all() and peaks.shape == (20, 6)
+    assert peaks == pytest.approx(np.ones(20))
+    both = [np.stack([s, 2 * s]) for s in steps]  # two SAEs
+    assert conversations.rotated(talks, both, conversations.dip, 5, 0).shape == (5,)
+
+
+def test_latents_are_scored_by_those_that_other_pairs_raise():
+    """Latents are the dimensions: the vector raises dimension 0, as do pairs it was not made of."""
+    g = torch.Generator().manual_seed(0)
+    zero, one = torch.zeros(8, 6), torch.eye(6)[0]
+    noise = [0.01 * torch.rand(8, 6, generator=g) for _ in range(4)]
+    made, held = [(noise[0] + one, zero), (noise[1] + one, zero)], [(noise[2] + one, zero), (noise[3] + one, zero)]
+    vectors, null = torch.stack([one, one]), torch.eye(6)[2:5]
+    signs = np.array([[1.0, -1] * 4, [-1.0, 1] * 4, [1, 1, -1, -1] * 2])
+    found = conversations.scores([Cutter(), Cutter()], vectors, null, noise[0], made, held, 1, signs)
+    for m in (conversations.IN_PLACE, conversations.PAIRS):
+        assert found[m].own.shape == (2, 2) and (found[m].own == 1).all() and found[m].null.shape == (3, 2, 2)
+    assert (found[conversations.IN_PLACE].null == 0).all()
+    i, before, after = conversations.changed(Cutter(), torch.ones(6), 3 * one, 2)[0]
+    assert (i, before, after) == (0, 1, 4)
+    talks = [talk("a"), talk("b")]
+    assert len(conversations.some_rows(talks, 10)) == 10 and len(conversations.some_rows(talks, 1000)) == 24
 
 
 def test_a_step_at_the_start_is_found_there_and_a_step_elsewhere_is_not():
@@ -78,11 +132,37 @@ def test_the_stream_rises_towards_a_planted_direction():
     assert conversations.start(x) == 6
 
 
-def test_two_texts_differ_from_the_answer_on_without_any_vector():
+def test_errors_of_two_texts_are_compared_word_by_word_on_the_answers():
     t = talk("a")
-    same_question = Spoken(torch.cat([t.plain.rows[:8], t.steered.rows[8:]]), t.plain.ids, t.plain.answer)
-    assert conversations.two_texts(Halver(), t._replace(steered=same_question), torch.zeros(6)) > 0.5
-    assert abs(conversations.two_texts(Halver(), t._replace(steered=t.plain), torch.zeros(6))) < 1e-6
+    alike, apart = (
+        conversations.two_texts([Halver(), Cutter()], t._replace(steered=t.plain)),
+        conversations.two_texts([Halver()], t),
+    )
+    assert alike == pytest.approx(np.ones(2)) and apart.shape == (1,) and abs(apart[0]) < 0.6
+
+
+def test_what_arrives_is_the_vector_where_nothing_stands_between(tiny):
+    talks = conversations.held(tiny, 0, ASKED, torch.zeros(2, tiny.d_model), float("inf"), 6)
+    vectors = {n: torch.randn(tiny.d_model) for n in "ab"}
+    gaps = conversations.carried(tiny, 0, talks, [vectors[t.behavior] for t in talks], [0, 1], batch=1)
+    for t, gap, later in zip(talks, gaps[0], gaps[1], strict=True):
+        torch.testing.assert_close(gap, vectors[t.behavior].expand_as(gap), atol=1e-5, rtol=1e-4)
+        assert later.shape == gap.shape and not torch.allclose(later, gap, atol=1e-3)
+    together = conversations.carried(tiny, 0, talks, [vectors[t.behavior] for t in talks], [1])
+    torch.testing.assert_close(torch.cat(together[1]), torch.cat(gaps[1]), atol=1e-4, rtol=1e-3)
+    found = conversations.arrived(talks, gaps[0], vectors, vectors)
+    assert found.kept == pytest.approx(np.ones(2)) and np.diag(found.own) == pytest.approx(np.ones(2))
+    np.testing.assert_allclose(found.own, found.vector, atol=1e-5)
+
+
+def test_a_stream_that_is_still_steered_points_at_any_vector():
+    t = talk("a")
+    v = 3 * torch.randn(6, generator=torch.Generator().manual_seed(9))
+    steered = conversations.still_steered(t.steered, v)
+    torch.testing.assert_close(steered.rows[:8], t.steered.rows[:8])
+    assert conversations.rise(steered, v) > conversations.rise(t.steered, v) + 0.3
+    beyond = conversations.beyond_plain(t, v)
+    assert len(beyond) == 20 and abs(beyond[:8].mean()) < 1e-12
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -93,10 +173,15 @@ def test_tracking_is_an_identity_for_any_vector(seed):
 
 
 def test_conversations_are_read_where_the_answer_starts(tiny):
-    asked = [("a", "What is tin?"), ("b", "Why do cats purr?")]
-    talks = conversations.held(tiny, 1, asked, torch.zeros(2, tiny.d_model), float("inf"), 6)
+    talks = conversations.held(tiny, 1, ASKED, torch.zeros(2, tiny.d_model), float("inf"), 6)
+    assert [t.behavior for t in talks] == ["a", "b"]
     for t in talks:
         assert t.plain.answer.sum() >= conversations.LEAST and torch.equal(t.plain.rows, t.steered.rows)
         assert not t.inside.answer[0]
-    cosine = conversations.added(tiny, 1, [("What is tin?", [5, 6, 7])], torch.randn(tiny.d_model))
-    assert (cosine > 0.999).all()
+
+
+def test_a_latent_is_shown_by_where_it_fires_and_what_it_promotes():
+    context = latents.Context("a *", "b", "|c", 1.0)
+    shown = latents.cells(latents.Latent(3, 0.1, [context], ["x|y", "z"], []))
+    assert shown == [r"a \*«b»\|c", "'x\\|y', 'z'"]
+    assert latents.cells(latents.Latent(3, 0.0, [], [], [])) == ["(never fired)", ""]

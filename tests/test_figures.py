@@ -8,40 +8,26 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from helpers import figures, session
+from helpers import figures, session, stats
 from helpers.stats import Interval
 
 
 def test_series_of_different_lengths_are_averaged_at_the_same_distance_from_their_starts():
-    figure, axis = plt.subplots()
     series = [np.arange(10.0), np.arange(4.0, 12.0), [0.0, 7.0]]
-    mean = figures.around(axis, series, [5, 1, 1], before=2, after=3, least=2, label="x")
+    table = figures.around(series, [5, 1, 1], ["a", "a", "b"], before=2, after=3)
     # offsets -2..2: series one 3 4 5 6 7, series two - 4 5 6 7, series three - 0 7 - -
-    assert mean == pytest.approx([8 / 3, 17 / 3, 6, 7])
-    low, high = (f(p.vertices[:, 1]) for p in axis.collections[0].get_paths() for f in (min, max))
-    spread = 1.96 * np.std([3.0 + 1, 4, 0]) / np.sqrt(3)  # at offset -1 the three series are 4, 4 and 0
-    assert low == pytest.approx(8 / 3 - spread) and high >= 7
-    assert axis.lines[0].get_xdata().tolist() == [-1, 0, 1, 2] and axis.lines[0].get_label() == "x"
-    plt.close(figure)
-
-
-def test_words_stand_under_their_values_and_the_answer_is_marked():
-    figure = figures.over_words(
-        [" one", "\n", "two"],
-        {"a": {"v": [1, 2, 3]}, "b": {"v": [3, 2, 1], "null": [0, 0, 0]}},
-        2,
-        "t",
-        {"v": "red", "null": "grey"},
-    )
-    axes = figure.axes
-    assert [t.get_text() for t in axes[-1].get_xticklabels()] == ["one", "⏎", "two"]
-    assert axes[0].lines[-1].get_xdata()[0] == 1.5 and axes[1].lines[1].get_color() != axes[1].lines[0].get_color()
+    np.testing.assert_equal(table, [[3, 4, 5, 6, 7], [np.nan, 0, 7, np.nan, np.nan]])
+    figure, axis = plt.subplots()
+    rows = figures._over_groups(axis, np.array([[1.0, 2, np.nan], [2, 2, np.nan], [3, 5, 1]]), np.arange(3), "x", "red")
+    assert rows[0] == pytest.approx(stats.over([1.0, 2, 3])) and rows[1, 0] == 3  # no skew, no correction
+    assert np.isnan(rows[2]).all() and axis.lines[0].get_label() == "x"
     plt.close(figure)
 
 
 def test_text_is_shown_letter_by_letter():
     assert figures.literal("a $5 – $6 bill\nnaïve 你") == "a \\$5 – \\$6 bill⏎naïve ?"
-    figure = figures.over_words(["$x", "_{", "$"], {"a": {"v": [1, 2, 3]}}, 1, "t", {"v": "red"})
+    figure, axis = plt.subplots()
+    axis.set_xticks(range(3), [figures.literal(x) for x in ("$x", "_{", "$")])
     figure.canvas.draw()  # a formula cut short would raise here
     plt.close(figure)
 
@@ -61,8 +47,10 @@ def test_one_call_draws_saves_and_shows(tmp_path):
                     xlabel="x", ylabel="y", log=True, grey=["s"])  # fmt: skip
     figures.histogram(session_like, "d", {"s": [1, 2, 3], "t": [0, 1]}, grey=["t"], title="T", xlabel="x", ylabel="y")
     figures.matrices(session_like, "e", {"p": np.eye(3), "q": np.eye(3)}, ["x", "y", "z"], "T")
-    figures.at_the_seam(session_like, "f", {"y": {"s": [[1.0, 2, 3, 4]] * 2, "n": [[1.0, 1, 1, 1]] * 2}},
-                        {"s": [2, 2], "n": [2, 2]}, 2, 2, title="T", grey=["n"])  # fmt: skip
+    steps = [np.array([1.0, 2, 3, 4])] * 4
+    seam = {"series": {"s": steps, "n": steps}, "ylabel": "y", "grey": ["n"], "null": [steps, steps],
+            "published": ((0, 1), (2, 3)), "verdict": "fails"}  # fmt: skip
+    figures.at_the_seam(session_like, "f", {"T": seam}, {"s": [2] * 4, "n": [2] * 4}, list("abcc"), 2, 2)
     panels = {"one": [("a $x", 3.0, True), ("b", -1.0, False)], "two": [("c", 1.0, False)]}
     figures.ranked(session_like, "g", panels, xlabel="x", kinds=("plain", "marked"))
     for name in "abcdefg":

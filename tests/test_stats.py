@@ -117,6 +117,15 @@ def test_a_share_has_the_exact_interval(true, n):
 # --- nulls -------------------------------------------------------------------------------------------------------------
 
 
+def test_series_without_a_jump_remember_as_much():
+    x = remembering(np.random.default_rng(0), 400, 0.7)
+    drawn = stats.ar1(x, 200, seed=1)
+    assert drawn.shape == (200, 400) and abs(drawn.mean()) < 0.1
+    rho = np.mean([np.corrcoef(row[1:], row[:-1])[0, 1] for row in drawn])
+    assert rho == pytest.approx(np.corrcoef(x[1:], x[:-1])[0, 1], abs=0.05)
+    assert drawn.std() == pytest.approx(x.std(), rel=0.15)
+
+
 def test_p_values_count_the_value_itself():
     assert stats.p_value(5, [1, 2, 3]) == 1 / 4 and stats.p_value(2, [1, 2, 3]) == 3 / 4
 

@@ -1,11 +1,11 @@
-"""Conversations read token by token, with and without a vector: what happens where the answer starts.
+"""Conversations read token by token, with and without a vector: what an SAE makes of it, and what happens where the answer starts.
 
 Three runs of each question: the model's own reply, the steered model's reply read back without steering, and the first reply's
-words put at the end of the user's own turn. Knows a model, an SAE and tokens; conversations are grouped by behaviour because
-those of one behaviour share a vector.
+words put at the end of the user's own turn. Knows a model, SAEs and tokens. Numbers are one for each SAE (the seeds of one
+training) and behaviour: conversations of a behaviour share a vector, so they are averaged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 
 from helpers import stats, store
-from helpers.lm import reading, replies, tokens
+from helpers.lm import hooks, reading, replies, tokens
 from helpers.lm.reading import LM
-from helpers.sae import splice
+from helpers.lm.tokens import Tokens
+from helpers.sae import decompose, splice
 from helpers.sae.decompose import Dictionary
 from helpers.sae.splice import Errors, Spoken
+from helpers.stats import Interval
 
 LEAST = 6  # tokens on either side of the start: a change point wants twelve
+IN_PLACE, ALONE, PAIRS = "steered - unsteered", "encode(v)", "the vector's own pairs, encoded"
+Sides = tuple[Tensor, Tensor]  # activations of pairs: positive, negative, each (pairs, d_model)
 
 
 class Talk(NamedTuple):
@@ -31,7 +35,8 @@ class Talk(NamedTuple):
     plain: Spoken
     steered: Spoken
     inside: Spoken
-    reply: str  # the steered one, as text
+    said: str  # the plain reply, as text
+    reply: str  # the steered one
 
 
 def held(lm: LM, layer: int, asked: Sequence[tuple[str, str]], pushes: Tensor, limit: float, length: int) -> list[Talk]:
@@ -53,42 +58,12 @@ def held(lm: LM, layer: int, asked: Sequence[tuple[str, str]], pushes: Tensor, l
         rows = store.kept(reading.residuals, lm, whole, layer)
         return [splice.spoken(t, x, limit) for t, x in zip(whole, rows, strict=True)]
 
-    texts = [lm.tokenizer.decode(reply) for reply in steered]
-    runs = zip(asked, read(plain), read(steered), read(plain, own_turn=False), texts, strict=True)
-    found = [Talk(name, q, one, two, three, said) for (name, q), one, two, three, said in runs]
+    texts = [[lm.tokenizer.decode(reply) for reply in said] for said in (plain, steered)]
+    runs = zip(asked, read(plain), read(steered), read(plain, own_turn=False), *texts, strict=True)
+    found = [Talk(name, q, *rest) for (name, q), *rest in runs]
     return [
         t for t in found if all(min(x.answer.sum(), (~x.answer).sum()) >= LEAST for x in (t.plain, t.steered, t.inside))
     ]
-
-
-def added(lm: LM, layer: int, talks: Sequence[tuple[str, Sequence[int]]], vector: Tensor) -> np.ndarray:
-    """Cosine (tokens,) of (steered - unsteered) with the vector, read at the layer where it is added, over whole conversations
-    (question, reply ids)."""
-    whole = [tokens.conversation(lm.tokenizer, q, list(reply)) for q, reply in talks]
-    with_v, without = (reading.residuals(lm, whole, layer, push) for push in (vector, None))
-    gaps = [splice.spoken(t, a).rows - splice.spoken(t, b).rows for t, a, b in zip(whole, with_v, without, strict=True)]
-    return stats.cosine(torch.cat(gaps).numpy(), vector.numpy())
-
-
-def errors(sae: Dictionary, runs: Sequence[Spoken], *pushes: Sequence[Tensor]) -> list[list[Errors]]:
-    """For each of `pushes`, one vector (d_model,) a run: the SAE's error with it added to every row, against its error without."""
-    rows, lengths = torch.cat([x.rows for x in runs]), [len(x.rows) for x in runs]
-    base = splice.errors(sae, rows).double()
-    found = []
-    for vectors in pushes:
-        each = torch.stack([v.float() for v in vectors]).repeat_interleave(torch.tensor(lengths), 0)
-        moved = splice.errors(sae, rows + each).double()
-        ratio = (moved.norm(dim=1) / base.norm(dim=1)).split(lengths)
-        cosine = torch.from_numpy(stats.cosine(base.numpy(), moved.numpy())).split(lengths)
-        found.append([Errors(r.numpy(), c.numpy()) for r, c in zip(ratio, cosine, strict=True)])
-    return found
-
-
-def two_texts(sae: Dictionary, talk: Talk, v: Tensor) -> float:
-    """The `drop` where each run writes its own reply: errors of the plain run against those of the steered reply's rows plus v."""
-    n = min(len(talk.plain.rows), len(talk.steered.rows))
-    cosine = splice.compare_errors(sae, talk.plain.rows[:n], talk.steered.rows[:n] + v).cosine
-    return drop(cosine, np.arange(n) >= start(talk.plain))
 
 
 def start(run: Spoken) -> int:
@@ -96,41 +71,208 @@ def start(run: Spoken) -> int:
     return int(run.answer.argmax())
 
 
-def drop(series: np.ndarray, answer: np.ndarray) -> float:
-    """The mean of a series (tokens,) over the user's tokens less its mean over the answer's."""
-    return float(series[~answer].mean() - series[answer].mean())
+def by_behavior(
+    talks: Sequence[Talk], values: Sequence[float | np.ndarray] | Sequence[np.ndarray] | np.ndarray
+) -> np.ndarray:
+    """The mean for each behaviour of a number a conversation, or of several, one for each SAE or draw: (..., behaviours)."""
+    x, names = np.stack([np.asarray(v, np.float64) for v in values]), np.array([t.behavior for t in talks])
+    return np.stack([x[names == n].mean(0) for n in dict.fromkeys(names)], axis=-1)
 
 
-def dip(series: np.ndarray, at: int) -> float:
-    """How far the two words at the seam, before `at` and at it, lie below the three on either side of them."""
-    around = [*range(max(at - 4, 0), at - 1), *range(at + 1, min(at + 4, len(series)))]
-    return float(series[around].mean() - series[[at - 1, at]].mean())
+# --- latents ---------------------------------------------------------------------------------------------------------------
 
 
-def by_behavior(talks: Sequence[Talk], values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The mean of a number a conversation (talks,) or of draws of it (draws, talks) for each behaviour: (..., behaviours)."""
-    x, names = np.asarray(values, np.float64), np.array([t.behavior for t in talks])
-    return np.stack([x[..., names == n].mean(-1) for n in dict.fromkeys(names)], axis=-1)
+def changed(sae: Dictionary, row: Tensor, v: Tensor, n: int) -> list[tuple[int, float, float]]:
+    """The n latents whose code changes most if `v` is added to one activation (d_model,): number, code before, code after."""
+    before, after = decompose.codes_of(sae, torch.stack([row, row + v.to(row.dtype)]))
+    top = (after - before).abs().topk(n).indices.tolist()
+    return [(i, float(before[i]), float(after[i])) for i in top]
 
 
-def shuffled_drops(talks: Sequence[Talk], cosines: Sequence[np.ndarray], draws: int, seed: int) -> np.ndarray:
-    """The drops (draws, talks) with each conversation's tokens shuffled."""
-    rng = np.random.default_rng(seed)
-    pairs = [(c, t.plain.answer) for t, c in zip(talks, cosines, strict=True)]
-    return np.array([[drop(rng.permutation(c), answer) for c, answer in pairs] for _ in range(draws)])
+def some_rows(talks: Sequence[Talk], n: int) -> Tensor:
+    """About n activations (n, d_model) of unsteered answers, evenly over all conversations."""
+    rows = torch.cat([t.plain.rows[t.plain.answer] for t in talks])
+    return rows[:: max(len(rows) // n, 1)][:n]
+
+
+class Score(NamedTuple):
+    """How much of a reading is about the concept, for each SAE: of the behaviours' `own` vectors (SAEs, behaviours), and of the
+    null's (draws, SAEs, behaviours)."""
+
+    own: np.ndarray
+    null: np.ndarray
+
+
+def scores(
+    saes: Sequence[Dictionary],
+    vectors: Tensor,
+    null: Tensor,
+    acts: Tensor,
+    made: Sequence[Sides],
+    held_out: Sequence[Sides],
+    n: int,
+    signs: np.ndarray,
+) -> dict[str, Score]:
+    """For every way to read a vector: the share of its n largest positive latents that are among the n that pairs not used for the
+    vector raise most.
+
+    `vectors` (behaviours, d_model), `null` (draws, d_model) as long, `acts` (m, d_model) to which they are added; the pairs that
+    `made` each vector and those `held_out`. PAIRS, the codes of the pairs that made the vector, is the ceiling; its null has
+    their differences multiplied by `signs` (draws, pairs).
+    """
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for sae in saes:
+        reference = [_raised(sae, *sides).mean(0).clamp_min(0) for sides in held_out]
+        ways = decompose.readings(sae, torch.cat([vectors, null]).float(), acts)
+        parts = {m: (codes[: len(vectors)], [codes[len(vectors) :]] * len(vectors)) for m, codes in ways.items()}
+        differences = [_raised(sae, *sides) for sides in made]
+        swaps = [torch.from_numpy(signs).float() @ d[: signs.shape[1]] / signs.shape[1] for d in differences]
+        parts[PAIRS] = torch.stack([d.mean(0) for d in differences]), swaps
+        for m, (own, drawn) in parts.items():
+            hits = [
+                [decompose.overlap(x.clamp_min(0), r, n) for x, r in zip(codes, reference, strict=True)]
+                for codes in (own[:, None], drawn)
+            ]
+            found.setdefault(m, []).append((np.array(hits[0])[:, 0], np.array(hits[1]).T))
+    return {
+        m: Score(np.stack([x for x, _ in each]), np.stack([x for _, x in each], axis=1)) for m, each in found.items()
+    }
+
+
+def gain(found: Mapping[str, Score]) -> tuple[np.ndarray, np.ndarray, float]:
+    """How much more IN_PLACE says than ALONE: (SAEs, behaviours), for the null's draws (draws,), and for the ceiling, PAIRS."""
+    one, other = found[IN_PLACE], found[ALONE]
+    return one.own - other.own, (one.null - other.null).mean((1, 2)), float((found[PAIRS].own - other.own).mean())
+
+
+def _raised(sae: Dictionary, pos: Tensor, neg: Tensor) -> Tensor:
+    """How much more each latent fires on the positive side of each pair: (pairs, latents)."""
+    return (decompose.codes_of(sae, pos) - decompose.codes_of(sae, neg)).cpu()
+
+
+# --- above the steered layer -----------------------------------------------------------------------------------------------
+
+
+def carried(
+    lm: LM, layer: int, talks: Sequence[Talk], pushes: Sequence[Tensor], at: Sequence[int], batch: int = 32
+) -> dict[int, list[Tensor]]:
+    """What a run in which `pushes`, a vector (d_model,) a conversation, is added to every token after block `layer` has more than one
+    without, after each of the blocks `at`: for each conversation (spoken tokens, d_model) float32."""
+    whole = [tokens.conversation(lm.tokenizer, t.question, t.plain.ids[t.plain.answer].tolist()) for t in talks]
+    found: dict[int, list[Tensor]] = {k: [] for k in at}
+
+    def run(part: Sequence[Tokens], push: Tensor) -> dict[int, Tensor]:
+        with hooks.edit(lm, layer, lambda acts: hooks.shifted(acts, push[:, None])):
+            ((_, _, acts),) = reading.batches(lm, part, at, len(part), by_length=False)
+        return {k: x.float().cpu() for k, x in acts.items()}
+
+    for first in range(0, len(whole), batch):
+        part, push = whole[first : first + batch], torch.stack(list(pushes[first : first + batch]))
+        steered, plain = run(part, push), run(part, 0 * push)
+        for k in at:
+            for one, other, text in zip(steered[k], plain[k], part, strict=True):
+                found[k].append(splice.spoken(text, (one - other)[: len(text.ids)]).rows)
+    return found
+
+
+class Arrived(NamedTuple):
+    """At one layer, cosines of what arrives of the vectors (rows, a behaviour each): with the behaviours' own directions there,
+    `own` (behaviours, behaviours); of the vectors themselves with those, `vector`; and with the vector, `kept` (behaviours,)."""
+
+    own: np.ndarray
+    vector: np.ndarray
+    kept: np.ndarray
+
+
+def arrived(
+    talks: Sequence[Talk], gaps: Sequence[Tensor], vectors: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> Arrived:
+    """Where a vector's shift points at a layer: `gaps` (spoken tokens, d_model) a conversation, of `carried`; `own`: each behaviour's
+    direction there."""
+    shift = by_behavior(talks, [g.double().mean(0).numpy() for g in gaps]).T
+    v, there = (np.stack([x[n].double().numpy() for n in vectors]) for x in (vectors, own))
+    with_own, alone = (stats.cosine(x[:, None], there[None]) for x in (shift, v))
+    return Arrived(with_own, alone, stats.cosine(shift, v))
+
+
+# --- the SAE's error -------------------------------------------------------------------------------------------------------
+
+
+def errors(saes: Sequence[Dictionary], runs: Sequence[Spoken], *pushes: Sequence[Tensor]) -> list[list[Errors]]:
+    """For each of `pushes`, one vector (d_model,) a run: every SAE's error with it added to every row, against its error without;
+    for each run `ratio` and `cosine` (SAEs, tokens)."""
+    rows, lengths = torch.cat([x.rows for x in runs]), [len(x.rows) for x in runs]
+    base = [splice.errors(sae, rows).double() for sae in saes]
+    found = []
+    for vectors in pushes:
+        each = torch.stack([v.float() for v in vectors]).repeat_interleave(torch.tensor(lengths), 0)
+        moved = [splice.errors(sae, rows + each).double() for sae in saes]
+        ratio = torch.stack([m.norm(dim=1) / b.norm(dim=1) for m, b in zip(moved, base, strict=True)])
+        cosine = [stats.cosine(b.numpy(), m.numpy()) for m, b in zip(moved, base, strict=True)]
+        parts = zip(ratio.split(lengths, 1), torch.from_numpy(np.stack(cosine)).split(lengths, 1), strict=True)
+        found.append([Errors(r.numpy(), c.numpy()) for r, c in parts])
+    return found
+
+
+def ratios(talks: Sequence[Talk], found: Sequence[Errors]) -> np.ndarray:
+    """How long the errors are, of the unsteered ones: (SAEs, behaviours)."""
+    return by_behavior(talks, [x.ratio.mean(-1) for x in found])
+
+
+def by_strength(
+    saes: Sequence[Dictionary], talks: Sequence[Talk], vectors: Sequence[Tensor], lengths: Sequence[float], unit: float
+) -> list[Interval]:
+    """`ratios` over behaviours and SAEs with a vector (d_model,) a conversation brought to each of `lengths`, in units of `unit`."""
+    pushes = [[v / v.norm() * x * unit for v in vectors] for x in lengths]
+    return [stats.over_both(ratios(talks, found)) for found in errors(saes, [t.plain for t in talks], *pushes)]
+
+
+def drop(series: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """The mean of a series (..., tokens) over the user's tokens less its mean over the answer's: (...)."""
+    return series[..., ~answer].mean(-1) - series[..., answer].mean(-1)
+
+
+def drops(talks: Sequence[Talk], found: Sequence[Errors], where: str = "plain") -> np.ndarray:
+    """The `drop` of the errors' cosine from the user's turn to the answer: (SAEs, behaviours)."""
+    runs: list[Spoken] = [getattr(t, where) for t in talks]
+    return by_behavior(talks, [drop(x.cosine, run.answer) for x, run in zip(found, runs, strict=True)])
+
+
+def sluggish_drops(talks: Sequence[Talk], cosines: Sequence[np.ndarray], draws: int, seed: int) -> np.ndarray:
+    """The null of a mean drop, (draws,): series that remember as much as these (tokens,) and know nothing of an answer; `stats.ar1`."""
+    pairs = enumerate(zip(talks, cosines, strict=True))
+    each = [drop(stats.ar1(c, draws, seed + i), t.plain.answer) for i, (t, c) in pairs]
+    return by_behavior(talks, each).mean(1)
+
+
+def dip(series: np.ndarray, at: int) -> np.ndarray:
+    """How far the two words at the seam, before `at` and at it, lie below the three on either side of them: (...)."""
+    around = [*range(max(at - 4, 0), at - 1), *range(at + 1, min(at + 4, series.shape[-1]))]
+    return series[..., around].mean(-1) - series[..., [at - 1, at]].mean(-1)
+
+
+def dips(talks: Sequence[Talk], found: Sequence[Errors], at: Sequence[int]) -> np.ndarray:
+    """The `dip` of the errors' cosine at a place of each conversation: (SAEs, behaviours)."""
+    return by_behavior(talks, [dip(x.cosine, i) for x, i in zip(found, at, strict=True)])
 
 
 def rotated(
     talks: Sequence[Talk],
     cosines: Sequence[np.ndarray],
-    measure: Callable[[np.ndarray, int], float],
+    measure: Callable[[np.ndarray, int], float | np.ndarray],
     draws: int,
     seed: int,
 ) -> np.ndarray:
-    """`measure`(series, start) (draws, talks) with each series rotated by a random offset, which keeps its wiggles."""
+    """The null of the mean of `measure`(series, start) over behaviours, (draws,): each series (..., tokens) rotated by a random
+    offset, which keeps its wiggles."""
     rng = np.random.default_rng(seed)
     pairs = [(c, start(t.plain)) for t, c in zip(talks, cosines, strict=True)]
-    return np.array([[measure(np.roll(c, rng.integers(len(c))), at) for c, at in pairs] for _ in range(draws)])
+    return np.array(
+        [
+            by_behavior(talks, [measure(np.roll(c, rng.integers(c.shape[-1]), -1), at) for c, at in pairs]).mean()
+            for _ in range(draws)
+        ]
+    )
 
 
 class Turning(NamedTuple):
@@ -142,6 +284,17 @@ class Turning(NamedTuple):
         return float(abs(stats.change_point(series, draws=1).at - at) <= self.within)
 
 
+def two_texts(saes: Sequence[Dictionary], talk: Talk) -> np.ndarray:
+    """Where each run writes its own reply: the cosine of the SAE's errors on the answers' tokens, (SAEs,), n-th with n-th. On the
+    user's tokens it is 1: the runs are the same there."""
+    one, other = (run.rows[run.answer] for run in (talk.plain, talk.steered))
+    n = min(len(one), len(other))
+    return np.array([splice.compare_errors(sae, one[:n], other[:n]).cosine.mean() for sae in saes])
+
+
+# --- the stream against v --------------------------------------------------------------------------------------------------
+
+
 def turned(run: Spoken, v: Tensor) -> np.ndarray:
     """The cosine of v with each row (tokens,), less its mean over the user's tokens."""
     cosine = stats.cosine(run.rows.numpy(), v.numpy())
@@ -150,7 +303,29 @@ def turned(run: Spoken, v: Tensor) -> np.ndarray:
 
 def rise(run: Spoken, v: Tensor) -> float:
     """The answer's mean cosine with v less the user's."""
-    return -drop(stats.cosine(run.rows.numpy(), v.numpy()), run.answer)
+    return -float(drop(stats.cosine(run.rows.numpy(), v.numpy()), run.answer))
+
+
+def beyond_plain(talk: Talk, v: Tensor) -> np.ndarray:
+    """How far each word of the steered conversation has `turned` towards v, beyond the same place of the unsteered one: (tokens,)."""
+    one, other = turned(talk.steered, v), turned(talk.plain, v)
+    n = min(len(one), len(other))
+    return one[:n] - other[:n]
+
+
+def still_steered(run: Spoken, v: Tensor) -> Spoken:
+    """The run with v added to the answer's rows, as it was when the answer was written."""
+    return run._replace(rows=run.rows + torch.from_numpy(run.answer)[:, None] * v.to(run.rows.dtype))
+
+
+def rises_beyond(talks: Sequence[Talk], vectors: Sequence[Tensor]) -> np.ndarray:
+    """How far steered answers rise towards a vector (d_model,) a conversation, beyond unsteered ones: (behaviours,)."""
+    return by_behavior(talks, [rise(t.steered, v) - rise(t.plain, v) for t, v in zip(talks, vectors, strict=True)])
+
+
+def rises_still_steered(talks: Sequence[Talk], vectors: Sequence[Tensor]) -> np.ndarray:
+    """How far steered answers rise towards a vector that is still added to them: (behaviours,)."""
+    return by_behavior(talks, [rise(still_steered(t.steered, v), v) for t, v in zip(talks, vectors, strict=True)])
 
 
 class Tracking(NamedTuple):
@@ -165,7 +340,7 @@ class Tracking(NamedTuple):
 def tracking(sae: Dictionary, rows: Tensor, v: Tensor) -> Tracking:
     """Whether a vector's cosines with `rows` (tokens, d_model) are tracked by those of its reconstruction and its error."""
     a, whole = rows.double().numpy(), v.double().numpy()
-    e = splice.errors(sae, v[None])[0].double().numpy()
+    e = splice.errors(sae, v[None].float())[0].double().numpy()
     r = whole - e
     with_r, with_e, with_v = (stats.cosine(a, x) for x in (r, e, whole))
     one = with_r * np.linalg.norm(r) + with_e * np.linalg.norm(e)

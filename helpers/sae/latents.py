@@ -57,6 +57,11 @@ def cell(text: str | Context) -> str:
     return re.sub(r"([\\`*_#|<>\[\]$~])", r"\\\1", text)
 
 
+def cells(latent: Latent) -> list[str]:
+    """Where a latent fires most and the words it makes likelier, as they can stand in a Markdown table."""
+    return [cell(latent.contexts[0]) if latent.contexts else "(never fired)", words(latent)]
+
+
 def label(latent: Latent, before: int = 34, after: int = 12) -> str:
     """A latent's number and the end of the context in which it fires most, its token in «guillemets»."""
     if not latent.contexts:
