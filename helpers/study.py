@@ -95,6 +95,13 @@ class Compared:
         """One way's change as a share of another's, both summed over behaviours; None where there is nothing to divide by."""
         return stats.ratio_if_clear(self.mean(top), self.mean(bottom))
 
+    def ahead(self, way: str, other: str) -> Markdown:
+        """In which behaviours one way moves items further than another, in a sentence."""
+        names = list(self.changes[way])
+        which = [n for n, more in zip(names, self.mean(way) > self.mean(other), strict=True) if more]
+        said = f"*{way}* is ahead of *{other}* in {len(which)} of {len(names)} behaviours"
+        return Markdown(f"{said} ({', '.join(which) or 'none'}).")
+
     def table(self) -> Markdown:
         """A row for each way: its mean change, the share of items that move the wrong way, for how many behaviours it is best."""
         best = np.array([self.mean(way) for way in self.changes]).argmax(0)

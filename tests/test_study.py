@@ -202,6 +202,8 @@ def test_ways_are_compared_item_by_item_at_one_length(lab, monkeypatch):
     }
     two = study.Compared(fixed | {"none": {n: np.array([-1.0, 1.0, 0.0]) for n in "abc"}}, 0.1)
     assert two.ratio("half", "all").value == pytest.approx(3 / 4) and two.ratio("all", "none") is None
+    assert two.ahead("all", "half").data == "*all* is ahead of *half* in 3 of 3 behaviours (a, b, c)."
+    assert two.ahead("half", "all").data.endswith("in 0 of 3 behaviours (none).")
     rows = two.table().data.splitlines()
     assert rows[2].startswith("| all | +4.00") and rows[2].endswith("| 0% | 3 |") and "| 11% | 0 |" in rows[3]
     drawn = {}
