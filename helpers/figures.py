@@ -296,23 +296,31 @@ def beside(
     session: Session,
     name: str,
     x: Sequence[float],
-    panels: Mapping[str, Mapping[str, Sequence[Range]]],
+    panels: Mapping[str, Mapping[str, Sequence[Range] | None]],
     *,
     title: str,
     xlabel: str,
     grey: Sequence[str] = (),
+    log: bool = False,
     interactive: Interactive | None = None,
 ) -> None:
     """The same curves over `x` in several units, side by side, drawn, saved and shown: {y label: {series: an Interval for each x}},
-    those of `grey`, the nulls, in grey."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.9), squeeze=False)
+    those of `grey`, the nulls, in grey; None keeps its colour. `log`: a logarithmic x axis, with a tick at every x."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(9.5, 4.2 * len(panels)), 3.9), squeeze=False)
     for axis, (label, series) in zip(axes[0], panels.items(), strict=True):
         colour = dict(zip([who for who in series if who not in grey], PALETTE, strict=False))
         for (who, values), marker in zip(series.items(), MARKERS, strict=False):
+            if values is None:
+                continue
             value, low, high = np.array(values, float).T
             axis.plot(x, value, color=colour.get(who, NULL), marker=marker, markersize=5, label=who)
             axis.fill_between(x, low, high, color=colour.get(who, NULL), alpha=0.15, linewidth=0)
-        axis.axvline(0, color="black", linewidth=0.8)
+        if log:
+            axis.set(xscale="log")
+            axis.set_xticks(x, [f"{value:g}" for value in x])
+            axis.minorticks_off()
+        else:
+            axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlabel=xlabel, ylabel=label)
     axes[0, 0].set_title(title)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(series))
@@ -360,8 +368,8 @@ def matrices(
         axis.set_yticks(range(n), labels)
         axis.grid(False)
         axis.set_title(head)
-        for i, j in np.ndindex(table.shape):
-            axis.text(j, i, f"{table[i, j]:.{digits}f}", ha="center", va="center", fontsize=9)
+        for (i, j), value in np.ndenumerate(np.round(table, digits) + 0.0):  # no -0
+            axis.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=9)
     figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     show(session, name, figure, {"labels": labels, **panels})

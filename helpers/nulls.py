@@ -126,6 +126,17 @@ def other_items(responses: Sequence[np.ndarray], draws: int, seed: int = 0) -> I
         yield [x[:, rng.permutation(x.shape[1])] for x in responses]
 
 
+def elsewhere(count: int, draws: int, seed: int = 0) -> np.ndarray:
+    """Random orders (draws, count) of so many things in which none keeps its place. ValueError for one thing."""
+    if count < 2:
+        raise ValueError(f"{count} thing was given: it has no other place; give two or more")
+    rng, found = np.random.default_rng(seed), np.empty((0, count), int)
+    while len(found) < draws:
+        orders = rng.permuted(np.tile(np.arange(count), (3 * draws, 1)), axis=1)
+        found = np.concatenate([found, orders[(orders != np.arange(count)).all(1)]])
+    return found[:draws]
+
+
 def rotations(d_model: int, draws: int, seed: int = 0) -> Iterator[Tensor]:
     """Random rotations (d_model, d_model) float64, uniform (Stewart 1980): `rows @ rotation` keeps every angle between rows."""
     g = torch.Generator().manual_seed(seed)

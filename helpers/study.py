@@ -7,7 +7,7 @@ Everything is made when it is first asked for, at the sizes of a fast run where 
 how they fit together; nothing here measures or judges.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, cast
@@ -17,12 +17,12 @@ import torch
 from IPython.display import Markdown
 from torch import Tensor
 
-from helpers import nulls, stats
-from helpers.claims import table
+from helpers import figures, nulls, stats
+from helpers.claims import Claim, table
 from helpers.lm import models, reading, replies, scoring, text, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
-from helpers.lm.tokens import USER
+from helpers.lm.tokens import USER, Tokens
 from helpers.pair import patching
 from helpers.sae import activations, evidence, harvest, labels, latents, saes, train
 from helpers.sae.activations import Pair, Samples
@@ -58,6 +58,78 @@ class Doses(NamedTuple):
     change: np.ndarray
     kl: np.ndarray
     loss: np.ndarray
+
+    def panels(self, labels: Sequence[str]) -> dict[str, dict[str, list[Interval]]]:
+        """What a figure shows, `labels` naming the vectors: in each unit, for each vector and strength, the mean over behaviours
+        with its interval; KL in square roots, which grow in proportion to a strength, and loss as perplexity."""
+        units: dict[str, tuple[np.ndarray, Callable[[float], float]]] = {
+            "change of log-odds (nats)": (self.change, float),
+            "KL (nats per token)": (self.kl.clip(0) ** 0.5, np.square),
+            "perplexity of plain text": (self.loss, np.exp),
+        }
+        return {
+            unit: {
+                who: [stats.over(x).map(back) for x in of]
+                for who, of in zip(labels, table.transpose(1, 2, 0), strict=True)
+            }
+            for unit, (table, back) in units.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """What vectors made in several ways do at one length: each item's change of log-odds in nats, (items,) by way and behaviour."""
+
+    changes: dict[str, dict[str, np.ndarray]]
+    length: float
+
+    def mean(self, way: str) -> np.ndarray:
+        """Each behaviour's mean change, (behaviours,)."""
+        return np.array([x.mean() for x in self.changes[way].values()])
+
+    def over(self, way: str) -> Interval:
+        """Their mean, with its interval over behaviours."""
+        return stats.over(self.mean(way))
+
+    def ratio(self, top: str, bottom: str) -> Interval | None:
+        """One way's change as a share of another's, both summed over behaviours; None where there is nothing to divide by."""
+        return stats.ratio_if_clear(self.mean(top), self.mean(bottom))
+
+    def ahead(self, way: str, other: str) -> Markdown:
+        """In which behaviours one way moves items further than another, in a sentence."""
+        names = list(self.changes[way])
+        which = [n for n, more in zip(names, self.mean(way) > self.mean(other), strict=True) if more]
+        said = f"*{way}* is ahead of *{other}* in {len(which)} of {len(names)} behaviours"
+        return Markdown(f"{said} ({', '.join(which) or 'none'}).")
+
+    def table(self) -> Markdown:
+        """A row for each way: its mean change, the share of items that move the wrong way, for how many behaviours it is best."""
+        best = np.array([self.mean(way) for way in self.changes]).argmax(0)
+        body = [
+            [way, f"{self.over(way):+.2f}", f"{np.mean([(x < 0).mean() for x in of.values()]):.0%}", np.sum(best == i)]
+            for i, (way, of) in enumerate(self.changes.items())
+        ]
+        return table(
+            ["vector", "change in nats [95 % over behaviours]", "items that fall", "best for so many behaviours"], body
+        )
+
+    def figure(
+        self, session: Session, name: str, ways: Sequence[str], null: np.ndarray, null_label: str, claim: Claim
+    ) -> None:
+        """What a claim about some of the ways judged: behaviour by behaviour and over all, beside the draws of its `null`
+        (draws, behaviours)."""
+        figures.forest(
+            session,
+            name,
+            list(self.changes[ways[0]]),
+            {way: [stats.over(x) for x in of.values()] if way in ways else None for way, of in self.changes.items()},
+            pooled={way: self.over(way) for way in self.changes},
+            null=[stats.band(x) for x in [*null.T, null.mean(1)]],
+            null_label=null_label,
+            title=f"{claim.statement[:1].upper()}{claim.statement[1:]}:",
+            xlabel=f"change of log-odds at {self.length:g} of the residual norm\n(nats; 95 % over items, last row over behaviours)",
+            verdict=claim.verdict,
+        )
 
 
 class Lengths(NamedTuple):
@@ -180,6 +252,17 @@ class Single:
             OTHERS: nulls.others(v, others) if others else v.new_zeros(0, len(v)),
         }
 
+    def tokens_read(self, kind: str = ANSWERS) -> float:
+        """How many tokens a forward pass over one side of a pair takes, mean of pairs and behaviours: its price."""
+        tokenizer = self.model.tokenizer
+        laid: list[tuple[Tokens, Tokens]] = []
+        for b in self.data.values():
+            if kind == PADDED:
+                laid += [caa.padded_pair(tokenizer, p) for p in b.system_pairs]
+            else:
+                laid += [caa.tokens_of(tokenizer, p) for p in (b.system_pairs if kind == SYSTEM else b.answer_pairs)]
+        return float(np.mean([len(side.ids) for sides in laid for side in sides]))
+
     def tested(self, items: int = 0) -> dict[str, Continuations]:
         """Each behaviour's held-out test items (the first `items`; 0: all), ready to be scored under any vector."""
         if items not in self._tested:
@@ -208,22 +291,29 @@ class Single:
         """The same for each behaviour's own `vectors` (n, d_model), mean of its items: (n, behaviours)."""
         return np.stack([self.response(n, v, length, items).mean(1) for n, v in vectors.items()], axis=1)
 
-    def moved(self, vectors: Mapping[str, Tensor], length: float, items: int = 0) -> dict[str, np.ndarray]:
-        """The same item by item, mean of each behaviour's own vectors, (n, d_model) or one (d_model,): (items,) by behaviour."""
-        return {n: self.response(n, v.reshape(-1, v.shape[-1]), length, items).mean(0) for n, v in vectors.items()}
+    def compare(self, vectors: Mapping[str, Mapping[str, Tensor]], length: float, items: int = 0) -> Compared:
+        """The same by way and behaviour: of each behaviour's own vector (d_model,), or mean of several (n, d_model)."""
+        return Compared(
+            {
+                way: {n: self.response(n, v.reshape(-1, v.shape[-1]), length, items).mean(0) for n, v in of.items()}
+                for way, of in vectors.items()
+            },
+            length,
+        )
 
     def chance(self, kind: str, draws: int, length: float, items: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
         """What vectors that hold nothing of a behaviour do to it, one vector a behaviour and draw: by the kind of null the mean
-        response of its items, (draws, behaviours) in nats. Of OTHERS, the behaviours' own vectors are dealt out among them."""
+        response of its items, (draws, behaviours) in nats. Of OTHERS, vectors are dealt out so that none has its own."""
         drawn = {n: self.nulls(n, draws, seed, kind) for n in self.names}
         found = {
             null: self.responses({n: x[null] for n, x in drawn.items()}, length, items)
             for null in (RANDOM, LIKE_ROWS, SHUFFLED)
         }
-        every, place = pooled(self.vectors(kind)), np.arange(len(self.names))
-        table = self.responses(dict.fromkeys(self.names, every), length, items)  # (whose vector, behaviour)
-        rng = np.random.default_rng(seed)
-        return found | {OTHERS: np.stack([table[rng.permutation(place), place] for _ in range(draws)])}
+        if len(self.names) > 1:
+            every, place = pooled(self.vectors(kind)), np.arange(len(self.names))
+            given = self.responses(dict.fromkeys(self.names, every), length, items)  # (whose vector, behaviour)
+            found[OTHERS] = given[nulls.elsewhere(len(place), draws, seed), place]
+        return found
 
     def by_chance(self, length: float, items: int = 0) -> np.ndarray:
         """The standard deviation (behaviours,) in nats of those responses to random directions `length` residual norms long: a unit in
@@ -266,13 +356,13 @@ class Single:
         return scores[:, 1] - scores[:, 0]
 
     def by_layer(
-        self, kind: str = ANSWERS, length: float = 0.1, where: str = ""
+        self, kind: str = ANSWERS, length: float = 0.1, where: str = "", part: str = "dev", items: int = 0
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """On the dev items alone and by gradient, at every layer of `layers`: each behaviour's response (layers,) in nats to its own
-        vector of that kind (`where` as in `halves`), `length` residual norms long; and the standard deviation of random directions'
-        responses (layers,)."""
+        """On dev items, or the first `items` of the test items, and by gradient, at every layer of `layers`: each behaviour's response
+        (layers,) in nats to its own vector of that kind (`where` as in `halves`), `length` residual norms long; and the standard
+        deviation of random directions' responses (layers,)."""
         own, chance = {}, {}
-        slopes = self.slopes(part="dev")
+        slopes = self.slopes(items, part)
         for n, h in self.halves(kind, self.layers, where).items():
             at_each = slopes[n].mean(1) * length * self.lengths.stream[:, None]
             units = [directions.mean(*h.at(k)).numpy() for k in self.layers]
@@ -587,6 +677,12 @@ def estimated(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """The mean over all items of what was measured on the first of them, (..., some): the prediction's mean over all, `predicted`
     (..., all), and the mean of what it misses where it was measured (the difference estimator, Cochran 1977, ch. 7)."""
     return predicted.mean(-1) + (measured - predicted[..., : measured.shape[-1]]).mean(-1)
+
+
+def central(draws: np.ndarray) -> Interval:
+    """The mean of draws (draws, ...), averaged over all else first, with the central 95 % of them: for a figure."""
+    each = np.asarray(draws, np.float64).reshape(len(draws), -1).mean(1)
+    return Interval(float(each.mean()), *stats.band(each))
 
 
 def pooled(by_behavior: dict[str, Tensor]) -> Tensor:

@@ -72,13 +72,6 @@ def test_one_pass_reads_answers_at_all_places(tiny, cache):
         torch.testing.assert_close(halves.at(1), alone.at(1), atol=1e-4, rtol=1e-4)
 
 
-def test_a_pass_is_priced_by_its_tokens(tiny):
-    sides = [len(side.ids) for pair in PAIRS for side in caa.tokens_of(tiny.tokenizer, pair)]
-    assert caa.tokens_read(tiny.tokenizer, PAIRS) == sum(sides) / len(sides)
-    filled = [len(side.ids) for pair in PAIRS for side in caa.padded_pair(tiny.tokenizer, pair)]
-    assert caa.tokens_read(tiny.tokenizer, PAIRS, padded=True) == sum(filled) / len(filled) >= sum(sides) / len(sides)
-
-
 def test_a_base_models_turn_ends_with_the_line(tiny):
     plain = copy.copy(tiny.tokenizer)
     plain.chat_template = None
@@ -450,25 +443,3 @@ def test_a_difference_is_zero_until_the_prompts_differ(tiny):
     one, other = caa.padded_pair(tiny.tokenizer, PAIRS[0])
     first = next(i for i, (a, b) in enumerate(zip(one.ids, other.ids, strict=True)) if a != b)
     assert len(lengths) == len(one.ids) and not lengths[:first].any() and lengths[first:].all()
-
-
-def test_the_fillers_vector_is_what_attending_to_them_adds(tiny, cache):
-    found = caa.filler_vector(tiny, PAIRS, 2)
-    parts = []
-    for pair in PAIRS:
-        both = caa.padded_pair(tiny.tokenizer, pair)
-        after = caa.padded_masks(*both)["after"]
-        for side in both:
-            if tokens.FILLER in side.roles:
-                batch = tokens.pad([side], tiny.pad_id)
-                acts = []
-                for attend in (True, False):
-                    with hooks.capture(tiny, [2]) as a:
-                        reading.forward(tiny, batch, attend_filler=attend)
-                    acts.append(a[2][0, after].double().mean(0))
-                parts.append(acts[0] - acts[1])
-    torch.testing.assert_close(found, torch.stack(parts).mean(0), atol=1e-5, rtol=1e-4)
-    assert found.norm() > 1e-3
-    equal = [SystemPair("You are cross.", "You are calm.", "What is tin?")]
-    assert tokens.FILLER not in [r for side in caa.padded_pair(tiny.tokenizer, equal[0]) for r in side.roles]
-    assert not caa.filler_vector(tiny, equal, 2).any()

@@ -104,6 +104,14 @@ def test_one_pair_has_nothing_to_shuffle_and_an_odd_one_is_left_out():
     torch.testing.assert_close(two.abs(), ((pos - neg)[0] - (pos - neg)[1]).double().abs() / 2)
 
 
+def test_nothing_keeps_its_place_and_every_other_order_comes_up():
+    found = nulls.elsewhere(4, 2000)
+    assert found.shape == (2000, 4) and (np.sort(found, 1) == np.arange(4)).all() and (found != np.arange(4)).all()
+    assert len(np.unique(found, axis=0)) == 9 and nulls.elsewhere(2, 3).tolist() == [[1, 0]] * 3
+    with pytest.raises(ValueError, match="no other place"):
+        nulls.elsewhere(1, 3)
+
+
 def test_rotations_keep_every_angle_and_are_uniform():
     rows = torch.randn(9, 7, dtype=torch.float64)
     turns = list(nulls.rotations(7, 300))

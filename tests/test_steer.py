@@ -280,6 +280,7 @@ def test_readers_change_where_the_words_are_theirs():
     readers = {n: propensity.TextJudge(behaviors.load_behavior(n)) for n in ("joy", "anger")}
     joyful = [p.positive for p in behaviors.load_behavior("joy").answer_pairs[:4]]
     plain = [p.negative for p in behaviors.load_behavior("joy").answer_pairs[:4]]
-    found = propensity.reader_changes(readers, {"joy": plain, "anger": plain}, {"joy": joyful, "anger": plain})
-    assert set(found) == {(r, n) for r in readers for n in readers} and (found["joy", "joy"] > 0).all()
-    assert found["joy", "joy"].mean() > found["anger", "joy"].mean() and not found["joy", "anger"].any()
+    found = propensity.heard(readers, {"joy": plain, "anger": plain}, {"joy": joyful, "anger": plain})
+    assert found.crossed.shape == (2, 2) and (found.own["joy"] > 0).all() and not found.own["anger"].any()
+    assert found.crossed[0, 0] == pytest.approx(found.own["joy"].mean())
+    assert found.crossed[0, 0] > found.crossed[1, 0] and not found.crossed[:, 1].any()

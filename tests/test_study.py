@@ -10,7 +10,7 @@ import torch
 from conftest import HARVEST, a_profile
 from test_decompose import sae_of
 
-from helpers import nulls, study
+from helpers import claims, nulls, stats, study
 from helpers.lm import reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.sae import activations, evidence, saes
@@ -62,6 +62,9 @@ def test_the_response_by_layer_is_that_of_the_layer(lab):
     alone = study.Single(Session(), lab.model, 1, [0, 1], {**lab.data, "joy": where})
     expected = alone.response("joy", lab.vectors()["joy"][None], 0.1).mean()
     assert own["joy"][1] == pytest.approx(float(expected), rel=1e-4)
+    tested, _ = lab.by_layer(length=0.1, part="test", items=2)
+    expected = lab.response("joy", lab.vectors()["joy"][None], 0.1, 2).mean()
+    assert tested["joy"][1] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_slopes_are_the_gradients_of_every_layer(lab):
@@ -186,25 +189,47 @@ def test_differences_average_to_the_vectors_and_answers_are_read_where_asked(lab
     assert torch.equal(lab.vectors()["joy"], chosen)
 
 
-def test_items_move_by_the_mean_over_vectors_each_of_one_length(two):
-    vectors = {n: torch.randn(3, 48) * torch.tensor([[1.0], [5.0], [0.1]]) for n in two.names}
-    found = two.moved(vectors, 0.1)
-    assert found["joy"].shape == (4,)
-    np.testing.assert_allclose(found["joy"], two.response("joy", vectors["joy"], 0.1).mean(0))
-    one = {n: v[0] for n, v in vectors.items()}
-    np.testing.assert_allclose(two.moved(one, 0.1)["joy"], two.response("joy", vectors["joy"][:1], 0.1)[0])
+def test_ways_are_compared_item_by_item_at_one_length(lab, monkeypatch):
+    many = {n: torch.randn(3, 48) * torch.tensor([[1.0], [5.0], [0.1]]) for n in lab.names}
+    found = lab.compare({"many": many, "one": {n: v[0] for n, v in many.items()}}, 0.1)
+    np.testing.assert_allclose(found.changes["many"]["joy"], lab.response("joy", many["joy"], 0.1).mean(0))
+    np.testing.assert_allclose(found.changes["one"]["joy"], lab.response("joy", many["joy"][:1], 0.1)[0])
+    assert found.mean("one")[0] == pytest.approx(found.changes["one"]["joy"].mean())
+    assert found.over("one") == stats.over(found.mean("one"))
+    fixed = {
+        "all": {n: np.array([2.0, 3.0, 4.0]) + i for i, n in enumerate("abc")},
+        "half": {n: np.array([-1.0, 2.0, 5.0]) + i for i, n in enumerate("abc")},
+    }
+    two = study.Compared(fixed | {"none": {n: np.array([-1.0, 1.0, 0.0]) for n in "abc"}}, 0.1)
+    assert two.ratio("half", "all").value == pytest.approx(3 / 4) and two.ratio("all", "none") is None
+    assert two.ahead("all", "half").data == "*all* is ahead of *half* in 3 of 3 behaviours (a, b, c)."
+    assert two.ahead("half", "all").data.endswith("in 0 of 3 behaviours (none).")
+    rows = two.table().data.splitlines()
+    assert rows[2].startswith("| all | +4.00") and rows[2].endswith("| 0% | 3 |") and "| 11% | 0 |" in rows[3]
+    drawn = {}
+    monkeypatch.setattr(study.figures, "forest", lambda *args, **given: drawn.update(given, series=args[3]))
+    said = claims.Claim("1", "all is well", "", "", "", "", "", verdict="holds")
+    two.figure(None, "f", ["all"], np.zeros((5, 3)), "null", said)
+    assert drawn["title"] == "All is well:" and drawn["verdict"] == "holds"
+    assert drawn["series"]["half"] is None and len(drawn["series"]["all"]) == 3 and len(drawn["null"]) == 4
+
+
+def test_a_pass_is_priced_by_its_tokens(lab):
+    tokenizer, data = lab.model.tokenizer, lab.data.values()
+    plain = [len(side.ids) for b in data for p in b.system_pairs for side in caa.tokens_of(tokenizer, p)]
+    assert lab.tokens_read(study.SYSTEM) == pytest.approx(sum(plain) / len(plain))
+    assert lab.tokens_read(study.PADDED) >= lab.tokens_read(study.SYSTEM) != lab.tokens_read(study.ANSWERS)
 
 
 def test_vectors_of_nothing_move_no_behaviour_on_average_and_others_are_dealt_out(lab):
     found = lab.chance(study.ANSWERS, 400, 0.1, seed=1)
-    own = lab.responses({n: v[None] for n, v in lab.vectors().items()}, 0.1)[0]
     assert {x.shape for x in found.values()} == {(400, 3)}
     for kind in (study.RANDOM, study.SHUFFLED):
         assert (abs(found[kind].mean(0)) < 4 * found[kind].std(0) / 20).all()
     for i, n in enumerate(lab.names):
         given = {float(x) for x in found[study.OTHERS][:, i].round(9)}
-        each = {float(lab.response(n, v[None], 0.1).mean().round(9)) for v in lab.vectors().values()}
-        assert given == each and float(own[i].round(9)) in given
+        others = [v for other, v in lab.vectors().items() if other != n]
+        assert given == {float(lab.response(n, v[None], 0.1).mean().round(9)) for v in others}
 
 
 def test_doses_are_finite_steps_with_their_price_and_at_kl_is_the_dose_of_that_price(two, monkeypatch):
@@ -216,10 +241,23 @@ def test_doses_are_finite_steps_with_their_price_and_at_kl_is_the_dose_of_that_p
     np.testing.assert_allclose(found.change[0, :, 0], two.change("joy", vectors["joy"], -0.2).mean(1))
     assert not found.change[:, :, 1].any() and not found.kl[:, :, 1].any() and (found.kl[:, :, ::2] > 0).all()
     assert np.ptp(found.loss[:, :, 1]) == 0 and np.ptp(found.loss[:, :, 0]) > 0
+    three = study.Doses(*(np.stack([x, x + 1, x + 2]) for x in (found.change[0], found.kl[0], found.loss[0])))
+    panels = three.panels(["first", "second"])
+    assert list(panels) == ["change of log-odds (nats)", "KL (nats per token)", "perplexity of plain text"]
+    assert panels["change of log-odds (nats)"]["second"][2] == stats.over(three.change[:, 1, 2])
+    assert panels["KL (nats per token)"]["first"][0].value == pytest.approx(np.mean(three.kl[:, 0, 0] ** 0.5) ** 2)
+    assert panels["perplexity of plain text"]["first"][0].high == pytest.approx(
+        np.exp(stats.over(three.loss[:, 0, 0]).high)
+    )
     target = float(found.kl[0, 1, 2])
     reached = two.at_kl({n: v[1:] for n, v in vectors.items()}, [0.0, 0.1, 0.2], target, prompts=2, measured=4)["joy"]
     assert reached.strength == pytest.approx([0.1]) and reached.change.shape == (1,)
     np.testing.assert_allclose(reached.change, found.change[0, 1:, 2], atol=1e-4)
+
+
+def test_draws_are_shown_by_their_mean_and_what_most_of_them_reach():
+    draws = np.arange(1000.0)[:, None] + np.array([-5.0, 5.0])
+    assert study.central(draws) == pytest.approx((499.5, 24.975, 974.025))
 
 
 def test_what_few_items_show_is_corrected_by_what_is_predicted_of_all(two):

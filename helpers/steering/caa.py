@@ -27,7 +27,6 @@ from helpers.lm import models, reading, tokens
 from helpers.lm.hooks import resid_post
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, FILLER, SPECIAL, SYSTEM, Tokenizer, Tokens
-from helpers.steering import directions
 from helpers.steering.behaviors import AnswerPair, ContrastPair, SystemPair
 from helpers.store import digest, write_file
 
@@ -94,15 +93,6 @@ def extract_answers(
         where: Halves(acts[0::2, i], acts[1::2, i], list(layers), 2 * len(pairs), seconds)
         for i, where in enumerate(ANSWER_PLACES)
     }
-
-
-def tokens_read(tokenizer: Tokenizer, pairs: Sequence[ContrastPair], padded: bool = False) -> float:
-    """How many tokens one forward pass over a side of these pairs takes, on average: the price of a pass."""
-    both = [
-        padded_pair(tokenizer, pair) if padded and isinstance(pair, SystemPair) else tokens_of(tokenizer, pair)
-        for pair in pairs
-    ]
-    return float(np.mean([len(side.ids) for sides in both for side in sides]))
 
 
 def padded_pair(tokenizer: Tokenizer, pair: SystemPair, filler: str = " .") -> tuple[Tokens, Tokens]:
@@ -221,24 +211,6 @@ def same_from_the_start(halves: Mapping[str, Halves], layer: int) -> np.ndarray:
         (pos - neg).double().numpy() for pos, neg in (halves[k].at(layer) for k in ("masked", "from the start"))
     )
     return stats.cosine(masked, longer)
-
-
-def filler_vector(lm: LM, pairs: Sequence[SystemPair], layer: int) -> Tensor:
-    """What fillers alone do to the tokens after the system prompt: their mean with fillers attended to less without, (d_model,)
-    float64, over the halves that have any; zero where no half has."""
-    filled = [
-        (side, padded_masks(*both)["after"][None])
-        for both in (padded_pair(lm.tokenizer, p) for p in pairs)
-        for side in both
-    ]
-    filled = [(side, after) for side, after in filled if FILLER in side.roles]
-    if not filled:
-        return torch.zeros(lm.d_model, dtype=torch.float64)
-    sides, after = [side for side, _ in filled], [mask for _, mask in filled]
-    seen, unseen = (
-        reading.means(lm, sides, [layer], "after", after, attend_filler=attend)[0][:, 0, 0] for attend in (True, False)
-    )
-    return directions.mean(seen, unseen)
 
 
 # --- a vector with its papers --------------------------------------------------------------------------------------

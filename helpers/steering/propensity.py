@@ -192,11 +192,23 @@ class TextJudge:
         return self.pipeline.decision_function(list(texts))
 
 
-def reader_changes(
-    readers: Mapping[str, TextJudge], before: Mapping[str, Sequence[str]], after: Mapping[str, Sequence[str]]
-) -> dict[tuple[str, str], np.ndarray]:
-    """How a reader's log-odds change from `before` to `after`, replies by behaviour: (replies,) by (reader, behaviour).
+class Heard(NamedTuple):
+    """How a change of replies looks to readers, in nats: to each behaviour's `own` (replies,) by behaviour; `crossed`, the mean of
+    every behaviour's replies to every reader, (readers, behaviours): other readers than the own are the null."""
 
-    Those of other readers than a behaviour's own are the null: what such replies do to a reader of something else.
-    """
-    return {(r, n): reader.score(after[n]) - reader.score(before[n]) for r, reader in readers.items() for n in after}
+    own: dict[str, np.ndarray]
+    crossed: np.ndarray
+
+
+def heard(
+    readers: Mapping[str, TextJudge], before: Mapping[str, Sequence[str]], after: Mapping[str, Sequence[str]]
+) -> Heard:
+    """What every reader makes of the change from `before` to `after`, each one's replies by behaviour."""
+    own, crossed = {}, np.empty((len(readers), len(readers)))
+    for i, (name, reader) in enumerate(readers.items()):
+        for j, steered in enumerate(readers):
+            change = reader.score(after[steered]) - reader.score(before[steered])
+            crossed[i, j] = change.mean()
+            if name == steered:
+                own[name] = change
+    return Heard(own, crossed)
