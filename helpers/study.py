@@ -321,12 +321,6 @@ class Single:
             found[OTHERS] = given[nulls.elsewhere(len(place), draws, seed), place]
         return found
 
-    def by_chance(self, length: float, items: int = 0) -> np.ndarray:
-        """The standard deviation (behaviours,) in nats of those responses to random directions `length` residual norms long: a unit in
-        which behaviours compare, whose completions are of any length."""
-        means = np.stack([g.mean(0) for g in self.gradients(items).values()])
-        return length * self.residual_norm * np.linalg.norm(means, axis=1) / self.model.d_model**0.5
-
     def instructed(self, measure: str, items: int) -> dict[str, Changes]:
         """By behaviour: how far `measure`, one of `propensity.MEASURES`, moves on each of the first test `items` between a positive and a
         negative system prompt of the behaviour's own, and of another one's: each item has another pair and another foreign
