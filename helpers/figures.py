@@ -369,7 +369,8 @@ def matrices(
         axis.grid(False)
         axis.set_title(head)
         for (i, j), value in np.ndenumerate(np.round(table, digits) + 0.0):  # no -0
-            axis.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=9)
+            ink = "white" if abs(value) > 0.6 else "black"
+            axis.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=9, color=ink)
     figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
     figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     show(session, name, figure, {"labels": labels, **panels})

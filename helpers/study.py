@@ -151,7 +151,7 @@ class Single:
     layer: int
     layers: list[int]
     data: dict[str, Behavior]
-    _tested: dict[int, dict[str, Continuations]] = field(default_factory=dict, repr=False)
+    _asked: dict[tuple[str, int], dict[str, Continuations]] = field(default_factory=dict, repr=False)
 
     @property
     def names(self) -> list[str]:
@@ -263,12 +263,18 @@ class Single:
                 laid += [caa.tokens_of(tokenizer, p) for p in (b.system_pairs if kind == SYSTEM else b.answer_pairs)]
         return float(np.mean([len(side.ids) for sides in laid for side in sides]))
 
-    def tested(self, items: int = 0) -> dict[str, Continuations]:
-        """Each behaviour's held-out test items (the first `items`; 0: all), ready to be scored under any vector."""
-        if items not in self._tested:
+    def asked(self, measure: str, items: int = 0) -> dict[str, Continuations]:
+        """Each behaviour's held-out test items (the first `items`; 0: all), ready to be scored by one of `propensity.MEASURES` under any
+        vector."""
+        if (measure, items) not in self._asked:
             each = {n: b.test[: items or None] for n, b in self.data.items()}
-            self._tested[items] = {n: propensity.of_items(self.model, part, self.layer) for n, part in each.items()}
-        return self._tested[items]
+            ready = propensity.MEASURES[measure]
+            self._asked[measure, items] = {n: ready(self.model, part, self.layer) for n, part in each.items()}
+        return self._asked[measure, items]
+
+    def tested(self, items: int = 0) -> dict[str, Continuations]:
+        """The same by written completions, which everything but notebook 00 scores."""
+        return self.asked(propensity.WRITTEN, items)
 
     def gradients(self, items: int = 0) -> dict[str, np.ndarray]:
         """The linear response (items, d_model) of those items' log-odds to a vector added at the layer."""
@@ -315,12 +321,6 @@ class Single:
             found[OTHERS] = given[nulls.elsewhere(len(place), draws, seed), place]
         return found
 
-    def by_chance(self, length: float, items: int = 0) -> np.ndarray:
-        """The standard deviation (behaviours,) in nats of those responses to random directions `length` residual norms long: a unit in
-        which behaviours compare, whose completions are of any length."""
-        means = np.stack([g.mean(0) for g in self.gradients(items).values()])
-        return length * self.residual_norm * np.linalg.norm(means, axis=1) / self.model.d_model**0.5
-
     def instructed(self, measure: str, items: int) -> dict[str, Changes]:
         """By behaviour: how far `measure`, one of `propensity.MEASURES`, moves on each of the first test `items` between a positive and a
         negative system prompt of the behaviour's own, and of another one's: each item has another pair and another foreign
@@ -341,10 +341,12 @@ class Single:
     def steered(self, measure: str, items: int, length: float, kind: str = ANSWERS) -> dict[str, Changes]:
         """The same by gradient under the behaviour's own vector, and under every other behaviour's, `length` residual norms long."""
         units = torch.stack(list(self.steps(kind, length).values())).double().numpy()
+        slopes = self.gradients()  # of all items, which other notebooks want too
+        if measure != propensity.WRITTEN:
+            slopes = {n: scoring.linear_response(where) for n, where in self.asked(measure, items).items()}
         found = {}
-        for i, (n, b) in enumerate(self.data.items()):
-            where = propensity.MEASURES[measure](self.model, b.test[:items], self.layer)
-            moved = propensity.content(measure, scoring.linear_response(where)) @ units.T
+        for i, n in enumerate(self.names):
+            moved = propensity.content(measure, slopes[n])[:items] @ units.T
             found[n] = Changes(moved[:, i], np.delete(moved, i, 1).ravel())
         return found
 

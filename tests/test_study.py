@@ -10,7 +10,7 @@ import torch
 from conftest import HARVEST, a_profile
 from test_decompose import sae_of
 
-from helpers import claims, nulls, stats, study
+from helpers import claims, stats, study
 from helpers.lm import reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.sae import activations, evidence, saes
@@ -84,11 +84,6 @@ def test_lengths_are_those_of_every_prompt_alone(lab):
         for x, expected in zip(found[:3], (rows[0], rows[1], own), strict=True):
             assert x[1, i] == pytest.approx(float(expected), rel=1e-4)
     assert found.stream[1] == pytest.approx(lab.residual_norm, rel=1e-5)
-
-
-def test_chance_is_what_random_directions_do(lab):
-    drawn = lab.responses({n: nulls.random(v, 3000) for n, v in lab.vectors().items()}, 0.1)
-    np.testing.assert_allclose(lab.by_chance(0.1), drawn.std(0), rtol=0.1)
 
 
 @pytest.mark.parametrize("measure", propensity.MEASURES)

@@ -358,33 +358,3 @@ def common(*pairs: Pair) -> None:
         mask[side.used] = True
     for side in sides:
         side.keep_only(used.all(0))
-
-
-class Hoard(NamedTuple):
-    """What the longest rows of a harvest hold of its variance about the mean: `outliers` and `all` (documents,) as sums of squares,
-    `others`, the share that as many of the next longest hold of what remains, and all rows' `energy`, largest first."""
-
-    outliers: np.ndarray
-    all: np.ndarray
-    others: float
-    energy: np.ndarray
-    longest: Tensor
-
-
-def hoard(everything: Samples, count: int) -> Hoard:
-    """How much of the variance the `count` longest rows of a harvest (`Samples` with outlier = inf) hold; float64."""
-    rows = everything.rows(torch.arange(len(everything))).double()
-    energy = (rows - rows.mean(0)).square().sum(1)
-    longest = rows.norm(dim=1).argsort(descending=True)
-    inside = torch.zeros(len(rows), dtype=torch.float64).index_fill(0, longest[:count], 1.0)
-    documents = everything.named("document").numpy()
-    own, whole = (np.bincount(documents, weights=w.numpy()) for w in (energy * inside, energy))
-    rest = energy[longest[count:]]
-    others = float(energy[longest[count : 2 * count]].sum() / rest.sum())
-    return Hoard(own[whole > 0], whole[whole > 0], others, energy.sort(descending=True).values.numpy(), longest[:count])
-
-
-def held_by_the_largest(energy: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """The share of the sum of `energy` (rows,), largest first, that the first share of rows holds, for each of `shares`."""
-    counts = np.maximum((shares * len(energy)).astype(int), 1)
-    return energy.cumsum()[counts - 1] / energy.sum()
