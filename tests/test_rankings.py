@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import pearsonr, ttest_ind
 
+from helpers import stats
 from helpers.pair import matching, rankings
 from helpers.pair.rankings import Top
 from helpers.stats import p_value
@@ -95,6 +96,19 @@ def test_the_top_of_a_ranking_is_compared_with_the_controls_top():
     alone = rankings.beyond(tops[:1])
     assert alone.value == pytest.approx(one[:30].mean() - one.mean())
     assert abs(rankings.by_chance(tops[:1], 400).mean()) < 0.05
+
+
+def test_the_interval_of_pairs_is_over_what_they_are_pairs_of():
+    """Values of pairs are sums over their seeds: the mean is that of the seeds, twice, and so is its t interval."""
+    effects = np.random.default_rng(0).normal(size=6)
+    found = rankings.of_pairs({(i, j): effects[i] + effects[j] for i in range(6) for j in range(i)})
+    alone = stats.over(2 * effects)
+    assert found.value == pytest.approx(2 * effects.mean())
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=1e-9)
+    three = rankings.of_pairs({(0, 1): 0.5, (0, 2): 0.6, (1, 2): 0.7})
+    assert three.low < 0.6 < three.high
+    with pytest.raises(ValueError, match="three or more"):
+        rankings.of_pairs({(0, 1): 0.5})
 
 
 def test_correlations_are_within_a_fine_tune_and_over_behaviours():

@@ -137,6 +137,13 @@ def beyond(tops: Sequence[Top]) -> Interval:
     return stats.over(units, _gap)
 
 
+def of_pairs(values: Mapping[tuple[int, int], float]) -> Interval:
+    """The mean of what pairs of seeds give, with an interval over the seeds, each of which stands in several pairs: the jackknife of a
+    U-statistic (Arvesen 1969). ValueError for fewer than three seeds."""
+    seeds = sorted({seed for pair in values for seed in pair})
+    return stats.over(seeds, lambda kept: float(np.mean([x for pair, x in values.items() if set(pair) <= set(kept)])))
+
+
 def _gap(units: Sequence[tuple[int, float]]) -> float:
     one, other = (np.mean([x for side, x in units if side == k]) for k in (0, 1))
     return float(one - other)
