@@ -10,6 +10,7 @@ from scipy.stats import pearsonr, ttest_ind
 from helpers import stats
 from helpers.pair import matching, rankings
 from helpers.pair.rankings import Top
+from helpers.sae.activations import Array
 from helpers.stats import p_value
 
 N, D = 40, 16
@@ -96,6 +97,19 @@ def test_the_top_of_a_ranking_is_compared_with_the_controls_top():
     alone = rankings.beyond(tops[:1])
     assert alone.value == pytest.approx(one[:30].mean() - one.mean())
     assert abs(rankings.by_chance(tops[:1], 400).mean()) < 0.05
+
+
+def test_saes_of_several_seeds_are_matched_two_by_two(cache):
+    rows = torch.linalg.qr(torch.randn(D, D)).Q
+    other = rows[torch.randperm(D)].clone()
+    other[0] = torch.randn(D)
+    silent = torch.cat([rows, 100 * torch.eye(D)[:1]])
+    samples = Array(torch.rand(300, D) @ rows, model_name="toy")
+    some = [Toy(x, bias) for x, bias in ((rows, 0.0), (other, 0.0), (silent, torch.tensor([0.0] * D + [1e6])))]
+    found = rankings.between(some, samples)
+    assert list(found) == [(0, 1), (0, 2), (1, 2)] and all(len(x) == D for x in found.values())
+    assert found[0, 2].min() > 0.999 and (found[0, 1] > 0.999).sum() == (found[1, 2] > 0.999).sum() == D - 1
+    assert rankings.of_pairs({pair: float(x.mean()) for pair, x in found.items()}).value > 0.9
 
 
 def test_the_interval_of_pairs_is_over_what_they_are_pairs_of():
