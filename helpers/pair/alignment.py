@@ -8,6 +8,7 @@ Sources: orthogonal Procrustes, Schoenemann 1966; ridge, Hoerl & Kennard 1970.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple, Protocol
 
