@@ -11,7 +11,7 @@ import pytest
 from helpers.session import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-LONGEST, MEDIAN = 20, 10  # lines of a code cell
+LONGEST, MEDIAN = 20, 8  # lines of a code cell
 
 
 def code(path):
