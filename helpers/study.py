@@ -23,9 +23,10 @@ from helpers.lm import models, reading, replies, scoring, text, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
 from helpers.lm.tokens import USER, Tokens
-from helpers.pair import patching
+from helpers.pair import crosscoder, patching
+from helpers.pair.crosscoder import Joined, Planted
 from helpers.sae import activations, evidence, harvest, labels, latents, saes, train
-from helpers.sae.activations import Pair, Samples
+from helpers.sae.activations import Pair, Rows, Samples
 from helpers.sae.decompose import Dictionary
 from helpers.sae.evidence import Listed
 from helpers.sae.latents import Latent
@@ -495,6 +496,17 @@ class Single:
         s = self.session
         return train.dictionary(s.profile, self.text[0], s.device, seed, s.fast, True)[0] if self._trained else None
 
+    def sae_after(self, share: float, seed: int = 0) -> Loaded | None:
+        """The SAE of a seed as it is after that share of its training tokens, by the whole schedule, shortened; None for one out of a
+        registry."""
+        if not self._trained:
+            return None
+        s = self.session
+        config = train.of_profile(s.profile, self.model.d_model, seed, s.fast)
+        config = config._replace(samples=max(round(share * config.samples), config.batch))
+        folder = train.sae(self.text[0], config, s.device)
+        return saes.load(folder, device=s.device, d_model=self.model.d_model, layer=s.profile.layer)
+
     @property
     def _trained(self) -> bool:
         how = self.session.profile.sae
@@ -635,6 +647,32 @@ class Two:
         made = train.dictionaries(s.profile, self.before.text[0], self.after.text[0], s.device, seed, s.fast)
         found = {self.names[0]: made.base, self.names[1]: made.chat, SECOND: made.second}
         return found | ({UNRELATED: self.unrelated.sae(seed)} if self.unrelated else {})
+
+    def crosscoders(self, seed: int = 0) -> dict[str, tuple[Loaded, Joined]]:
+        """For each fine-tune the crosscoder of it and the base, and their held-out rows, joined; none where the profile does not say how
+        an SAE is trained."""
+        if not self._trainable:
+            return {}
+        return {who: self._crosscoder(*parts, seed) for who, parts in self.texts.items()}
+
+    def control(self, energies: Sequence[float], seed: int = 0) -> tuple[Loaded, Joined, Tensor] | None:
+        """A crosscoder whose answer is known: of the base and the base with features planted in it, of which each has one of `energies`
+        (see `Planted`); their held-out rows, and the planted directions. None where there is no crosscoder of the pair either."""
+        if not self._trainable:
+            return None
+        fitting, held = (part.base for part in self.texts[self.names[1]])
+        planted = [Planted(rows, energies, seed) for rows in (fitting, held)]
+        return *self._crosscoder((fitting, planted[0]), (held, planted[1]), seed), planted[0].directions
+
+    @property
+    def _trainable(self) -> bool:
+        how = self.before.session.profile.sae
+        return bool(how and how.train)
+
+    def _crosscoder(self, fitting: tuple[Rows, Rows], held: tuple[Rows, Rows], seed: int) -> tuple[Loaded, Joined]:
+        s, rows = self.before.session, Joined(*fitting)
+        loaded, _ = crosscoder.dictionary(s.profile, rows, s.device, seed, s.fast)
+        return loaded, Joined(*held, rows.scales)
 
     def moved_on_dev(self) -> list[str]:
         """The behaviours whose dev items preference training moved, either way: they stand for the trained ones where a profile

@@ -152,6 +152,75 @@ def test_rows_are_split_by_document_and_both_sides_hold_the_same_tokens():
     assert not {place[tuple(row.tolist())] for row in x} & {0, 10, 20, 30}
 
 
+class Told(Side):
+    """Such rows, and the tokens they are of: document d is one row of ten tokens, of which token 3 is `odd` everywhere."""
+
+    def __init__(self, tensor, odd=7, usual=5):
+        super().__init__(tensor)
+        self.ids = torch.full((len(tensor) // 10, 10), usual)
+        self.ids[:, 3] = odd
+        self.longest = 0  # so many tokens are of one document
+
+    def named(self, name):
+        place = torch.arange(len(self.tensor))
+        return torch.where(place < self.longest, 0, place // 10) if name == "document" else place % 10
+
+    def token_rows(self):
+        return self.ids, torch.arange(len(self.tensor)) // 10
+
+
+def test_a_map_fails_token_by_token_where_the_rows_were_spoilt():
+    X, Y, documents = rows(2000, noise=0.1)
+    Y[documents * 10 + 3] += 3 * torch.randn(len(X), D, generator=torch.Generator().manual_seed(1)).double()
+    fitted, other = alignment.shift(X, Y), alignment.identity(X, Y)
+    by = alignment.by_token(fitted, X, Y)
+    found = alignment.score(fitted, X, Y, documents)
+    assert 1 - by.error.sum() / by.total.sum() == pytest.approx(found.r2)
+    i = 42
+    y, mean = Y[i], Y.mean(0)
+    assert by.relative[i] == pytest.approx(float((y - fitted(X[i])).norm() ** 2 / (y - mean).norm() ** 2))
+    worst = by.worst(150)
+    assert (worst % 10 == 3).mean() > 0.95 and np.all(np.diff(by.relative[worst]) <= 0)
+    samples, tokenizer = Told(Y), SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
+    maps = {"shift": by, "identity": alignment.by_token(other, X, Y)}
+    odd, usual, whole = alignment.worst_kinds(maps, samples, tokenizer, n=5)
+    assert (odd.token, usual.token, whole.token) == ("7", "5", "all tokens") and (odd.tokens, whole.tokens) == (
+        100,
+        1000,
+    )
+    assert odd.r2["shift"].high < usual.r2["shift"].low and odd.r2["identity"].value < odd.r2["shift"].value
+    here = (documents % 2 == 1) & (torch.arange(len(X)) % 10 == 3)  # measured on the documents it was not chosen on
+    alone = 1 - by.error[here.numpy()].sum() / by.total[here.numpy()].sum()
+    assert odd.r2["shift"].value == pytest.approx(alone)
+    assert [k.token for k in alignment.worst_kinds(maps, samples, tokenizer, n=5, least=200)] == ["5", "all tokens"]
+    samples.longest = 1500  # a document so long that an interval over it and others has no ends is one to choose on
+    odd, whole = alignment.worst_kinds(maps, samples, tokenizer, n=1, least=10)
+    assert (odd.token, odd.tokens, whole.tokens) == ("7", 25, 250)
+    assert len(alignment.worst_kinds(maps, samples, tokenizer, n=1)) == 2
+
+
+def test_contexts_are_the_text_around_a_token():
+    samples, tokenizer = Told(torch.zeros(30, D)), SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
+    first, last = alignment.contexts(samples, tokenizer, np.array([13, 29]), np.arange(30.0), window=2)
+    assert tuple(first) == ("55", "7", "55", 13.0) and tuple(last) == ("55", "5", "", 29.0)
+
+
+def test_two_maps_fail_on_the_same_tokens_or_on_others():
+    rng = np.random.default_rng(0)
+    documents = torch.arange(3000) // 10
+    hard = rng.exponential(size=3000)
+    total = np.ones(3000)
+    one, same, apart = (
+        alignment.ByToken(x, total) for x in (hard, hard * rng.uniform(0.9, 1.1, 3000), rng.exponential(size=3000))
+    )
+    chance = alignment.fails_by_chance(3000, 150, 500)
+    assert chance.mean() == pytest.approx(0.05, abs=0.01) and chance.shape == (500,)
+    again, by_chance = (alignment.fails_again(one, other, documents, 150) for other in (same, apart))
+    assert again.low > 0.7 and stats.p_value(again.value, chance) < 0.01
+    assert by_chance.high < 0.15 and stats.p_value(by_chance.value, chance) > 0.05
+    assert again.value == pytest.approx(np.isin(one.worst(150), same.worst(150)).mean())
+
+
 def test_the_gate_lets_real_pairs_through_and_refuses_with_the_reason():
     X, Y, _ = rows(noise=0.5)
     fine = {"base": (Fit(0.8, 30), Fit(0.7, 35)), "chat": (Fit(0.8, 30), Fit(0.75, 28))}

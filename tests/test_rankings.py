@@ -7,8 +7,10 @@ import pytest
 import torch
 from scipy.stats import pearsonr, ttest_ind
 
+from helpers import stats
 from helpers.pair import alignment, matching, rankings
 from helpers.pair.rankings import Top
+from helpers.sae.activations import Array
 from helpers.stats import p_value
 
 N, D = 40, 16
@@ -95,6 +97,34 @@ def test_the_top_of_a_ranking_is_compared_with_the_controls_top():
     alone = rankings.beyond(tops[:1])
     assert alone.value == pytest.approx(one[:30].mean() - one.mean())
     assert abs(rankings.by_chance(tops[:1], 400).mean()) < 0.05
+
+
+def test_saes_of_several_seeds_are_matched_two_by_two(cache):
+    rows = torch.linalg.qr(torch.randn(D, D)).Q
+    other = rows[torch.randperm(D)].clone()
+    other[0] = torch.randn(D)
+    silent = torch.cat([rows, 100 * torch.eye(D)[:1]])
+    samples = Array(torch.rand(300, D) @ rows, model_name="toy")
+    some = [Toy(x, bias) for x, bias in ((rows, 0.0), (other, 0.0), (silent, torch.tensor([0.0] * D + [1e6])))]
+    found = rankings.between(some, samples)
+    assert list(found) == [(0, 1), (0, 2), (1, 2)] and all(len(x) == D for x in found.values())
+    assert found[0, 2].min() > 0.999 and (found[0, 1] > 0.999).sum() == (found[1, 2] > 0.999).sum() == D - 1
+    floor = rankings.between(some, samples, turned=True)
+    high, low = (rankings.of_pairs({k: float(x.mean()) for k, x in one.items()}).value for one in (found, floor))
+    assert list(floor) == list(found) and high > 0.9 > 0.8 > low
+
+
+def test_the_interval_of_pairs_is_over_what_they_are_pairs_of():
+    """Values of pairs are sums over their seeds: the mean is that of the seeds, twice, and so is its t interval."""
+    effects = np.random.default_rng(0).normal(size=6)
+    found = rankings.of_pairs({(i, j): effects[i] + effects[j] for i in range(6) for j in range(i)})
+    alone = stats.over(2 * effects)
+    assert found.value == pytest.approx(2 * effects.mean())
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=1e-9)
+    three = rankings.of_pairs({(0, 1): 0.5, (0, 2): 0.6, (1, 2): 0.7})
+    assert three.low < 0.6 < three.high
+    with pytest.raises(ValueError, match="three or more"):
+        rankings.of_pairs({(0, 1): 0.5})
 
 
 def test_correlations_are_within_a_fine_tune_and_over_behaviours():

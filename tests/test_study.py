@@ -14,6 +14,7 @@ from helpers import claims, stats, study
 from helpers.lm import reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.sae import activations, evidence, saes
+from helpers.sae.activations import Array
 from helpers.sae.latents import Latent
 from helpers.steering import behaviors, caa, directions, propensity
 
@@ -297,6 +298,19 @@ def test_an_sae_out_of_a_registry_has_one_seed_and_no_frozen_twin(lab, monkeypat
     )
     of_registry.__dict__["text"] = (None, None)
     assert of_registry.saes((4, 5, 6)) == [(4, False)] and of_registry.frozen(4) is None
+    assert of_registry.sae_after(0.5) is None
+
+
+def test_an_sae_after_a_share_of_its_training_saw_as_many_tokens_and_after_all_of_it_is_the_sae(lab, cache):
+    how = {"expansion": 1, "k": 2, "samples": 2048, "batch": 256, "low": False}
+    session = Session(False, layer=1, sae={"harvest": HARVEST, "train": how})
+    one = study.Single(session, lab.model, 1, [1], lab.data)
+    rows = torch.randn(1024, lab.model.d_model)
+    one.__dict__["text"] = (Array(rows, model_name="a", hook_name="blocks.1.hook_resid_post"), None)
+    whole, half, tiny_share = (one.sae_after(share, seed=2) for share in (1.0, 0.5, 0.001))
+    assert torch.equal(whole.sae.W_dec, one.sae(2).sae.W_dec) and not torch.equal(half.sae.W_dec, whole.sae.W_dec)
+    seen = [x.sae.cfg.metadata.training_samples for x in (whole, half, tiny_share)]
+    assert seen == [2048, 1024, 256]
 
 
 def test_evidence_is_chosen_on_half_of_the_pairs_and_asked_of_the_rest(two):

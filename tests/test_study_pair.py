@@ -6,11 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import HARVEST, a_profile
 
 from helpers import study
 from helpers.lm import scoring
 from helpers.lm.reading import LM
+from helpers.pair import crosscoder
+from helpers.pair.crosscoder import Joined
 from helpers.sae import train
+from helpers.sae.activations import Array, Pair
 from helpers.steering import behaviors
 
 
@@ -63,3 +67,26 @@ def test_every_model_has_its_sae_and_the_base_a_second_one(two, monkeypatch):
     base, chat = (f"text of {m.model.identity}" for m in (one, other))
     assert trained == [(base, 3), (chat, 3), (base, 4), (chat, 3)]
     assert found[study.SECOND] == f"SAE of {base}, 4"
+
+
+def test_crosscoders_are_of_each_fine_tune_and_the_base_and_the_control_of_the_base_and_itself(two, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    rows = {n: Array(torch.randn(400, 8, generator=g), model_name=n) for n in ("base", "chat", "other")}
+
+    class Pairs(study.Two):
+        texts = property(lambda self: {n: (Pair(rows["base"], rows[n]),) * 2 for n in ("chat", "other")})
+
+    def dictionary(profile, joined, device, seed, fast):
+        return (joined.base, joined.chat, seed), None
+
+    monkeypatch.setattr(crosscoder, "dictionary", dictionary)
+    lab = Pairs(two.before, two.after, None, ("base", "chat"), [])
+    lab.before.session.profile = a_profile(sae={"harvest": HARVEST, "train": {"expansion": 2, "k": 2, "samples": 100}})
+    found = lab.crosscoders(seed=4)
+    assert {n: x[0] for n, x in found.items()} == {n: (rows["base"], rows[n], 4) for n in ("chat", "other")}
+    sae, held, directions = lab.control([1.0, 2.0], seed=4)
+    assert sae[0] is rows["base"] and sae[1].energies == [1.0, 2.0] and len(directions) == 2
+    assert held.chat.energies == [1.0, 2.0] and torch.equal(held.chat.directions, directions)
+    assert held.scales == Joined(sae[0], sae[1]).scales != found["chat"][1].scales
+    lab.before.session.profile = a_profile()
+    assert lab.crosscoders() == {} and lab.control([1.0]) is None

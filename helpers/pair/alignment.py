@@ -1,12 +1,14 @@
 """Linear maps from one model's activations to another's, how well they hold on held-out documents, and when not to fit one.
 
-Tensors in, tensors out (`split` reads the rows it is asked for, `of_padding` two models); sums and solutions in float64. Rows are tokens, row i of X and
-of Y the same token. The gate exists because a map between two constants is perfect: with more dimensions than distinct rows any
+Tensors in, tensors out (`split` reads the rows it is asked for, `of_padding` two models, "where it fails" the tokens they are
+of); sums and solutions in float64. Rows are tokens, row i of X and of Y the same token. The gate exists because a map between two
+constants is perfect: with more dimensions than distinct rows any
 fit interpolates.
 Sources: orthogonal Procrustes, Schoenemann 1966; ridge, Hoerl & Kennard 1970.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -14,10 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers import store
+from helpers import stats, store
 from helpers.lm import reading, text
 from helpers.lm.reading import LM
-from helpers.sae.activations import Pair
+from helpers.lm.tokens import Tokenizer
+from helpers.sae.activations import Pair, Samples
+from helpers.sae.latents import Context
+from helpers.stats import Interval
 
 PENALTIES = tuple(10.0**e for e in range(-8, 1))  # in units of the mean eigenvalue of the covariance of X
 
@@ -205,6 +210,104 @@ def score(fitted: Map, X: Tensor, Y: Tensor, documents: Tensor) -> Score:
         by_document(squared.sum(1)),
         by_document(total.sum(1)),
     )
+
+
+# --- where it fails ----------------------------------------------------------------------------------------------------
+
+
+class ByToken(NamedTuple):
+    """A map on each held-out token: `error` |y - map(x)|^2 and `total` |y - mean(y)|^2, (tokens,) float64 each."""
+
+    error: np.ndarray
+    total: np.ndarray
+
+    @property
+    def relative(self) -> np.ndarray:
+        """A token's error in units of its own distance from the mean, (tokens,): 1 less the R^2 of that token alone."""
+        return self.error / np.maximum(self.total, 1e-300)
+
+    def worst(self, n: int) -> np.ndarray:
+        """The places (n,) of the tokens that fit worst, by that measure, the worst first."""
+        return np.argsort(-self.relative, kind="stable")[:n]
+
+
+def by_token(fitted: Map, X: Tensor, Y: Tensor) -> ByToken:
+    """How well a map holds on each of the rows X, Y (tokens, d) that it was not fitted on."""
+    X, Y = _two(X, Y)
+    error, total = (Y - fitted(X)).square().sum(1), (Y - Y.mean(0)).square().sum(1)
+    return ByToken(error.numpy(), total.numpy())
+
+
+class Kind(NamedTuple):
+    """A token as text, on how many `tokens` kept for measuring it stands, and the R^2 of each map there."""
+
+    token: str
+    tokens: int
+    r2: dict[str, Interval]
+
+
+def worst_kinds(
+    maps: Mapping[str, ByToken], samples: Samples, tokenizer: Tokenizer, n: int, least: int = 20
+) -> list[Kind]:
+    """The `n` kinds of token that the first of `maps` fits worst, the worst first, with the R^2 of all of them there, last of all tokens.
+
+    They are chosen on every second document by length, the longest among them, and measured on the others, with an interval over
+    these: the worst of many are worse where they were chosen. Left out are kinds that stand on fewer than `least` tokens of either
+    half, or in too few documents.
+    """
+    ids, row = samples.token_rows()
+    kind = ids[row.long(), samples.named("position").long()].numpy()
+    document = samples.named("document").numpy()
+    names, lengths = np.unique(document, return_counts=True)
+    chosen_on = np.isin(document, names[np.argsort(-lengths, kind="stable")[::2]])
+    counts = [np.bincount(kind[half], minlength=int(kind.max()) + 1) for half in (chosen_on, ~chosen_on)]
+    first = next(iter(maps.values()))
+    error, total = (np.bincount(kind[chosen_on], x[chosen_on], len(counts[0])) for x in first)
+    share = np.where(np.minimum(*counts) >= least, error / np.maximum(total, 1e-300), -np.inf)
+    out: list[Kind] = []
+    for token in np.argsort(-share, kind="stable"):
+        here = ~chosen_on & (kind == token)
+        if len(out) == n or share[token] == -np.inf:
+            break
+        with suppress(ValueError):  # too few documents for an interval
+            out.append(Kind(tokenizer.decode([int(token)]), int(here.sum()), _r2(maps, here, document)))
+    return [*out, Kind("all tokens", int((~chosen_on).sum()), _r2(maps, ~chosen_on, document))]
+
+
+def _r2(maps: Mapping[str, ByToken], here: np.ndarray, document: np.ndarray) -> dict[str, Interval]:
+    """The R^2 of each map on some tokens (tokens,) bool, with an interval over documents."""
+    sums = {k: stats.grouped(np.stack([by.error, by.total], 1)[here], document[here]) for k, by in maps.items()}
+    return {k: stats.ratio(x[:, 1] - x[:, 0], x[:, 1]) for k, x in sums.items()}
+
+
+def contexts(
+    samples: Samples, tokenizer: Tokenizer, at: np.ndarray, values: np.ndarray, window: int = 8
+) -> list[Context]:
+    """The text around some samples `at` (n,), `window` tokens either side, with the value (samples,) of each."""
+    ids, row = samples.token_rows()
+    position = samples.named("position").tolist()
+
+    def around(i: int) -> Context:
+        text, here = ids[int(row[i])].tolist(), position[i]
+        before, after = text[max(here - window, 0) : here], text[here + 1 : here + 1 + window]
+        return Context(
+            tokenizer.decode(before), tokenizer.decode([text[here]]), tokenizer.decode(after), float(values[i])
+        )
+
+    return [around(int(i)) for i in at]
+
+
+def fails_again(one: ByToken, other: ByToken, documents: Tensor, n: int) -> Interval:
+    """Of the `n` tokens that one map fits worst, the share that are among the n that another fits worst, with an interval over
+    `documents` (tokens,)."""
+    worst = one.worst(n)
+    again = np.isin(worst, other.worst(n))
+    return stats.ratio(*stats.grouped(np.stack([again, np.ones(n)], 1), documents.numpy()[worst]).T)
+
+
+def fails_by_chance(tokens: int, n: int, draws: int, seed: int = 0) -> np.ndarray:
+    """The shares (draws,) where the other map fails on `n` of the tokens drawn at random."""
+    return np.random.default_rng(seed).hypergeometric(n, tokens - n, n, draws) / n
 
 
 # --- the gate ----------------------------------------------------------------------------------------------------------

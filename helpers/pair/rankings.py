@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from helpers.lm.tokens import Tokenizer
 from helpers.pair import matching
 from helpers.pair.alignment import Map
 from helpers.pair.matching import Match, Scaling, Side
+from helpers.sae import saes
 from helpers.sae.activations import Samples
 from helpers.sae.decompose import Dictionary, codes_of
 from helpers.stats import Interval
@@ -157,6 +159,27 @@ def beyond(tops: Sequence[Top]) -> Interval:
     one, other = tops
     units = [(0, x) for x in one.values[one.top]] + [(1, x) for x in other.values[other.top]]
     return stats.over(units, _gap)
+
+
+def between(
+    some: Sequence[Dictionary], samples: Samples, device: str = "cpu", turned: bool = False
+) -> dict[tuple[int, int], np.ndarray]:
+    """For each two of several SAEs of one model, the cosine of every latent of the first that fires on `samples` with its partner in the
+    second, (latents,): what a match reaches where nothing differs but the seed. `turned`: with the rows of the second turned by a
+    random rotation, the floor."""
+    rows = [alive(x, saes.evaluate(x, samples).frequency, len(samples)).rows for x in some]
+    d_model = rows[0].shape[1]
+    turn = torch.linalg.qr(torch.randn(d_model, d_model, generator=torch.Generator().manual_seed(0))).Q
+    others = [x @ turn for x in rows] if turned else rows
+    pairs = combinations(range(len(rows)), 2)
+    return {(i, j): matching.cosines(store.kept(matching.match, rows[i], others[j], device=device)) for i, j in pairs}
+
+
+def of_pairs(values: Mapping[tuple[int, int], float]) -> Interval:
+    """The mean of what pairs of seeds give, with an interval over the seeds, each of which stands in several pairs: the jackknife of a
+    U-statistic (Arvesen 1969). ValueError for fewer than three seeds."""
+    seeds = sorted({seed for pair in values for seed in pair})
+    return stats.over(seeds, lambda kept: float(np.mean([x for pair, x in values.items() if set(pair) <= set(kept)])))
 
 
 def _gap(units: Sequence[tuple[int, float]]) -> float:
