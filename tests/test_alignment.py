@@ -157,10 +157,11 @@ class Told(Side):
         super().__init__(tensor)
         self.ids = torch.full((len(tensor) // 10, 10), usual)
         self.ids[:, 3] = odd
+        self.longest = 0  # so many tokens are of one document
 
     def named(self, name):
         place = torch.arange(len(self.tensor))
-        return place // 10 if name == "document" else place % 10
+        return torch.where(place < self.longest, 0, place // 10) if name == "document" else place % 10
 
     def token_rows(self):
         return self.ids, torch.arange(len(self.tensor)) // 10
@@ -190,6 +191,9 @@ def test_a_map_fails_token_by_token_where_the_rows_were_spoilt():
     alone = 1 - by.error[here.numpy()].sum() / by.total[here.numpy()].sum()
     assert odd.r2["shift"].value == pytest.approx(alone)
     assert [k.token for k in alignment.worst_kinds(maps, samples, tokenizer, n=5, least=200)] == ["5", "all tokens"]
+    samples.longest = 1500  # a document so long that an interval over it and others has no ends is one to choose on
+    odd, whole = alignment.worst_kinds(maps, samples, tokenizer, n=1, least=10)
+    assert (odd.token, odd.tokens, whole.tokens) == ("7", 25, 250)
     assert len(alignment.worst_kinds(maps, samples, tokenizer, n=1)) == 2
 
 

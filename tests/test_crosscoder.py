@@ -165,6 +165,10 @@ def test_directions_planted_in_the_chat_model_alone_are_found_and_rescaled_ones_
         told[SHARED : SHARED + NEW].all() and told.sum() == NEW
     )  # shared and rescaled ones have a latent that is not new
     assert not crosscoder.recovered(ranked, found, torch.linalg.qr(torch.randn(D, 3)).Q.T).any()
+    span = torch.linalg.qr(features[SHARED : SHARED + NEW].T).Q.T
+    assert crosscoder.false_alarms(ranked, found, span) == 0
+    other = torch.linalg.qr(features[: SHARED // 2].T).Q.T  # had others been planted, the new ones would be alarms
+    assert 0 < crosscoder.false_alarms(ranked, found, other) < 0.5
     back = crosscoder.measured(*trained(chat, base))  # the other way round they are only in the base
     assert not back.chat_only[used(back)].any()
 

@@ -109,7 +109,9 @@ def test_saes_of_several_seeds_are_matched_two_by_two(cache):
     found = rankings.between(some, samples)
     assert list(found) == [(0, 1), (0, 2), (1, 2)] and all(len(x) == D for x in found.values())
     assert found[0, 2].min() > 0.999 and (found[0, 1] > 0.999).sum() == (found[1, 2] > 0.999).sum() == D - 1
-    assert rankings.of_pairs({pair: float(x.mean()) for pair, x in found.items()}).value > 0.9
+    floor = rankings.between(some, samples, turned=True)
+    high, low = (rankings.of_pairs({k: float(x.mean()) for k, x in one.items()}).value for one in (found, floor))
+    assert list(floor) == list(found) and high > 0.9 > 0.8 > low
 
 
 def test_the_interval_of_pairs_is_over_what_they_are_pairs_of():

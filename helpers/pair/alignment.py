@@ -7,6 +7,7 @@ Sources: orthogonal Procrustes, Schoenemann 1966; ridge, Hoerl & Kennard 1970.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -211,13 +212,15 @@ def worst_kinds(
 ) -> list[Kind]:
     """The `n` kinds of token that the first of `maps` fits worst, the worst first, with the R^2 of all of them there, last of all tokens.
 
-    They are chosen on documents with an even number and measured on the others, with an interval over these: the worst of many are
-    worse where they were chosen. Left out are kinds that stand on fewer than `least` tokens of either, or in fewer than three documents.
+    They are chosen on every second document by length, the longest among them, and measured on the others, with an interval over
+    these: the worst of many are worse where they were chosen. Left out are kinds that stand on fewer than `least` tokens of either
+    half, or in too few documents.
     """
     ids, row = samples.token_rows()
     kind = ids[row.long(), samples.named("position").long()].numpy()
     document = samples.named("document").numpy()
-    chosen_on = document % 2 == 0
+    names, lengths = np.unique(document, return_counts=True)
+    chosen_on = np.isin(document, names[np.argsort(-lengths, kind="stable")[::2]])
     counts = [np.bincount(kind[half], minlength=int(kind.max()) + 1) for half in (chosen_on, ~chosen_on)]
     first = next(iter(maps.values()))
     error, total = (np.bincount(kind[chosen_on], x[chosen_on], len(counts[0])) for x in first)
@@ -227,7 +230,7 @@ def worst_kinds(
         here = ~chosen_on & (kind == token)
         if len(out) == n or share[token] == -np.inf:
             break
-        if len(set(document[here].tolist())) >= 3:
+        with suppress(ValueError):  # too few documents for an interval
             out.append(Kind(tokenizer.decode([int(token)]), int(here.sum()), _r2(maps, here, document)))
     return [*out, Kind("all tokens", int((~chosen_on).sum()), _r2(maps, ~chosen_on, document))]
 

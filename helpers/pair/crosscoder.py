@@ -160,8 +160,8 @@ def measured(sae: Dictionary, joined: Rows, batch: int = 2048) -> Measured:
     With codes f of a latent, d its row in the chat model and Y rows of either model, latent scaling is the beta that makes
     |beta f d - Y|^2 least, d.(Y^T f) / (|f|^2 |d|^2); nu is the base's beta over the chat model's. For nu_epsilon Y is what the model's
     other latents leave unexplained: high where the base has the latent and its own row misses it. For nu_r Y is what all latents
-    reconstruct: high where other latents write it in the base. Minder et al. keep the decoder's bias in that; here the
-    latents alone count, for the bias is a long mean, the same on every token, and draws every ratio to 1.
+    reconstruct: high where other latents write it in the base. The paper's code keeps the decoder's bias in that; here the
+    latents alone count, for the bias is a long mean, the same on every token, and adds to either beta what is not the latent's.
     """
     if joined.d_model != sae.cfg.d_in or joined.d_model % 2:
         raise ValueError(
@@ -169,9 +169,7 @@ def measured(sae: Dictionary, joined: Rows, batch: int = 2048) -> Measured:
         )
     base, chat = halves(sae)
     bias, n = sae.b_dec.detach().float().cpu(), len(joined)
-    sums = torch.zeros(
-        4, len(chat), dtype=torch.float64
-    )  # of f (row . d): left over in base and chat, made in base and chat
+    sums = torch.zeros(4, len(chat), dtype=torch.float64)  # of f (Y . d): left over in base and chat, made in either
     power, fired = torch.zeros(2, len(chat), dtype=torch.float64)
     mean, squares, wrong = torch.zeros(3, joined.d_model, dtype=torch.float64)
     for part in torch.arange(n).split(batch):
@@ -192,16 +190,14 @@ def measured(sae: Dictionary, joined: Rows, batch: int = 2048) -> Measured:
     beta = sums / torch.where(power * square > 0, power * square, torch.nan)
     beta[0] += (base.double() * chat.double()).sum(1) / square
     beta[1] += 1
-    explained = [
-        float(1 - w.sum() / s.sum()) for w, s in zip(wrong.chunk(2), (squares - n * mean**2).chunk(2), strict=True)
-    ]
+    share = 1 - wrong.reshape(2, -1).sum(1) / (squares - n * mean**2).reshape(2, -1).sum(1)
     return Measured(
         torch.where(fired > 0, base.double().norm(dim=1) / square.sqrt(), torch.nan),
         beta[0] / beta[1],
         beta[2] / beta[3],
         torch.minimum(beta[1], beta[3]),
         fired,
-        (explained[0], explained[1]),
+        (float(share[0]), float(share[1])),
     )
 
 
@@ -223,6 +219,13 @@ def recovered(some: Ranked, found: Measured, directions: Tensor, alike: float = 
     cosine = some.rows @ directions.double().numpy().T
     best = cosine.argmax(0)
     return np.asarray((cosine.max(0) > alike) & found.chat_only[some.ids].numpy()[best])
+
+
+def false_alarms(some: Ranked, found: Measured, directions: Tensor) -> float:
+    """The share of the latents `some` whose rows lie for the most part outside the span of the planted `directions`, and that are called
+    chat-only all the same."""
+    outside = ((some.rows @ directions.double().numpy().T) ** 2).sum(1) < 0.5
+    return float(found.chat_only[some.ids].numpy()[outside].mean())
 
 
 def _sparse(dense: Tensor) -> Codes:

@@ -139,12 +139,18 @@ def beyond(tops: Sequence[Top]) -> Interval:
     return stats.over(units, _gap)
 
 
-def between(some: Sequence[Dictionary], samples: Samples, device: str = "cpu") -> dict[tuple[int, int], np.ndarray]:
+def between(
+    some: Sequence[Dictionary], samples: Samples, device: str = "cpu", turned: bool = False
+) -> dict[tuple[int, int], np.ndarray]:
     """For each two of several SAEs of one model, the cosine of every latent of the first that fires on `samples` with its partner in the
-    second, (latents,): what a match reaches where nothing differs but the seed."""
+    second, (latents,): what a match reaches where nothing differs but the seed. `turned`: with the rows of the second turned by a
+    random rotation, the floor."""
     rows = [alive(x, saes.evaluate(x, samples).frequency, len(samples)).rows for x in some]
+    d_model = rows[0].shape[1]
+    turn = torch.linalg.qr(torch.randn(d_model, d_model, generator=torch.Generator().manual_seed(0))).Q
+    others = [x @ turn for x in rows] if turned else rows
     pairs = combinations(range(len(rows)), 2)
-    return {(i, j): matching.cosines(store.kept(matching.match, rows[i], rows[j], device=device)) for i, j in pairs}
+    return {(i, j): matching.cosines(store.kept(matching.match, rows[i], others[j], device=device)) for i, j in pairs}
 
 
 def of_pairs(values: Mapping[tuple[int, int], float]) -> Interval:
