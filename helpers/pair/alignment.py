@@ -1,9 +1,8 @@
 """Linear maps from one model's activations to another's, how well they hold on held-out documents, and when not to fit one.
 
 Tensors in, tensors out (`split` reads the rows it is asked for, `of_padding` two models, "where it fails" the tokens they are
-of); sums and solutions in float64. Rows are tokens, row i of X and of Y the same token. The gate exists because a map between two
-constants is perfect: with more dimensions than distinct rows any
-fit interpolates.
+of); sums and solutions in float64. Rows are tokens, row i of X and of Y the same token. The gate exists because a map between
+two constants is perfect: with more dimensions than distinct rows any fit interpolates.
 Sources: orthogonal Procrustes, Schoenemann 1966; ridge, Hoerl & Kennard 1970.
 """
 
