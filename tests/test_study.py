@@ -87,6 +87,15 @@ def test_lengths_are_those_of_every_prompt_alone(lab):
     assert found.stream[1] == pytest.approx(lab.residual_norm, rel=1e-5)
 
 
+def test_vectors_that_know_nothing_of_a_case_weigh_the_same_tokens_at_every_layer(lab):
+    cases = [(study.ANSWERS, "joy", lab.layer), (study.SYSTEM, "joy", lab.layer), (study.ANSWERS, "joy", 0)]
+    own, system, below = lab.unlike(cases, 5)
+    assert own.shape == (5, lab.model.d_model) and own.norm(dim=1).numpy() == pytest.approx(np.ones(5))
+    torch.testing.assert_close(own, nulls.like_rows(own[0], lab.residuals, 5))
+    torch.testing.assert_close(below, nulls.like_rows(own[0], reading.rows(lab.model, lab._prompts, 0), 5))
+    assert not torch.allclose(own, system)
+
+
 @pytest.mark.parametrize("measure", propensity.MEASURES)
 def test_changes_by_own_and_foreign_instructions_and_vectors(measure, lab):
     told, pushed = lab.instructed(measure, 2), lab.steered(measure, 2, 0.01)
