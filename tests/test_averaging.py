@@ -66,7 +66,7 @@ def test_what_steers_is_measured_beside_the_mean():
     table = both.table(3)
     assert [row[0] for row in table] == averaging.METHODS and table[0][1:] == ["1.00 [1.00, 1.00]"] * 2 + ["0 of 8"]
     down = averaging.compare(pairs, {case: -slope for case, slope in slopes.items()}, unlike, 2)
-    assert down.backwards(3) == list("abcd")
+    assert down.backwards(3) == [f"{n} by {kind}" for n in "abcd" for kind in ("one", "two")]
     flat = averaging.compare(pairs, {case: 0 * slope for case, slope in slopes.items()}, unlike, 2)
     assert flat.share(UNCENTRED) is None and {row[2] for row in flat.table(3)} == {"not run"}
     torch.testing.assert_close(averaging.units([MEAN, CENTRED], pos, neg).norm(dim=1), torch.ones(2).double())

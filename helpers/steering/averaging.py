@@ -100,9 +100,9 @@ class Comparison:
         return by_behavior(self.unlike, kind, layer).sum(0) / self.response(MEAN, kind, layer).sum()
 
     def backwards(self, layer: int) -> list[str]:
-        """The behaviours that the mean itself moves the wrong way at a layer, both kinds of pairs together."""
-        names = dict.fromkeys(name for _, name, k in self.found[MEAN] if k == layer)
-        return [n for n, x in zip(names, self.response(MEAN, layer=layer), strict=True) if x < 0]
+        """The cases that the mean itself moves the wrong way at a layer, named."""
+        moved = self.found[MEAN].items()
+        return [f"{name} by {kind}" for (kind, name, k), way in moved if k == layer and way.response < 0]
 
     def table(self, layer: int) -> list[list[str]]:
         """A row for each method at one layer, both kinds of pairs together: its name, its cosine with the mean, its share of the
