@@ -10,7 +10,7 @@ import torch
 from conftest import HARVEST, a_profile
 from test_decompose import sae_of
 
-from helpers import claims, stats, study
+from helpers import claims, nulls, stats, study
 from helpers.lm import reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.sae import activations, evidence, saes
