@@ -212,7 +212,7 @@ def theory(races: Mapping[Case, Race]) -> dict[str, tuple[np.ndarray, np.ndarray
     ratios = [race.ratio for race in races.values()]
     grid = np.geomspace(min(ratios) / 1.5, max(ratios) * 1.5, 300)
     overlaps = (float(np.median([race.overlap for race in races.values()])), 0.0)
-    said = {f"two axes, {a:.2f} the overlap": (grid, two_axis(grid, a)) for a in overlaps}
+    said = {f"two axes, overlap {a:.2f}": (grid, two_axis(grid, a)) for a in overlaps}
     return said | {"least, by algebra": (grid, least(grid))}
 
 
