@@ -233,6 +233,7 @@ def lines(
     null: Bands | None = None,
     null_label: str = "null",
     marks: Mapping[str, float] | None = None,
+    at: Mapping[str, float] | None = None,
     log: bool = False,
     log_y: bool = False,
     grey: Sequence[str] = (),
@@ -242,8 +243,8 @@ def lines(
     """Curves over `x`, drawn, saved and shown: each series numbers or Intervals (a band; None: not run), `null` a (low, high)
     for each x.
 
-    A series that is None is not drawn but keeps its colour. `marks`: {label: y}, dotted lines across. `log`: a logarithmic x axis,
-    with a tick at every x where there are few. Series of `grey` are nulls.
+    A series that is None is not drawn but keeps its colour. `marks`: {label: y}, dotted lines across; `at`: {label: x}, grey
+    ones upright. `log`: a logarithmic x axis, with a tick at every x where there are few. Series of `grey` are nulls.
     """
     figure, axis = plt.subplots(figsize=(9.5, 4.2))
     if null is not None:
@@ -258,6 +259,8 @@ def lines(
         axis.fill_between(x, table[:, 1], table[:, 2], color=shade, alpha=0.15, linewidth=0)
     for (label, y), style in zip((marks or {}).items(), STYLES, strict=False):
         axis.axhline(y, color="black", linestyle=style, linewidth=1.2, label=label)
+    for label, where in (at or {}).items():
+        axis.axvline(where, color=NULL, linewidth=1.2, label=label)
     if log:
         axis.set(xscale="log")
     if log and len(x) <= 12:

@@ -7,7 +7,7 @@ Everything is made when it is first asked for, at the sizes of a fast run where 
 how they fit together; nothing here measures or judges.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, cast
@@ -252,6 +252,17 @@ class Single:
             SHUFFLED: nulls.shuffled(*self.halves(kind)[name].at(self.layer), draws=draws, seed=at),
             OTHERS: nulls.others(v, others) if others else v.new_zeros(0, len(v)),
         }
+
+    def unlike(self, cases: Iterable[tuple[str, str, int]], draws: int, seed: int = 0) -> Iterator[Tensor]:
+        """For each case, a kind of pairs, a behaviour and a layer, random directions (draws, d_model) float64 of length one with the
+        covariance of the user's tokens after that layer. One kind and behaviour weighs the same tokens at every layer."""
+        rows: dict[int, Tensor] = {}
+        order: dict[tuple[str, str], int] = {}
+        for kind, name, k in cases:
+            if k not in rows:
+                rows[k] = reading.rows(self.model, self._prompts, k)
+            at = seed + order.setdefault((kind, name), len(order))
+            yield nulls.like_rows(torch.eye(self.model.d_model)[0], rows[k], draws, at)
 
     def tokens_read(self, kind: str = ANSWERS) -> float:
         """How many tokens a forward pass over one side of a pair takes, mean of pairs and behaviours: its price."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_directions import cosine, planted
 
+from helpers import nulls
 from helpers.steering import averaging
 from helpers.steering import directions as d
 from helpers.steering.averaging import CENTRED, MEAN, UNCENTRED
@@ -13,19 +14,18 @@ from helpers.steering.averaging import CENTRED, MEAN, UNCENTRED
 @pytest.mark.parametrize("pairs", [6, 7, 40])
 def test_components_of_swapped_pairs_are_what_swapping_them_gives(pairs):
     pos, neg, _ = planted(n=pairs, width=50)
-    slope = np.random.default_rng(0).normal(size=50)
     signs = averaging.half_swapped(pairs, 5, seed=1)
     assert signs.shape == (5, pairs - pairs % 2) and (signs.sum(1) == 0).all() and len(np.unique(signs, axis=0)) > 1
-    found = averaging.of_swapped(pos, neg, slope, signs)
+    found = averaging.of_swapped(pos, neg, signs)
     for draw, sign in enumerate(torch.from_numpy(signs)):
         kept = len(sign)
         one = torch.where(sign[:, None] < 0, neg[:kept], pos[:kept])
         other = torch.where(sign[:, None] < 0, pos[:kept], neg[:kept])
         for m in (UNCENTRED, CENTRED):
             v = d.METHODS[m](one, other)
-            assert found[m].cosine[draw] == pytest.approx(cosine(v, d.mean(one, other)), abs=1e-9)
-            assert found[m].response[draw] == pytest.approx(float(v @ torch.from_numpy(slope) / v.norm()), abs=1e-9)
-    assert np.ptp(np.abs(found[UNCENTRED].response)) < 1e-9  # swapping sides leaves it where it is
+            assert found[m][draw] == pytest.approx(cosine(v, d.mean(one, other)), abs=1e-9)
+        where = abs(cosine(d.pc1_uncentred(one, other), d.pc1_uncentred(pos[:kept], neg[:kept])))
+        assert where == pytest.approx(1)  # swapping sides leaves it where it is
     with pytest.raises(ValueError, match="one pair"):
         averaging.half_swapped(1, 5)
 
@@ -46,7 +46,8 @@ def test_what_steers_is_measured_beside_the_mean():
                 pos, neg, axis = planted(n=12, width=30, noise=0.3, seed=10 * i + layer)
                 pairs[kind, name, layer] = pos, neg
                 slopes[name, layer] = axis.numpy()
-    both = averaging.compare(pairs, slopes, 30, seed=0)
+    unlike = [nulls.random(torch.eye(30)[0], 40, seed=i) for i in range(len(pairs))]
+    both = averaging.compare(pairs, slopes, unlike, 30, seed=0)
     assert both.cosine(UNCENTRED, layer=3).shape == (4,) and (both.cosine(UNCENTRED) > 0.9).all()
     assert both.share(MEAN).value == pytest.approx(1)
     share = both.share(UNCENTRED, "one", 3)
@@ -54,13 +55,19 @@ def test_what_steers_is_measured_beside_the_mean():
     lengths = [float(d.mean(*pairs["one", n, 3]).norm()) for n in "abcd"]
     below = both.response(MEAN, "one", 3).sum()
     assert share.value == pytest.approx(sum(e / x for e, x in zip(expected, lengths, strict=True)) / below)
-    chance = both.share_by_chance(UNCENTRED, layer=3)
-    assert chance.shape == (30,) and abs(chance.mean()) < 0.5 < both.share(UNCENTRED, layer=3).low
+    chance = both.share_by_chance(layer=3)
+    assert chance.shape == (40,) and 0 < chance.mean() < 0.4 < both.share(UNCENTRED, layer=3).low
+    (pos, neg), drawn = pairs["one", "a", 3], unlike[0][0]
+    one = float(drawn @ torch.from_numpy(slopes["a", 3])) * np.sign(float(drawn @ d.mean(pos, neg)))
+    assert both.unlike["one", "a", 3][0] == pytest.approx(one)  # the mean gives the sign
+    assert both.backwards(3) == []
     assert both.cosine_by_chance(CENTRED).shape == (30,)
     assert len(both.rows()) == 2 * len(pairs) and set(both.rows()[0]) >= {"kind", "behaviour", "layer", "cosine"}
     table = both.table(3)
-    assert [row[0] for row in table] == list(d.METHODS) and table[0][1:] == ["1.00 [1.00, 1.00]"] * 2 + ["0 of 8"]
-    flat = averaging.compare(pairs, {case: 0 * slope for case, slope in slopes.items()}, 2)
+    assert [row[0] for row in table] == averaging.METHODS and table[0][1:] == ["1.00 [1.00, 1.00]"] * 2 + ["0 of 8"]
+    down = averaging.compare(pairs, {case: -slope for case, slope in slopes.items()}, unlike, 2)
+    assert down.backwards(3) == [f"{n} by {kind}" for n in "abcd" for kind in ("one", "two")]
+    flat = averaging.compare(pairs, {case: 0 * slope for case, slope in slopes.items()}, unlike, 2)
     assert flat.share(UNCENTRED) is None and {row[2] for row in flat.table(3)} == {"not run"}
     torch.testing.assert_close(averaging.units([MEAN, CENTRED], pos, neg).norm(dim=1), torch.ones(2).double())
 
@@ -98,7 +105,8 @@ def test_the_theory_is_drawn_over_the_races_and_exact_where_there_are_two_axes()
         ("k", "a", i): averaging.Race(r, float(averaging.two_axis(r, 0.3)[0]), 0.3) for i, r in enumerate((0.5, 2.0))
     }
     assert averaging.theory_errors(races).max() < 1e-12
-    (label, (grid, cosines)), (flat, _) = averaging.theory(races).items()
+    (label, (grid, cosines)), (flat, _), (_, (_, least)) = averaging.theory(races).items()
+    assert (least <= cosines + 1e-9).all() and (least <= averaging.two_axis(grid, 0.0) + 1e-9).all()
     assert "0.30" in label and "0.00" in flat and grid[0] < 0.5 and grid[-1] > 2 and len(cosines) == len(grid)
     assert averaging.as_rows(races)[1] == {"kind": "k", "behaviour": "a", "layer": 1} | races["k", "a", 1]._asdict()
 

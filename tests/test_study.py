@@ -10,7 +10,7 @@ import torch
 from conftest import HARVEST, a_profile
 from test_decompose import sae_of
 
-from helpers import claims, stats, study
+from helpers import claims, nulls, stats, study
 from helpers.lm import reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.sae import activations, evidence, saes
@@ -85,6 +85,15 @@ def test_lengths_are_those_of_every_prompt_alone(lab):
         for x, expected in zip(found[:3], (rows[0], rows[1], own), strict=True):
             assert x[1, i] == pytest.approx(float(expected), rel=1e-4)
     assert found.stream[1] == pytest.approx(lab.residual_norm, rel=1e-5)
+
+
+def test_vectors_that_know_nothing_of_a_case_weigh_the_same_tokens_at_every_layer(lab):
+    cases = [(study.ANSWERS, "joy", lab.layer), (study.SYSTEM, "joy", lab.layer), (study.ANSWERS, "joy", 0)]
+    own, system, below = lab.unlike(cases, 5)
+    assert own.shape == (5, lab.model.d_model) and own.norm(dim=1).numpy() == pytest.approx(np.ones(5))
+    torch.testing.assert_close(own, nulls.like_rows(own[0], lab.residuals, 5))
+    torch.testing.assert_close(below, nulls.like_rows(own[0], reading.rows(lab.model, lab._prompts, 0), 5))
+    assert not torch.allclose(own, system)
 
 
 @pytest.mark.parametrize("measure", propensity.MEASURES)

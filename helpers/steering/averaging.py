@@ -1,11 +1,12 @@
 """Ways of turning pairs into one direction, compared: how near each comes to the mean difference, how well each steers, and why.
 
-Pure: tensors and numbers, no model. A case is one kind of pairs of one behaviour at one layer. The null of a component is the
-same component of pairs of which half have their sides swapped, so that no common direction is left.
+Pure: tensors and numbers, no model. A case is one kind of pairs of one behaviour at one layer. Two nulls: a component's cosine with
+the mean is that of pairs of which half have their sides swapped, so that what they share is gone from the mean; its effect is that
+of directions that know nothing of the pairs. Swapped pairs are no null of the effect: their uncentred component is the same vector.
 Source of the comparison: the study called source 001, which takes PCA and the mean for nearly one vector.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from helpers.stats import Interval
 from helpers.steering import directions
 
 MEAN, UNCENTRED, CENTRED = "mean", "PC1 uncentred", "PC1 centred"
+METHODS = [m for m in directions.METHODS if m != "PC1 pair-centred"]  # which is the uncentred one on any data
 Case = tuple[str, str, int]  # kind of pairs, behaviour, layer
 Pairs = Mapping[Case, tuple[Tensor, Tensor]]  # the two sides (pairs, d_model) of each case
 
@@ -62,19 +64,20 @@ def agreement(method: str, pos: Tensor, neg: Tensor) -> float:
 
 
 class Way(NamedTuple):
-    """A direction's `cosine` with the mean difference, and the `response` by gradient, in nats, to a step along it of length one;
-    each a number, or one for each draw of a null."""
+    """A direction's `cosine` with the mean difference, and the `response` by gradient, in nats, to a step along it of length one."""
 
-    cosine: np.ndarray
-    response: np.ndarray
+    cosine: float
+    response: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every method of `directions.METHODS` in every case, and the two components in pairs with half of their sides `swapped`."""
+    """Every one of METHODS in every case; and draws (draws,) of the nulls: cosines of the two components of pairs with half of their
+    sides `swapped`, and responses to directions that know nothing of the pairs, `unlike`."""
 
     found: dict[str, dict[Case, Way]]
-    swapped: dict[str, dict[Case, Way]]
+    swapped: dict[str, dict[Case, np.ndarray]]
+    unlike: dict[Case, np.ndarray]
 
     def cosine(self, method: str, kind: str = "", layer: int | None = None) -> np.ndarray:
         """How near a method comes to the mean, (behaviours,)."""
@@ -90,12 +93,16 @@ class Comparison:
 
     def cosine_by_chance(self, component: str, kind: str = "", layer: int | None = None) -> np.ndarray:
         """The null of the mean of `cosine` over behaviours: (draws,)."""
-        return by_behavior({case: way.cosine for case, way in self.swapped[component].items()}, kind, layer).mean(0)
+        return by_behavior(self.swapped[component], kind, layer).mean(0)
 
-    def share_by_chance(self, component: str, kind: str = "", layer: int | None = None) -> np.ndarray:
-        """The null of `share`: (draws,)."""
-        drawn = by_behavior({case: way.response for case, way in self.swapped[component].items()}, kind, layer)
-        return drawn.sum(0) / self.response(MEAN, kind, layer).sum()
+    def share_by_chance(self, kind: str = "", layer: int | None = None) -> np.ndarray:
+        """The null of `share`, whatever the method: (draws,)."""
+        return by_behavior(self.unlike, kind, layer).sum(0) / self.response(MEAN, kind, layer).sum()
+
+    def backwards(self, layer: int) -> list[str]:
+        """The cases that the mean itself moves the wrong way at a layer, named."""
+        moved = self.found[MEAN].items()
+        return [f"{name} by {kind}" for (kind, name, k), way in moved if k == layer and way.response < 0]
 
     def table(self, layer: int) -> list[list[str]]:
         """A row for each method at one layer, both kinds of pairs together: its name, its cosine with the mean, its share of the
@@ -119,18 +126,23 @@ def units(methods: Sequence[str], pos: Tensor, neg: Tensor) -> Tensor:
     return found / found.norm(dim=1, keepdim=True)
 
 
-def compare(pairs: Pairs, slopes: Mapping[tuple[str, int], np.ndarray], draws: int, seed: int = 0) -> Comparison:
-    """Every method in every case, and the components' nulls in `draws` swaps; `slopes`: for each behaviour and layer the gradient
-    (d_model,) of what is steered, in nats a unit. ValueError where a method is undefined, and for a case of one pair."""
-    found: dict[str, dict[Case, Way]] = {m: {} for m in directions.METHODS}
-    swapped: dict[str, dict[Case, Way]] = {m: {} for m in (UNCENTRED, CENTRED)}
-    for i, (case, (pos, neg)) in enumerate(pairs.items()):
+def compare(
+    pairs: Pairs, slopes: Mapping[tuple[str, int], np.ndarray], unlike: Iterable[Tensor], draws: int, seed: int = 0
+) -> Comparison:
+    """Every method in every case, and their nulls. `slopes`: for each behaviour and layer the gradient (d_model,) of what is steered,
+    in nats a unit. `unlike`: for each case unit directions (n, d_model) that know nothing of it, and take their sign from the mean,
+    as methods do. `draws`: of swapped sides. ValueError where a method is undefined, and for a case of one pair."""
+    found: dict[str, dict[Case, Way]] = {m: {} for m in METHODS}
+    swapped: dict[str, dict[Case, np.ndarray]] = {m: {} for m in (UNCENTRED, CENTRED)}
+    by_chance: dict[Case, np.ndarray] = {}
+    for i, ((case, (pos, neg)), drawn) in enumerate(zip(pairs.items(), unlike, strict=True)):
         slope, mean = slopes[case[1:]], directions.mean(pos, neg).numpy()
-        for m, unit in zip(found, units(list(found), pos, neg).numpy(), strict=True):
-            found[m][case] = Way(stats.cosine(unit, mean), unit @ slope)
-        for m, way in of_swapped(pos, neg, slope, half_swapped(len(pos), draws, seed + i)).items():
-            swapped[m][case] = way
-    return Comparison(found, swapped)
+        for m, unit in zip(found, units(METHODS, pos, neg).numpy(), strict=True):
+            found[m][case] = Way(float(stats.cosine(unit, mean)), float(unit @ slope))
+        for m, cosine in of_swapped(pos, neg, half_swapped(len(pos), draws, seed + i)).items():
+            swapped[m][case] = cosine
+        by_chance[case] = np.sign(drawn.numpy() @ mean) * (drawn.numpy() @ slope)
+    return Comparison(found, swapped, by_chance)
 
 
 def half_swapped(pairs: int, draws: int, seed: int = 0) -> np.ndarray:
@@ -144,11 +156,11 @@ def half_swapped(pairs: int, draws: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permuted(signs, axis=1)
 
 
-def of_swapped(pos: Tensor, neg: Tensor, slope: np.ndarray, signs: np.ndarray) -> dict[str, Way]:
-    """Both components of pairs whose differences are multiplied by `signs` (draws, pairs), each turned towards its own mean.
+def of_swapped(pos: Tensor, neg: Tensor, signs: np.ndarray) -> dict[str, np.ndarray]:
+    """|cosine| with their mean, (draws,), of both components of pairs whose differences are multiplied by `signs` (draws, pairs).
 
     In the differences' inner products K, so that a draw takes an eigenvector of (pairs, pairs). Without centring the component
-    is the same whichever sides are swapped: signs drop out of the sum of d d^T, and only the mean, which gives the sign, moves.
+    is the same whichever sides are swapped: signs drop out of the sum of d d^T, and only the mean moves.
     """
     n = signs.shape[1]
     one, other = directions.float64(pos[:n], neg[:n])
@@ -160,11 +172,8 @@ def of_swapped(pos: Tensor, neg: Tensor, slope: np.ndarray, signs: np.ndarray) -
     sizes, axes = np.linalg.eigh(centring @ inner @ centring.swapaxes(1, 2))
     centred = np.einsum("rij,ri->rj", centring, axes[:, :, -1]) / sizes[:, -1:] ** 0.5
     length = np.sqrt(np.einsum("ri,ij,rj->r", weight, inner, weight))
-    found = {}
-    for name, made_of in ((UNCENTRED, plain), (CENTRED, centred)):
-        along = ((made_of @ inner) * weight).sum(1)
-        found[name] = Way(np.abs(along) / length, np.sign(along) * (made_of @ (difference @ slope)))
-    return found
+    both = ((UNCENTRED, plain), (CENTRED, centred))
+    return {name: np.abs(((made_of @ inner) * weight).sum(1)) / length for name, made_of in both}
 
 
 # --- why: a race -----------------------------------------------------------------------------------------------------------
@@ -198,11 +207,19 @@ def two_axis(ratio: float | np.ndarray, overlap: float) -> np.ndarray:
 
 
 def theory(races: Mapping[Case, Race]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What `two_axis` says over the ratios of these races, at their median overlap and without any: {label: (ratios, cosines)}."""
+    """What `two_axis` says over the ratios of these races, at their median overlap and without any, and `least`: {label: (ratios,
+    cosines)}."""
     ratios = [race.ratio for race in races.values()]
     grid = np.geomspace(min(ratios) / 1.5, max(ratios) * 1.5, 300)
     overlaps = (float(np.median([race.overlap for race in races.values()])), 0.0)
-    return {f"theory, overlap {a:.2f}": (grid, two_axis(grid, a)) for a in overlaps}
+    said = {f"two axes, overlap {a:.2f}": (grid, two_axis(grid, a)) for a in overlaps}
+    return said | {"least, by algebra": (grid, least(grid))}
+
+
+def least(ratio: np.ndarray) -> np.ndarray:
+    """The least that the cosine of a `race` can be, whatever the scatter C. The top eigenvector v of C + m m^T has
+    v.(C + m m^T)v >= |m|^2, as the mean's own direction has, and v.C v <= |m|^2 / ratio: cos^2 >= 1 - 1 / ratio."""
+    return (1 - 1 / np.maximum(ratio, 1)) ** 0.5
 
 
 def theory_errors(races: Mapping[Case, Race]) -> np.ndarray:
