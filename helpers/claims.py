@@ -139,14 +139,14 @@ def identity(tolerance: float) -> Rule:
 
 
 def artefact(threshold: float, null_below: float) -> Rule:
-    """`artefact` if the value, which the claim takes for granted to be small, lies above `threshold` and the null's does not."""
+    """`artefact` if the value, which ought to be as small as what stands in the null's place, lies above `threshold` all the same."""
 
     def decide(found: Found) -> str:
         high = found.value.low > threshold and found.null < null_below
-        return "artefact" if high else "holds" if found.value.high < threshold else "undecided"
+        return "artefact" if high else "holds" if found.value.high < null_below else "undecided"
 
-    words = f"artefact if the 95 % interval lies above {threshold:g} and the null below {null_below:g}, holds"
-    return Rule(f"{words} if it lies below {threshold:g}, else undecided", decide)
+    words = f"artefact if the 95 % interval lies above {threshold:g} and what it is compared with below {null_below:g}"
+    return Rule(f"{words}, holds if the interval lies below {null_below:g} too, else undecided", decide)
 
 
 def by_mistake(reached: float, left: float) -> Rule:

@@ -92,6 +92,33 @@ class Compared:
         """Their mean, with its interval over behaviours."""
         return stats.over(self.mean(way))
 
+    def versus(
+        self, session: Session, name: str, way: str, other: str, null: np.ndarray, null_label: str, claim: Claim
+    ) -> None:
+        """What a claim about the difference of two ways judged, drawn: every way beside the draws of its `null` (draws, behaviours), and
+        how much further the one moves the same items than the other."""
+        each = {k: [*map(stats.over, of.values()), self.over(k)] for k, of in self.changes.items()}
+        pairs = zip(self.changes[way].values(), self.changes[other].values(), strict=True)
+        panels: dict[str, figures.Panel] = {
+            "What does each do?": {
+                "series": each,
+                "null": [stats.band(x) for x in [*null.T, null.mean(1)]],
+                "null_label": null_label,
+                "xlabel": f"change of log-odds at {self.length:g} of the residual norm (nats)",
+            },
+            f"{way}: more than {other}?": {
+                "series": {
+                    "difference (95 % over items; all: over behaviours)": [
+                        *(stats.over(x - y) for x, y in pairs),
+                        stats.over(self.mean(way) - self.mean(other)),
+                    ]
+                },
+                "xlabel": "nats gained, item by item",
+                "verdict": claim.verdict,
+            },
+        }
+        figures.forests(session, name, [*self.changes[way], "all"], panels)
+
     def ratio(self, top: str, bottom: str) -> Interval | None:
         """One way's change as a share of another's, both summed over behaviours; None where there is nothing to divide by."""
         return stats.ratio_if_clear(self.mean(top), self.mean(bottom))
