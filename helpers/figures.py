@@ -14,10 +14,10 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from IPython.display import display
-from matplotlib import lines as mlines
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.markers import TICKUP
 from scipy import special
 
 from helpers import stats
@@ -405,9 +405,7 @@ def bars(
         at = np.flatnonzero(np.asarray(chosen))
         axis.bar(at, height[at], color=colour, label=group)
         none = at[height[at] == 0]
-        axis.plot(
-            none, np.zeros(len(none)), marker=mlines.TICKUP, color=colour, markersize=7, markeredgewidth=3, linestyle=""
-        )
+        axis.plot(none, np.zeros(len(none)), marker=TICKUP, color=colour, markersize=7, markeredgewidth=3, linestyle="")
     axis.set_xticks(range(len(labels)), [literal(label.strip(" ")) or "·" for label in labels], rotation=90, fontsize=9)
     axis.set(ylabel=ylabel, title=title)
     axis.legend()
