@@ -17,6 +17,7 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.markers import TICKUP
 from scipy import special
 
 from helpers import stats
@@ -117,25 +118,34 @@ def forest(
     null_label: str = "null",
     pooled: Mapping[str, Range | None] | None = None,
     marks: Mapping[str, float] | None = None,
+    judged: tuple[str, Range] | None = None,
     verdict: str = "",
 ) -> None:
     """A forest plot, drawn, saved and shown: see `forest_on`.
 
     `pooled`: for each series one Interval over all rows, as a last row. `marks`: {label: x}, dotted lines (a threshold, a
-    ceiling). `verdict`: the word that stands on the figure.
+    ceiling). `judged`: the number of the verdict and its name, where it is none of the rows; the marks are then its thresholds,
+    on an axis of its own below. `verdict`: the word that stands on the figure.
     """
     shown = [*rows, "all"] if pooled else list(rows)
     drawn = {k: values if values is None or not pooled else [*values, pooled[k]] for k, values in series.items()}
     many = sum(values is not None for values in series.values())
-    figure, axis = plt.subplots(figsize=(9.5, 1.4 + 0.12 * len(shown) * (1.6 + many)))
+    heights = [1.4 + 0.12 * len(shown) * (1.6 + many), *([0.9] if judged else [])]
+    figure, axes = plt.subplots(len(heights), 1, figsize=(9.5, sum(heights)), height_ratios=heights, squeeze=False)
+    axis, last = axes[0, 0], axes[-1, 0]
     forest_on(axis, shown, drawn, null, null_label)
     if pooled:
         axis.axhline(0.5, color="black", linewidth=0.8)
+    if judged:
+        what, (value, low, high) = judged
+        last.errorbar([value], [0], xerr=[[value - low], [high - value]], fmt="o", color="black", markersize=5)
+        last.set(xlabel=what, yticks=[], ylim=(-1, 1))
     for (label, x), style in zip((marks or {}).items(), STYLES, strict=False):
-        axis.axvline(x, color="black", linestyle=style, linewidth=1.2, label=label)
+        last.axvline(x, color="black", linestyle=style, linewidth=1.2, label=label)
     axis.set(xlabel=xlabel, title=titled(title, verdict))
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    show(session, name, figure, {"rows": shown, "series": drawn, "null": null, "marks": marks})
+    for each in axes[:, 0]:
+        each.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    show(session, name, figure, {"rows": shown, "series": drawn, "null": null, "marks": marks, "judged": judged})
 
 
 class Panel(TypedDict):
@@ -174,7 +184,8 @@ def heat(
     reach: float = 1.0,
     interactive: Interactive | None = None,
 ) -> None:
-    """A table of signed numbers (rows, columns) coloured from -reach to reach, those of `framed` in a frame; drawn, saved and shown."""
+    """A table of signed numbers (rows, columns) coloured from -reach to reach, those of `framed` in a frame; drawn, saved and shown.
+    The colour bar has the signs that occur."""
     figure, axis = plt.subplots(figsize=(2.5 + 1.1 * len(columns), 1.6 + 0.42 * len(rows)))
     image = axis.imshow(values, cmap="PuOr", vmin=-reach, vmax=reach, aspect="auto")
     box = {"boxstyle": "square,pad=0.25", "fill": False, "linewidth": 1.2}
@@ -187,7 +198,8 @@ def heat(
     axis.set_yticks(range(len(rows)), rows)
     axis.grid(visible=False)
     axis.set(title=title, xlabel=xlabel)
-    figure.colorbar(image, ax=axis, shrink=0.8)
+    bar = figure.colorbar(image, ax=axis, shrink=0.8)
+    bar.ax.set_ylim(-reach if (values < 0).any() else 0, 0 if (values < 0).all() else reach)
     show(session, name, figure, {"rows": rows, "columns": columns, "values": values, "framed": framed}, interactive)
 
 
@@ -396,7 +408,7 @@ def bars(
         at = np.flatnonzero(np.asarray(chosen))
         axis.bar(at, height[at], color=colour, label=group)
         none = at[height[at] == 0]
-        axis.plot(none, np.zeros(len(none)), "|", color=colour, markersize=8)
+        axis.plot(none, np.zeros(len(none)), marker=TICKUP, color=colour, markersize=7, markeredgewidth=3, linestyle="")
     axis.set_xticks(range(len(labels)), [literal(label.strip(" ")) or "·" for label in labels], rotation=90, fontsize=9)
     axis.set(ylabel=ylabel, title=title)
     axis.legend()

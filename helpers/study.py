@@ -124,11 +124,18 @@ class Compared:
         return stats.ratio_if_clear(self.mean(top), self.mean(bottom))
 
     def ahead(self, way: str, other: str) -> Markdown:
-        """In which behaviours one way moves items further than another, in a sentence."""
+        """In how many behaviours one way moves items further than another, in which not, and which either moves backwards, in a
+        sentence or two."""
         names = list(self.changes[way])
-        which = [n for n, more in zip(names, self.mean(way) > self.mean(other), strict=True) if more]
-        said = f"*{way}* is ahead of *{other}* in {len(which)} of {len(names)} behaviours"
-        return Markdown(f"{said} ({', '.join(which) or 'none'}).")
+
+        def those(which: np.ndarray) -> str:
+            return ", ".join(n for n, yes in zip(names, which, strict=True) if yes)
+
+        ahead = self.mean(way) > self.mean(other)
+        said = f"*{way}* is ahead of *{other}* in {ahead.sum()} of {len(names)} behaviours"
+        said += f", not in {those(~ahead)}." if not ahead.all() else "."
+        back = [f"{those(self.mean(x) < 0)} (*{x}*)" for x in (way, other) if (self.mean(x) < 0).any()]
+        return Markdown(f"{said} Backwards go {', '.join(back)}." if back else said)
 
     def table(self) -> Markdown:
         """A row for each way: its mean change, the share of items that move the wrong way, for how many behaviours it is best."""
@@ -138,14 +145,27 @@ class Compared:
             for i, (way, of) in enumerate(self.changes.items())
         ]
         return table(
-            ["vector", "change in nats [95 % over behaviours]", "items that fall", "best for so many behaviours"], body
+            [
+                "vector",
+                "change in nats [95 % over behaviours]",
+                "held-out items on which it lowers the log-odds",
+                "best for so many behaviours",
+            ],
+            body,
         )
 
     def figure(
-        self, session: Session, name: str, ways: Sequence[str], null: np.ndarray, null_label: str, claim: Claim
+        self,
+        session: Session,
+        name: str,
+        ways: Sequence[str],
+        null: np.ndarray,
+        null_label: str,
+        claim: Claim,
+        marks: Mapping[str, float] | None = None,
     ) -> None:
         """What a claim about some of the ways judged: behaviour by behaviour and over all, beside the draws of its `null`
-        (draws, behaviours)."""
+        (draws, behaviours). Of a ratio, its own number too, with its thresholds, `marks`."""
         figures.forest(
             session,
             name,
@@ -156,6 +176,8 @@ class Compared:
             null_label=null_label,
             title=f"{claim.statement[:1].upper()}{claim.statement[1:]}:",
             xlabel=f"change of log-odds at {self.length:g} of the residual norm\n(nats; 95 % over items, last row over behaviours)",
+            marks=marks if claim.value is not None else None,
+            judged=(f"ratio judged, {claim.unit}", claim.interval) if marks and claim.value is not None else None,
             verdict=claim.verdict,
         )
 

@@ -36,7 +36,7 @@ def test_one_call_draws_saves_and_shows(tmp_path):
     session_like = SimpleNamespace(notebook="99_a", figures=tmp_path)
     x = Interval(1, 0.5, 1.5)
     figures.forest(session_like, "a", ["one", "two"], {"s": [x, None], "t": [x, x]}, title="T", xlabel="x",
-                   null=[(0, 1), (0, 2)], pooled={"s": x, "t": x}, marks={"m": 1.0}, verdict="holds")  # fmt: skip
+                   null=[(0, 1), (0, 2)], pooled={"s": x, "t": x}, marks={"m": 1.0}, judged=("ratio", x), verdict="holds")  # fmt: skip
     figures.lines(session_like, "b", [1, 2, 4], {"s": [x, x, x], "t": [1.0, 2.0, 3.0]}, title="T", xlabel="x",
                   ylabel="y", null=[(0, 1)] * 3, marks={"m": 1.0}, log=True, log_y=True, grey=["t"])  # fmt: skip
     curves = figures.twin(

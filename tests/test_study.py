@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -207,8 +208,10 @@ def test_ways_are_compared_item_by_item_at_one_length(lab, monkeypatch):
     }
     two = study.Compared(fixed | {"none": {n: np.array([-1.0, 1.0, 0.0]) for n in "abc"}}, 0.1)
     assert two.ratio("half", "all").value == pytest.approx(3 / 4) and two.ratio("all", "none") is None
-    assert two.ahead("all", "half").data == "*all* is ahead of *half* in 3 of 3 behaviours (a, b, c)."
-    assert two.ahead("half", "all").data.endswith("in 0 of 3 behaviours (none).")
+    assert two.ahead("all", "half").data == "*all* is ahead of *half* in 3 of 3 behaviours."
+    assert two.ahead("half", "all").data.endswith("in 0 of 3 behaviours, not in a, b, c.")
+    behind = study.Compared({"up": fixed["all"], "down": {n: -x for n, x in fixed["all"].items()}}, 0.1)
+    assert behind.ahead("up", "down").data.endswith("3 of 3 behaviours. Backwards go a, b, c (*down*).")
     rows = two.table().data.splitlines()
     assert rows[2].startswith("| all | +4.00") and rows[2].endswith("| 0% | 3 |") and "| 11% | 0 |" in rows[3]
     drawn = {}
@@ -222,6 +225,9 @@ def test_ways_are_compared_item_by_item_at_one_length(lab, monkeypatch):
     (left, right), (gained,) = drawn["panels"].values(), drawn["panels"]["all: more than half?"]["series"].values()
     assert drawn["rows"] == ["a", "b", "c", "all"] and list(left["series"]) == ["all", "half", "none"]
     assert [x.value for x in gained] == [1, 1, 1, 1] and right["verdict"] == "holds" and len(left["null"]) == 4
+    assert drawn["judged"] is None  # a difference of rows that are drawn
+    two.figure(None, "f", ["all"], np.zeros((5, 3)), "null", replace(said, value=1.0, low=0.5, high=2.0), {"good": 0.9})
+    assert drawn["judged"][1] == (1.0, 0.5, 2.0) and drawn["marks"] == {"good": 0.9}
 
 
 def test_a_pass_is_priced_by_its_tokens(lab):

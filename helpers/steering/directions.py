@@ -264,8 +264,8 @@ def between(
     behaviours.
 
     `differences`: (pairs, d_model) by method and behaviour, pair i of one being pair i of the other where they share pairs, so
-    that no pair is on both sides. The diagonal, a method against itself on other pairs, is the most that its row can reach. Of
-    methods in `single` one pair of the half is taken. ValueError for fewer than two pairs.
+    that no pair is on both sides. The diagonal is a method against itself on other pairs; two methods that find one direction
+    have the square root of the product of theirs. Of methods in `single` one pair of the half is taken. ValueError for fewer than two pairs.
     """
     rng, names = np.random.default_rng(seed), list(next(iter(differences.values())))
     half = min(len(rows) for of in differences.values() for rows in of.values()) // 2
