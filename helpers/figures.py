@@ -223,7 +223,7 @@ def by_row(
     each: Series = {label: list(zip(table.mean(0), table.min(0), table.max(0), strict=True))}
     bands = [stats.band(x) for x in (*null.T, null.mean(1))]
     forest(
-        session, name, rows, each, title=title, xlabel=xlabel, null=bands, null_label=null_label,
+        session, name, rows, each, title=title, xlabel=xlabel, null=bands, null_label=f"{null_label}\n(95 % of draws)",
         pooled={label: pooled}, marks=marks, verdict=verdict,
     )  # fmt: skip
 
