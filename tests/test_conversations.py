@@ -106,12 +106,15 @@ def test_latents_are_scored_by_those_that_other_pairs_raise():
     zero, one = torch.zeros(8, 6), torch.eye(6)[0]
     noise = [0.01 * torch.rand(8, 6, generator=g) for _ in range(4)]
     made, held = [(noise[0] + one, zero), (noise[1] + one, zero)], [(noise[2] + one, zero), (noise[3] + one, zero)]
-    vectors, null = torch.stack([one, one]), torch.eye(6)[2:5]
-    signs = np.array([[1.0, -1] * 4, [-1.0, 1] * 4, [1, 1, -1, -1] * 2])
-    found = conversations.scores([Cutter(), Cutter()], vectors, null, noise[0], made, held, 1, signs)
+    other = torch.eye(6)[1]
+    made[1], held[1] = (noise[1] + other, zero), (noise[3] + other, zero)
+    found = conversations.scores([Cutter(), Cutter()], torch.stack([one, other]), noise[0], made, held, 1)
     for m in (conversations.IN_PLACE, conversations.PAIRS):
-        assert found[m].own.shape == (2, 2) and (found[m].own == 1).all() and found[m].null.shape == (3, 2, 2)
-    assert (found[conversations.IN_PLACE].null == 0).all()
+        assert found[m].shape == (2, 2, 2) and (found[m] == np.eye(2)).all()  # each its own latent, none the other's
+    assert conversations.reference(Cutter(), held[1]).argmax() == 1
+    half = {conversations.ALONE: np.zeros((1, 2, 2)), conversations.IN_PLACE: np.eye(2)[None]}
+    (more,) = conversations.beyond(half, 50, 0).values()
+    assert more.own.tolist() == [[1, 1]] and set(more.null) == {0, 1}  # dealt out, both are kept or neither
     i, before, after = conversations.changed(Cutter(), torch.ones(6), 3 * one, 2)[0]
     assert (i, before, after) == (0, 1, 4)
     talks = [talk("a"), talk("b")]
@@ -134,11 +137,15 @@ def test_the_stream_rises_towards_a_planted_direction():
 
 def test_errors_of_two_texts_are_compared_word_by_word_on_the_answers():
     t = talk("a")
-    alike, apart = (
-        conversations.two_texts([Halver(), Cutter()], t._replace(steered=t.plain)),
-        conversations.two_texts([Halver()], t),
-    )
-    assert alike == pytest.approx(np.ones(2)) and apart.shape == (1,) and abs(apart[0]) < 0.6
+    alike, apart = conversations.two_texts([Halver(), Cutter()], [t.plain] * 2, [t.plain, t.steered])
+    assert alike == pytest.approx(np.zeros(2)) and apart.shape == (2,) and apart[0] > 0.4
+
+
+def test_early_words_and_those_at_the_boundary_can_be_left_out():
+    t = talk("a", user=8, answer=12)
+    cosine = np.r_[[9.0] * 4, [0.7] * 3, 9, 9, [0.2] * 11][None]
+    later = conversations.settled([t], [splice.Errors(cosine, cosine)], 4)
+    assert conversations.drops(*later) == pytest.approx(0.5) and len(later[0][0].plain.rows) == 14
 
 
 def test_what_arrives_is_the_vector_where_nothing_stands_between(tiny):
@@ -150,9 +157,10 @@ def test_what_arrives_is_the_vector_where_nothing_stands_between(tiny):
         assert later.shape == gap.shape and not torch.allclose(later, gap, atol=1e-3)
     together = conversations.carried(tiny, 0, talks, [vectors[t.behavior] for t in talks], [1])
     torch.testing.assert_close(torch.cat(together[1]), torch.cat(gaps[1]), atol=1e-4, rtol=1e-3)
-    found = conversations.arrived(talks, gaps[0], vectors, vectors)
+    found = conversations.arrived(talks, gaps[0], vectors, {n: (v, v) for n, v in vectors.items()})
     assert found.kept == pytest.approx(np.ones(2)) and np.diag(found.own) == pytest.approx(np.ones(2))
     np.testing.assert_allclose(found.own, found.vector, atol=1e-5)
+    assert found.ceiling == pytest.approx(np.ones(2))
 
 
 def test_a_stream_that_is_still_steered_points_at_any_vector():

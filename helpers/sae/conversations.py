@@ -23,6 +23,7 @@ from helpers.stats import Interval
 
 LEAST = 6  # tokens on either side of the start: a change point wants twelve
 IN_PLACE, ALONE, PAIRS = "steered - unsteered", "encode(v)", "the vector's own pairs, encoded"
+SWAPPED = "the same, every other pair swapped"
 Sides = tuple[Tensor, Tensor]  # activations of pairs: positive, negative, each (pairs, d_model)
 
 
@@ -95,54 +96,50 @@ def some_rows(talks: Sequence[Talk], n: int) -> Tensor:
     return rows[:: max(len(rows) // n, 1)][:n]
 
 
-class Score(NamedTuple):
-    """How much of a reading is about the concept, for each SAE: of the behaviours' `own` vectors (SAEs, behaviours), and of the
-    null's (draws, SAEs, behaviours)."""
-
-    own: np.ndarray
-    null: np.ndarray
+def reference(sae: Dictionary, sides: Sides) -> Tensor:
+    """How much more each latent fires on the positive side of pairs, on average, 0 where it fires less: (latents,)."""
+    return _raised(sae, *sides).mean(0).clamp_min(0)
 
 
 def scores(
     saes: Sequence[Dictionary],
     vectors: Tensor,
-    null: Tensor,
     acts: Tensor,
     made: Sequence[Sides],
     held_out: Sequence[Sides],
     n: int,
-    signs: np.ndarray,
-) -> dict[str, Score]:
+) -> dict[str, np.ndarray]:
     """For every way to read a vector: the share of its n largest positive latents that are among the n that pairs not used for the
-    vector raise most.
+    vector raise most, (SAEs, behaviours, behaviours): the vector of the one behaviour, the pairs of the other.
 
-    `vectors` (behaviours, d_model), `null` (draws, d_model) as long, `acts` (m, d_model) to which they are added; the pairs that
-    `made` each vector and those `held_out`. PAIRS, the codes of the pairs that made the vector, is the ceiling; its null has
-    their differences multiplied by `signs` (draws, pairs).
+    `vectors` (behaviours, d_model); `acts` (m, d_model) to which they are added; the pairs that `made` each vector and those
+    `held_out`. PAIRS, the codes of the pairs that made the vector, is the ceiling; SWAPPED has every other of them swapped.
     """
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    found: dict[str, list[np.ndarray]] = {}
     for sae in saes:
-        reference = [_raised(sae, *sides).mean(0).clamp_min(0) for sides in held_out]
-        ways = decompose.readings(sae, torch.cat([vectors, null]).float(), acts)
-        parts = {m: (codes[: len(vectors)], [codes[len(vectors) :]] * len(vectors)) for m, codes in ways.items()}
+        ways = decompose.readings(sae, vectors.float(), acts)
         differences = [_raised(sae, *sides) for sides in made]
-        swaps = [torch.from_numpy(signs).float() @ d[: signs.shape[1]] / signs.shape[1] for d in differences]
-        parts[PAIRS] = torch.stack([d.mean(0) for d in differences]), swaps
-        for m, (own, drawn) in parts.items():
-            hits = [
-                [decompose.overlap(x.clamp_min(0), r, n) for x, r in zip(codes, reference, strict=True)]
-                for codes in (own[:, None], drawn)
-            ]
-            found.setdefault(m, []).append((np.array(hits[0])[:, 0], np.array(hits[1]).T))
-    return {
-        m: Score(np.stack([x for x, _ in each]), np.stack([x for _, x in each], axis=1)) for m, each in found.items()
-    }
+        ways[PAIRS] = torch.stack([d.mean(0) for d in differences])
+        ways[SWAPPED] = torch.stack([(d[: len(d) // 2 * 2 : 2] - d[1::2]).mean(0) for d in differences])
+        references = [reference(sae, sides) for sides in held_out]
+        for m, codes in ways.items():
+            hits = [decompose.overlap(codes.clamp_min(0), r, n) for r in references]
+            found.setdefault(m, []).append(np.stack(hits, axis=1))
+    return {m: np.stack(each) for m, each in found.items()}
 
 
-def gain(found: Mapping[str, Score]) -> tuple[np.ndarray, np.ndarray, float]:
-    """How much more IN_PLACE says than ALONE: (SAEs, behaviours), for the null's draws (draws,), and for the ceiling, PAIRS."""
-    one, other = found[IN_PLACE], found[ALONE]
-    return one.own - other.own, (one.null - other.null).mean((1, 2)), float((found[PAIRS].own - other.own).mean())
+class Beyond(NamedTuple):
+    """How much more a reading says than ALONE, of the behaviours' `own` latents (SAEs, behaviours), and the `null`, where other
+    behaviours' pairs say which those are (draws,)."""
+
+    own: np.ndarray
+    null: np.ndarray
+
+
+def beyond(found: Mapping[str, np.ndarray], draws: int, seed: int) -> dict[str, Beyond]:
+    """Each reading of `scores` against ALONE, the same vectors and latents in both."""
+    more = {m: x - found[ALONE] for m, x in found.items() if m != ALONE}
+    return {m: Beyond(np.diagonal(x, axis1=1, axis2=2), stats.dealt(x.mean(0), draws, seed)) for m, x in more.items()}
 
 
 def _raised(sae: Dictionary, pos: Tensor, neg: Tensor) -> Tensor:
@@ -177,22 +174,28 @@ def carried(
 
 class Arrived(NamedTuple):
     """At one layer, cosines of what arrives of the vectors (rows, a behaviour each): with the behaviours' own directions there,
-    `own` (behaviours, behaviours); of the vectors themselves with those, `vector`; and with the vector, `kept` (behaviours,)."""
+    `own` (behaviours, behaviours); of the vectors themselves with those, `vector`; of other pairs' directions there, `ceiling`
+    (behaviours,); and of what arrives with the vector, `kept`."""
 
     own: np.ndarray
     vector: np.ndarray
+    ceiling: np.ndarray
     kept: np.ndarray
 
 
 def arrived(
-    talks: Sequence[Talk], gaps: Sequence[Tensor], vectors: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    talks: Sequence[Talk],
+    gaps: Sequence[Tensor],
+    vectors: Mapping[str, Tensor],
+    halves: Mapping[str, Sequence[Tensor]],
 ) -> Arrived:
-    """Where a vector's shift points at a layer: `gaps` (spoken tokens, d_model) a conversation, of `carried`; `own`: each behaviour's
-    direction there."""
+    """Where a vector's shift points at a layer: `gaps` (spoken tokens, d_model) a conversation, of `carried`; `halves`: each
+    behaviour's direction there, of the pairs that made the vector and of those kept, its own."""
     shift = by_behavior(talks, [g.double().mean(0).numpy() for g in gaps]).T
-    v, there = (np.stack([x[n].double().numpy() for n in vectors]) for x in (vectors, own))
+    v = np.stack([x.double().numpy() for x in vectors.values()])
+    made, there = (np.stack([halves[n][i].double().numpy() for n in vectors]) for i in (0, 1))
     with_own, alone = (stats.cosine(x[:, None], there[None]) for x in (shift, v))
-    return Arrived(with_own, alone, stats.cosine(shift, v))
+    return Arrived(with_own, alone, stats.cosine(made, there), stats.cosine(shift, v))
 
 
 # --- the SAE's error -------------------------------------------------------------------------------------------------------
@@ -227,6 +230,18 @@ def by_strength(
     return [stats.over_both(ratios(talks, found)) for found in errors(saes, [t.plain for t in talks], *pushes)]
 
 
+def settled(talks: Sequence[Talk], found: Sequence[Errors], early: int) -> tuple[list[Talk], list[Errors]]:
+    """The conversations, and their errors, without the first `early` words and the two at the boundary between question and answer."""
+    shorter, kept = [], []
+    for t, x in zip(talks, found, strict=True):
+        here = np.arange(len(t.plain.answer)) >= early
+        here[start(t.plain) - 1 : start(t.plain) + 1] = False
+        rows = torch.from_numpy(here)
+        shorter.append(t._replace(plain=Spoken(t.plain.rows[rows], t.plain.ids[rows], t.plain.answer[here])))
+        kept.append(Errors(x.ratio[:, here], x.cosine[:, here]))
+    return shorter, kept
+
+
 def drop(series: np.ndarray, answer: np.ndarray) -> np.ndarray:
     """The mean of a series (..., tokens) over the user's tokens less its mean over the answer's: (...)."""
     return series[..., ~answer].mean(-1) - series[..., answer].mean(-1)
@@ -246,7 +261,7 @@ def sluggish_drops(talks: Sequence[Talk], cosines: Sequence[np.ndarray], draws: 
 
 
 def dip(series: np.ndarray, at: int) -> np.ndarray:
-    """How far the two words at the seam, before `at` and at it, lie below the three on either side of them: (...)."""
+    """How far the two words at the boundary, before `at` and at it, lie below the three on either side of them: (...)."""
     around = [*range(max(at - 4, 0), at - 1), *range(at + 1, min(at + 4, series.shape[-1]))]
     return series[..., around].mean(-1) - series[..., [at - 1, at]].mean(-1)
 
@@ -284,12 +299,15 @@ class Turning(NamedTuple):
         return float(abs(stats.change_point(series, draws=1).at - at) <= self.within)
 
 
-def two_texts(saes: Sequence[Dictionary], talk: Talk) -> np.ndarray:
-    """Where each run writes its own reply: the cosine of the SAE's errors on the answers' tokens, (SAEs,), n-th with n-th. On the
-    user's tokens it is 1: the runs are the same there."""
-    one, other = (run.rows[run.answer] for run in (talk.plain, talk.steered))
-    n = min(len(one), len(other))
-    return np.array([splice.compare_errors(sae, one[:n], other[:n]).cosine.mean() for sae in saes])
+def two_texts(saes: Sequence[Dictionary], runs: Sequence[Spoken], others: Sequence[Spoken]) -> list[np.ndarray]:
+    """For each pair of runs that wrote their own replies: 1 less the cosine of the SAE's errors on the answers' tokens, n-th with
+    n-th, (SAEs,). Two runs of one question are the same on the user's tokens: the cosine is 1 there."""
+    found = []
+    for run, other in zip(runs, others, strict=True):
+        one, two = (x.rows[x.answer] for x in (run, other))
+        n = min(len(one), len(two))
+        found.append(np.array([1 - splice.compare_errors(sae, one[:n], two[:n]).cosine.mean() for sae in saes]))
+    return found
 
 
 # --- the stream against v --------------------------------------------------------------------------------------------------
