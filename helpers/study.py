@@ -106,7 +106,7 @@ class Compared:
                 "null_label": null_label,
                 "xlabel": f"change of log-odds at {self.length:g} of the residual norm (nats)",
             },
-            f"{way}: more than {other}?": {
+            f"{way[:1].upper()}{way[1:]}: more than {other}?": {
                 "series": {
                     "difference (95 % over items; all: over behaviours)": [
                         *(stats.over(x - y) for x, y in pairs),

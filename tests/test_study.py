@@ -222,7 +222,7 @@ def test_ways_are_compared_item_by_item_at_one_length(lab, monkeypatch):
     assert drawn["series"]["half"] is None and len(drawn["series"]["all"]) == 3 and len(drawn["null"]) == 4
     monkeypatch.setattr(study.figures, "forests", lambda s, name, rows, panels: drawn.update(rows=rows, panels=panels))
     two.versus(None, "f", "all", "half", np.zeros((5, 3)), "null", said)
-    (left, right), (gained,) = drawn["panels"].values(), drawn["panels"]["all: more than half?"]["series"].values()
+    (left, right), (gained,) = drawn["panels"].values(), drawn["panels"]["All: more than half?"]["series"].values()
     assert drawn["rows"] == ["a", "b", "c", "all"] and list(left["series"]) == ["all", "half", "none"]
     assert [x.value for x in gained] == [1, 1, 1, 1] and right["verdict"] == "holds" and len(left["null"]) == 4
     assert drawn["judged"] is None  # a difference of rows that are drawn
