@@ -7,6 +7,7 @@ Everything is made when it is first asked for, at the sizes of a fast run where 
 how they fit together; nothing here measures or judges.
 """
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +49,7 @@ RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", 
 MEAN = "the mean activation"
 TOKENS = "every token", "first tokens left out", "outliers left out too"  # over which a fit is measured
 UNRELATED, SECOND = "unrelated", "second seed"  # the fine-tune without preferences; the base's SAE from another seed
+SHOWN = 60  # letters of a reply in a table of many
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
 FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS, FAST_ROWS = 3, 6, 6, 100
 
@@ -487,17 +489,18 @@ class Single:
 
     def says(self, ways: Mapping[str, Mapping[str, Tensor]], strengths: Sequence[float], tokens: int) -> Markdown:
         """A table of what the model answers to each behaviour's first open question, under nothing and under its vector by each of
-        `ways` at each of `strengths`: a row for each behaviour."""
+        `ways` at each of `strengths`: a row for each behaviour, replies cut short."""
         steps = {
             f"{way}, {x:+g}": {n: v / v.norm() * x * self.residual_norm for n, v in of.items()}
             for way, of in ways.items()
             for x in strengths
         }
         said = propensity.say(self.model, self.data, self.layer, steps, 1, tokens)
-        asked = [f"**{n}**: {b.open[0]}" for n, b in self.data.items()]
-        return table(
-            ["asked", *said], [[q, *(said[k][n][0] for k in said)] for q, n in zip(asked, self.names, strict=True)]
-        )
+        body = [
+            [f"**{n}**: {b.open[0]}", *(textwrap.shorten(said[way][n][0], SHOWN, placeholder=" …") for way in said)]
+            for n, b in self.data.items()
+        ]
+        return table(["asked", *said], body)
 
     def say(self, question: str, vectors: dict[str, Tensor], length: float, tokens: int = 40) -> Markdown:
         """A table of what the model answers when each vector, at `length` residual norms, is added to its answer."""
