@@ -538,8 +538,10 @@ def at_the_seam(
     for axis, (title, panel) in zip(axes[0], panels.items(), strict=True):
         if "null" in panel:
             first = next(iter(starts.values()))
-            means = [np.nanmean(around(x, first, groups, before, after), 0) for x in panel["null"]]
-            low, high = np.nanquantile(means, [0.025, 0.975], axis=0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # a mean of nothing is NaN
+                means = [np.nanmean(around(x, first, groups, before, after), 0) for x in panel["null"]]
+                low, high = np.nanquantile(means, [0.025, 0.975], axis=0)
             axis.fill_between(at, low, high, color=NULL, alpha=0.35, linewidth=0, label=panel.get("null_label", "null"))
         if "published" in panel:
             for (low, high), where, label in zip(

@@ -561,8 +561,9 @@ class Single:
 
     def sae_after(self, share: float, seed: int = 0) -> Loaded | None:
         """The SAE of a seed as it is after that share of its training tokens, by the whole schedule, shortened; None for one out of a
-        registry."""
-        if not self._trained:
+        registry, and where the profile does not say how one is trained."""
+        how = self.session.profile.sae
+        if not self._trained or not (how and how.train):
             return None
         s = self.session
         config = train.of_profile(s.profile, self.model.d_model, seed, s.fast)

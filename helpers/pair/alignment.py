@@ -252,7 +252,7 @@ def worst_kinds(
 
     They are chosen on every second document by length, the longest among them, and measured on the others, with an interval over
     these: the worst of many are worse where they were chosen. Left out are kinds that stand on fewer than `least` tokens of either
-    half, or in too few documents.
+    half, or in too few documents; the last row too where an interval cannot be had.
     """
     ids, row = samples.token_rows()
     kind = ids[row.long(), samples.named("position").long()].numpy()
@@ -270,7 +270,9 @@ def worst_kinds(
             break
         with suppress(ValueError):  # too few documents for an interval
             out.append(Kind(tokenizer.decode([int(token)]), int(here.sum()), _r2(maps, here, document)))
-    return [*out, Kind("all tokens", int((~chosen_on).sum()), _r2(maps, ~chosen_on, document))]
+    with suppress(ValueError):
+        out.append(Kind("all tokens", int((~chosen_on).sum()), _r2(maps, ~chosen_on, document)))
+    return out
 
 
 def _r2(maps: Mapping[str, ByToken], here: np.ndarray, document: np.ndarray) -> dict[str, Interval]:
