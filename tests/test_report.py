@@ -491,7 +491,9 @@ def test_committed_results_and_figures_belong_to_the_notebooks(path):
     )
     declared = papermill.inspect_notebook(str(path))
     for name, value in result["parameters"].items():
-        assert value == ast.literal_eval(declared[name]["default"]), (
+        assert value == json.loads(
+            json.dumps(ast.literal_eval(declared[name]["default"]))
+        ), (  # a tuple is a list there
             f"{path.stem}: committed from a run with another {name}"
         )
     for claim in result["claims"]:
