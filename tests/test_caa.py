@@ -53,7 +53,7 @@ def test_the_turns_end_is_one_token_after_whatever_the_answers_end_in(tiny, cach
     assert one == [*open_one, one[-1]] and other == [*open_other, one[-1]]
     closed = caa.tokens_of(tiny.tokenizer, pair, closed=True)[1]
     torch.testing.assert_close(
-        caa.extract(tiny, [pair], [1], "turn").at(1)[1][0], alone(tiny, closed, 1)[-1], atol=1e-4, rtol=1e-4
+        caa.extract_answers(tiny, [pair], [1])["turn"].at(1)[1][0], alone(tiny, closed, 1)[-1], atol=1e-4, rtol=1e-4
     )
     kept = caa.make_vector(tiny, torch.randn(48), 1, "x", "mean", "turn", [pair], 1.0)
     assert kept.read_from.endswith("«<|im_end|>»")
@@ -65,9 +65,12 @@ def test_one_pass_reads_answers_at_all_places(tiny, cache):
         AnswerPair("Why is the sky blue at noon?", "Look it up!", "Air scatters the short waves of light most."),
     ]
     found = caa.extract_answers(tiny, pairs, [1, 3], batch_size=3)
-    assert list(found) == list(caa.ANSWER_PLACES)
+    assert list(found) == list(caa.READ)
+    closed = [laid for pair in pairs for laid in caa.tokens_of(tiny.tokenizer, pair, closed=True)]
+    ends = reading.means(tiny, closed, [1, 3])[0][:, 0]
+    at_ends = caa.Halves(ends[0::2], ends[1::2], [1, 3], 4, 0.0)
     for where, halves in found.items():
-        alone = caa.extract(tiny, pairs, [1, 3], where)
+        alone = at_ends if where == "turn" else caa.extract(tiny, pairs, [1, 3], where)
         torch.testing.assert_close(halves.at(3), alone.at(3), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(halves.at(1), alone.at(1), atol=1e-4, rtol=1e-4)
 

@@ -11,7 +11,7 @@ import torch
 from conftest import HARVEST, a_profile
 from test_decompose import sae_of
 
-from helpers import claims, nulls, stats, study
+from helpers import claims, comparisons, nulls, stats, study
 from helpers.lm import reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.sae import activations, evidence, saes
@@ -206,21 +206,23 @@ def test_ways_are_compared_item_by_item_at_one_length(lab, monkeypatch):
         "all": {n: np.array([2.0, 3.0, 4.0]) + i for i, n in enumerate("abc")},
         "half": {n: np.array([-1.0, 2.0, 5.0]) + i for i, n in enumerate("abc")},
     }
-    two = study.Compared(fixed | {"none": {n: np.array([-1.0, 1.0, 0.0]) for n in "abc"}}, 0.1)
+    two = comparisons.Compared(fixed | {"none": {n: np.array([-1.0, 1.0, 0.0]) for n in "abc"}}, 0.1)
     assert two.ratio("half", "all").value == pytest.approx(3 / 4) and two.ratio("all", "none") is None
     assert two.ahead("all", "half").data == "*all* is ahead of *half* in 3 of 3 behaviours."
     assert two.ahead("half", "all").data.endswith("in 0 of 3 behaviours, not in a, b, c.")
-    behind = study.Compared({"up": fixed["all"], "down": {n: -x for n, x in fixed["all"].items()}}, 0.1)
+    behind = comparisons.Compared({"up": fixed["all"], "down": {n: -x for n, x in fixed["all"].items()}}, 0.1)
     assert behind.ahead("up", "down").data.endswith("3 of 3 behaviours. Backwards go a, b, c (*down*).")
     rows = two.table().data.splitlines()
     assert rows[2].startswith("| all | +4.00") and rows[2].endswith("| 0% | 3 |") and "| 11% | 0 |" in rows[3]
     drawn = {}
-    monkeypatch.setattr(study.figures, "forest", lambda *args, **given: drawn.update(given, series=args[3]))
+    monkeypatch.setattr(comparisons.figures, "forest", lambda *args, **given: drawn.update(given, series=args[3]))
     said = claims.Claim("1", "all is well", "", "", "", "", "", verdict="holds")
     two.figure(None, "f", ["all"], np.zeros((5, 3)), "null", said)
     assert drawn["title"] == "All is well:" and drawn["verdict"] == "holds"
     assert drawn["series"]["half"] is None and len(drawn["series"]["all"]) == 3 and len(drawn["null"]) == 4
-    monkeypatch.setattr(study.figures, "forests", lambda s, name, rows, panels: drawn.update(rows=rows, panels=panels))
+    monkeypatch.setattr(
+        comparisons.figures, "forests", lambda s, name, rows, panels: drawn.update(rows=rows, panels=panels)
+    )
     two.versus(None, "f", "all", "half", np.zeros((5, 3)), "null", said)
     (left, right), (gained,) = drawn["panels"].values(), drawn["panels"]["All: more than half?"]["series"].values()
     assert drawn["rows"] == ["a", "b", "c", "all"] and list(left["series"]) == ["all", "half", "none"]
@@ -257,7 +259,7 @@ def test_doses_are_finite_steps_with_their_price_and_at_kl_is_the_dose_of_that_p
     np.testing.assert_allclose(found.change[0, :, 0], two.change("joy", vectors["joy"], -0.2).mean(1))
     assert not found.change[:, :, 1].any() and not found.kl[:, :, 1].any() and (found.kl[:, :, ::2] > 0).all()
     assert np.ptp(found.loss[:, :, 1]) == 0 and np.ptp(found.loss[:, :, 0]) > 0
-    three = study.Doses(*(np.stack([x, x + 1, x + 2]) for x in (found.change[0], found.kl[0], found.loss[0])))
+    three = comparisons.Doses(*(np.stack([x, x + 1, x + 2]) for x in (found.change[0], found.kl[0], found.loss[0])))
     panels = three.panels(["first", "second"])
     assert list(panels) == ["change of log-odds (nats)", "KL (nats per token)", "perplexity of plain text"]
     assert panels["change of log-odds (nats)"]["second"][2] == stats.over(three.change[:, 1, 2])
@@ -273,16 +275,16 @@ def test_doses_are_finite_steps_with_their_price_and_at_kl_is_the_dose_of_that_p
 
 def test_draws_are_shown_by_their_mean_and_what_most_of_them_reach():
     draws = np.arange(1000.0)[:, None] + np.array([-5.0, 5.0])
-    assert study.central(draws) == pytest.approx((499.5, 24.975, 974.025))
+    assert comparisons.central(draws) == pytest.approx((499.5, 24.975, 974.025))
 
 
 def test_what_few_items_show_is_corrected_by_what_is_predicted_of_all(two):
     rng = np.random.default_rng(0)
     predicted = rng.normal(1, 2, (3, 400))
     true = 0.8 * predicted + rng.normal(0.3, 0.2, predicted.shape)
-    found, raw = study.estimated(true[:, :20], predicted), true[:, :20].mean(1)
+    found, raw = comparisons.estimated(true[:, :20], predicted), true[:, :20].mean(1)
     assert abs(found - true.mean(1)).max() < 0.25 < abs(raw - true.mean(1)).max()
-    np.testing.assert_allclose(study.estimated(true, predicted), true.mean(1))
+    np.testing.assert_allclose(comparisons.estimated(true, predicted), true.mean(1))
     v = {n: torch.randn(1, 48) for n in two.names}
     few = two.at_kl(v, [0.0, 0.1], 1e9, prompts=1, measured=2)[
         "joy"

@@ -65,33 +65,29 @@ def extract(
     where: str | Sequence[int] = "last",
     batch_size: int = 32,
 ) -> Halves:
-    """Activations of both halves of each pair, averaged over `where` (default: the last token, as in CAA).
-
-    Beside the words of `tokens.positions`, `turn`: the mark that ends the answer's turn, the same token on both sides.
-    """
-    turn = where == "turn"
-    both = [tokens_of(lm.tokenizer, pair, closed=turn) for pair in pairs]
-    sides, where = [s for pair in both for s in pair], "last" if turn else where
-    acts, seconds = reading.means(lm, sides, layers, where, batch_size=batch_size)
+    """Activations of both halves of each pair, averaged over `where` (default: the last token, as in CAA)."""
+    both = [tokens_of(lm.tokenizer, pair) for pair in pairs]
+    acts, seconds = reading.means(lm, [s for sides in both for s in sides], layers, where, batch_size=batch_size)
     return Halves(acts[0::2, 0], acts[1::2, 0], list(layers), 2 * len(pairs), seconds)
 
 
-ANSWER_PLACES = ("answer", "last", "turn")  # where an answer pair can be read: see `extract`
+READ = {"answer": "mean over the answer", "last": "last token", "turn": "end-of-turn mark"}  # places of an answer pair
 
 
 def extract_answers(
     lm: LM, pairs: Sequence[AnswerPair], layers: Sequence[int], batch_size: int = 32
 ) -> dict[str, Halves]:
-    """What `extract` reads of answer pairs at each of ANSWER_PLACES, from one pass: a later token changes nothing before it."""
+    """Answer pairs at each place of READ, from one pass: a later token changes nothing before it, and the mark that ends a turn is the
+    same on both sides."""
     sides = [side for pair in pairs for side in tokens_of(lm.tokenizer, pair, closed=True)]
     masks = [torch.zeros(3, len(side.ids), dtype=torch.bool) for side in sides]
     for mask, side in zip(masks, sides, strict=True):
         mask[0] = torch.tensor(side.roles) == ANSWER
         mask[1, -2] = mask[2, -1] = True
-    acts, seconds = reading.means(lm, sides, layers, "+".join(ANSWER_PLACES), masks, batch_size)
+    acts, seconds = reading.means(lm, sides, layers, "+".join(READ), masks, batch_size)
     return {
         where: Halves(acts[0::2, i], acts[1::2, i], list(layers), 2 * len(pairs), seconds)
-        for i, where in enumerate(ANSWER_PLACES)
+        for i, where in enumerate(READ)
     }
 
 
