@@ -85,8 +85,8 @@ def effect(smallest: float) -> Rule:
             return "fails"
         return "holds" if found.value.low > 0 and found.beats else "undecided"
 
-    words = f"holds if the 95 % interval lies above zero and beats the null, fails if it lies below {smallest:g}, the smallest effect that would matter"
-    return Rule(f"{words}; else undecided", decide)
+    words = f"fails if the 95 % interval lies below {smallest:g}, the smallest effect that would matter"
+    return Rule(f"{words}; else holds if it lies above zero and beats the null, else undecided", decide)
 
 
 def within(target: float, margin: float) -> Rule:
