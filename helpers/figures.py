@@ -120,6 +120,7 @@ def forest(
     marks: Mapping[str, float] | None = None,
     judged: tuple[str, Range] | None = None,
     verdict: str = "",
+    interactive: Interactive | None = None,
 ) -> None:
     """A forest plot, drawn, saved and shown: see `forest_on`.
 
@@ -145,7 +146,8 @@ def forest(
     axis.set(xlabel=xlabel, title=titled(title, verdict))
     for each in axes[:, 0]:
         each.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    show(session, name, figure, {"rows": shown, "series": drawn, "null": null, "marks": marks, "judged": judged})
+    numbers = {"rows": shown, "series": drawn, "null": null, "marks": marks, "judged": judged}
+    show(session, name, figure, numbers, interactive)
 
 
 class Panel(TypedDict):
@@ -451,6 +453,7 @@ def ranked(
     *,
     xlabel: str,
     kinds: tuple[str, str],
+    interactive: Interactive | None = None,
 ) -> None:
     """Bars from the top down, one panel for each title, drawn, saved and shown: (label, value, which of the two `kinds`)."""
     figure, axes = plt.subplots(
@@ -467,7 +470,7 @@ def ranked(
         axes[-1, 0].barh([0], [0], color=colour, label=kind)
     axes[-1, 0].legend(loc="upper right", bbox_to_anchor=(1, -0.2), ncols=2)
     axes[-1, 0].set_xlabel(xlabel)
-    show(session, name, figure, panels)
+    show(session, name, figure, panels, interactive)
 
 
 def forest_on(

@@ -16,7 +16,7 @@ from helpers.entries import DataError, listed
 from helpers.lm import text
 from helpers.lm.reading import LM
 from helpers.sae import decompose
-from helpers.sae.decompose import Dictionary
+from helpers.sae.topk import Dictionary
 from helpers.session import ROOT
 from helpers.steering import caa, directions
 from helpers.steering.behaviors import SystemPair

@@ -27,12 +27,12 @@ from helpers.lm.scoring import Continuations
 from helpers.lm.tokens import USER, Tokens
 from helpers.pair import crosscoder, patching
 from helpers.pair.crosscoder import Joined, Planted
-from helpers.sae import activations, evidence, harvest, labels, latents, saes, train
+from helpers.sae import activations, evaluation, evidence, harvest, labels, latents, saes, train
 from helpers.sae.activations import Pair, Rows, Samples
-from helpers.sae.decompose import Dictionary
 from helpers.sae.evidence import Listed
 from helpers.sae.latents import Latent
 from helpers.sae.saes import Loaded
+from helpers.sae.topk import Dictionary
 from helpers.session import Session
 from helpers.stats import Interval
 from helpers.steering import behaviors, caa, directions, propensity
@@ -446,23 +446,23 @@ class Single:
         """Explained variance, over documents, of a dictionary with a single row, the direction that first tokens bring: over every token of
         `rows` rows of text, over all of the text's tokens but the first of a row, and over those that are no outliers either."""
         used = self.text[0]
-        some = saes.spliceable(used, rows, seed)
+        some = evaluation.spliceable(used, rows, seed)
         chosen = some.kept.clone()
         chosen[:, 0] = True
         every = activations.Array(reading.packed(self.model, some.ids, [self.layer])[self.layer].cpu()[chosen])
         documents = torch.from_numpy(some.document)[:, None].expand_as(chosen)[chosen]
         rest = activations.Samples(used.folder, self.layer, verify=False, outlier=float("inf"))
-        row = cast(Dictionary, saes.Principal(every.tensor.float(), 1))
+        row = cast(Dictionary, evaluation.Principal(every.tensor.float(), 1))
         parts = ((every, documents), *((x, x.named("document")) for x in (rest, used)))
-        found = (saes.explained([saes.evaluate(row, part)], of) for part, of in parts)
+        found = (evaluation.explained([evaluation.evaluate(row, part)], of) for part, of in parts)
         return dict(zip(TOKENS, found, strict=True))
 
     def loss_added(self, dictionaries: Mapping[str, Dictionary], rows: int, seed: int = 0) -> dict[str, np.ndarray]:
         """Next-token loss in nats a token that each of `dictionaries` adds when it stands in for the stream on `rows` rows of held-out
         text, and MEAN, the mean activation: the mean of each document (documents,)."""
-        some = saes.spliceable(self.text[1], rows, seed)
+        some = evaluation.spliceable(self.text[1], rows, seed)
         mean, made = self.text[0].sample(50_000, seed).mean(0), list(dictionaries.values())
-        found = saes.loss_recovered(self.model, made, self.layer, some.ids, some.kept, mean, self.text[1].limit)
+        found = evaluation.loss_recovered(self.model, made, self.layer, some.ids, some.kept, mean, self.text[1].limit)
         parts = {n: x.sae - x.model for n, x in zip(dictionaries, found, strict=True)}
         parts[MEAN] = found[0].mean - found[0].model
         count = stats.grouped(np.ones(len(some.document)), some.document)

@@ -193,3 +193,15 @@ def test_a_latent_is_shown_by_where_it_fires_and_what_it_promotes():
     shown = latents.cells(latents.Latent(3, 0.1, [context], ["x|y", "z"], []))
     assert shown == [r"a \*«b»\|c", "'x\\|y', 'z'"]
     assert latents.cells(latents.Latent(3, 0.0, [], [], [])) == ["(never fired)", ""]
+
+
+def test_hovering_over_a_latent_shows_its_text_as_text():
+    context = latents.Context("a <br>\n", "<b>", " c", 1.0)
+    shown = latents.facts(latents.Latent(3, 0.1, [context] * 3, ["<i>", "z"], []))
+    place = "a &lt;br&gt; «&lt;b&gt;» c"
+    assert shown == {
+        "latent": "3",
+        "fires most on": f"{place}<br>{place}",
+        "makes likelier": "&#x27;&lt;i&gt;&#x27;, &#x27;z&#x27;",
+    }
+    assert latents.facts(latents.Latent(3, 0.0, [], [], []))["fires most on"] == "(never)"

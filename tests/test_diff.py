@@ -14,7 +14,7 @@ from helpers import session
 from helpers.lm import files, models, reading
 from helpers.pair import budget, diff
 from helpers.profiles import ProfileError
-from helpers.sae import activations, harvest, saes, topk, train
+from helpers.sae import activations, evaluation, harvest, saes, topk, train
 from helpers.steering.caa import Halves
 
 SECTION = {
@@ -405,7 +405,7 @@ def test_what_a_dictionary_says_of_differences_is_its_reconstruction_and_less_wi
     rows = torch.linalg.qr(torch.randn(16, 16, generator=g)).Q
     sae = sae_of("topk", rows, k=1, b_dec=torch.ones(16), rescale_acts_by_decoder_norm=False)
     x = 1 + 3 * rows[torch.randint(12, (90,), generator=g)]  # one latent each
-    order = saes.evaluate(sae, activations.Array(x)).order
+    order = evaluation.evaluate(sae, activations.Array(x)).order
     said = diff.written(sae, order, x)
     torch.testing.assert_close(said.read(len(order)), sae.decode(sae.encode(x)), rtol=1e-5, atol=1e-5)
     assert len(order) == 12 and torch.equal(said.read(0), torch.ones(90, 16))

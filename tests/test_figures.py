@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from plotly import graph_objects as go
 
 from helpers import figures, session, stats
 from helpers.stats import Interval
@@ -36,7 +37,8 @@ def test_one_call_draws_saves_and_shows(tmp_path):
     session_like = SimpleNamespace(notebook="99_a", figures=tmp_path)
     x = Interval(1, 0.5, 1.5)
     figures.forest(session_like, "a", ["one", "two"], {"s": [x, None], "t": [x, x]}, title="T", xlabel="x",
-                   null=[(0, 1), (0, 2)], pooled={"s": x, "t": x}, marks={"m": 1.0}, judged=("ratio", x), verdict="holds")  # fmt: skip
+                   null=[(0, 1), (0, 2)], pooled={"s": x, "t": x}, marks={"m": 1.0}, judged=("ratio", x), verdict="holds",
+                   interactive=go.Figure())  # fmt: skip
     figures.lines(session_like, "b", [1, 2, 4], {"s": [x, x, x], "t": [1.0, 2.0, 3.0]}, title="T", xlabel="x",
                   ylabel="y", null=[(0, 1)] * 3, marks={"m": 1.0}, log=True, log_y=True, grey=["t"])  # fmt: skip
     curves = figures.twin(
@@ -52,7 +54,7 @@ def test_one_call_draws_saves_and_shows(tmp_path):
             "published": ((0, 1), (2, 3)), "verdict": "fails"}  # fmt: skip
     figures.at_the_seam(session_like, "f", {"T": seam}, {"s": [2] * 4, "n": [2] * 4}, list("abcc"), 2, 2)
     panels = {"one": [("a $x", 3.0, True), ("b", -1.0, False)], "two": [("c", 1.0, False)]}
-    figures.ranked(session_like, "g", panels, xlabel="x", kinds=("plain", "marked"))
+    figures.ranked(session_like, "g", panels, xlabel="x", kinds=("plain", "marked"), interactive=go.Figure())
     for name in "abcdefg":
         assert (session_like.figures / f"99_{name}.png").stat().st_size > 5000
         assert json.loads((session_like.figures / f"99_{name}.json").read_text())
@@ -61,7 +63,9 @@ def test_one_call_draws_saves_and_shows(tmp_path):
 
 def test_rows_have_the_range_of_their_saes_and_the_null_its_pooled_band(monkeypatch):
     shown = {}
-    monkeypatch.setattr(figures, "show", lambda session, name, figure, numbers: shown.update({name: (figure, numbers)}))
+    monkeypatch.setattr(
+        figures, "show", lambda session, name, figure, numbers, closer=None: shown.update({name: (figure, numbers)})
+    )
     table, null = np.array([[1.0, 4], [3, 6]]), np.array([[0.0, 2]] * 20)
     said = dict(title="t", xlabel="x", null_label="noise")
     figures.by_row(None, "two", ["a", "b"], table, Interval(3, 1, 5), null, **said)
@@ -75,7 +79,9 @@ def test_rows_have_the_range_of_their_saes_and_the_null_its_pooled_band(monkeypa
 
 def test_bars_have_their_labels_and_their_group(tmp_path, monkeypatch):
     shown = {}
-    monkeypatch.setattr(figures, "show", lambda session, name, figure, numbers: shown.update({name: (figure, numbers)}))
+    monkeypatch.setattr(
+        figures, "show", lambda session, name, figure, numbers, closer=None: shown.update({name: (figure, numbers)})
+    )
     groups = {"none": (torch.tensor([True, False, False]), "black"), "some": ([False, True, True], "blue")}
     figures.bars(None, "b", ["a", " $b", "\n"], [0.0, 2.0, 3.0], groups, title="t", ylabel="y")
     figure, numbers = shown["b"]

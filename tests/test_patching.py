@@ -14,7 +14,7 @@ from helpers.lm import hooks, reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, USER
 from helpers.pair import overlap, patching
-from helpers.sae import decompose, harvest, saes, train
+from helpers.sae import decompose, evaluation, harvest, saes, train
 from helpers.steering import caa, propensity
 from helpers.steering.behaviors import AnswerPair, Item
 
@@ -91,7 +91,7 @@ def talks(planted):
 
 
 def unit_rows(sae, samples):
-    return decompose.rows_of(sae).double()[saes.evaluate(sae, samples).order]
+    return decompose.rows_of(sae).double()[evaluation.evaluate(sae, samples).order]
 
 
 def test_the_pair_differs_along_the_planted_direction_on_its_class_alone(planted, difference):
@@ -106,7 +106,7 @@ def test_the_pair_differs_along_the_planted_direction_on_its_class_alone(planted
 
 
 def test_the_diff_sae_finds_the_direction(planted, difference, dictionary):
-    direction, fit = planted[2], saes.evaluate(dictionary, difference)
+    direction, fit = planted[2], evaluation.evaluate(dictionary, difference)
     assert fit.l0 <= 1 and fit.explained_variance > 0.9
     assert overlap.best(direction[None], unit_rows(dictionary, difference)[:3])[1][0] > 0.9
 
@@ -164,7 +164,7 @@ def test_true_differences_recover_everything_few_latents_nearly_all_and_random_o
     first = [a[:1] - b[:1] for a, b in zip(chat.residuals, base.residuals, strict=True)]
     whole = [torch.cat([f, rows[1:]]) for f, rows in zip(first, change.laid(change.rows), strict=True)]
     assert np.abs(base.kl(target, whole)).max() < 1e-6  # every token: nothing is left
-    rows, order = decompose.rows_of(dictionary), saes.evaluate(dictionary, difference).order[:2]
+    rows, order = decompose.rows_of(dictionary), evaluation.evaluate(dictionary, difference).order[:2]
     codes = decompose.codes_of(dictionary, change.rows)
     few = base.kl(target, change.laid(codes[:, order] @ rows[order] + dictionary.b_dec))
     turned = torch.linalg.qr(torch.randn(48, 48)).Q

@@ -14,7 +14,7 @@ from test_harvest import HOW, small, source  # noqa: F401
 
 from helpers.lm import hooks, scoring
 from helpers.lm.reading import LM
-from helpers.sae import harvest, latents, saes, topk
+from helpers.sae import evaluation, harvest, latents, saes, topk
 from helpers.sae.activations import Array
 from helpers.sae.saes import SaeError
 from helpers.sae.topk import Weights
@@ -110,7 +110,7 @@ def test_an_sae_for_something_else_is_refused(tmp_path):
     with pytest.raises(SaeError, match="transcoder"):
         saes.load(cross)
     with pytest.raises(SaeError, match="width"):
-        saes.evaluate(saes.load(folder).sae, Array(torch.randn(10, 40)))
+        evaluation.evaluate(saes.load(folder).sae, Array(torch.randn(10, 40)))
     (folder / "sae_weights.safetensors").write_bytes(b"broken")
     with pytest.raises(SaeError, match="cannot be loaded"):
         saes.load(folder)
@@ -380,7 +380,7 @@ class Known:
 
 
 def test_evaluation_in_parts_is_the_definition():
-    got = saes.evaluate(Known(), Array(torch.tensor([[2.0, 0], [0, 4]])), batch=1)
+    got = evaluation.evaluate(Known(), Array(torch.tensor([[2.0, 0], [0, 4]])), batch=1)
     assert got.explained_variance == pytest.approx(0.8) and got.l0 == 1 and got.dead == pytest.approx(1 / 3)
     assert got.frequency.tolist() == [0.5, 0.5, 0]
     w = some_weights()
@@ -396,8 +396,8 @@ def test_evaluation_in_parts_is_the_definition():
         encode = staticmethod(lambda x: topk.encode(x, w, 8).dense(96))
         decode = staticmethod(lambda z: z @ w.W_dec + w.b_dec)
 
-    assert saes.evaluate(Ours(), Array(x), batch=77).explained_variance == pytest.approx(expected, rel=1e-3)
-    assert saes.evaluate(Ours(), Array(x), limit=100).error.shape == (100,)
+    assert evaluation.evaluate(Ours(), Array(x), batch=77).explained_variance == pytest.approx(expected, rel=1e-3)
+    assert evaluation.evaluate(Ours(), Array(x), limit=100).error.shape == (100,)
 
 
 def test_latents_are_ordered_by_what_they_contribute_and_the_dead_left_out():
@@ -407,7 +407,9 @@ def test_latents_are_ordered_by_what_they_contribute_and_the_dead_left_out():
         encode = staticmethod(torch.relu)
         decode = staticmethod(lambda z: z)
 
-    found = saes.evaluate(Sae(), Array(torch.tensor([[1.0, 0, 0, 0], [1.0, 2.0, 0, 0], [1.0, 0, 0.5, 0]])), batch=2)
+    found = evaluation.evaluate(
+        Sae(), Array(torch.tensor([[1.0, 0, 0, 0], [1.0, 2.0, 0, 0], [1.0, 0, 0.5, 0]])), batch=2
+    )
     torch.testing.assert_close(found.frequency, torch.tensor([1, 1 / 3, 1 / 3, 0], dtype=torch.float64))
     torch.testing.assert_close(found.energy, torch.tensor([1, 4 / 3, 25 / 3, 0], dtype=torch.float64))
     assert found.order.tolist() == [2, 1, 0]
@@ -415,20 +417,20 @@ def test_latents_are_ordered_by_what_they_contribute_and_the_dead_left_out():
 
 def test_a_fit_is_kept_with_its_sae_and_its_samples(cache, monkeypatch):
     x = torch.randn(400, 10)
-    one, other = saes.Principal(x, 3), saes.Principal(x, 4)
-    found = saes.evaluate(one, Array(x))
-    assert saes.fingerprint(one) != saes.fingerprint(other) and not saes.fingerprint(Copy())
-    monkeypatch.setattr(saes, "_fit", lambda *_: pytest.fail("computed again"))
-    assert torch.equal(saes.evaluate(saes.Principal(x, 3), Array(x)).error, found.error)
+    one, other = evaluation.Principal(x, 3), evaluation.Principal(x, 4)
+    found = evaluation.evaluate(one, Array(x))
+    assert evaluation.fingerprint(one) != evaluation.fingerprint(other) and not evaluation.fingerprint(Copy())
+    monkeypatch.setattr(evaluation, "_fit", lambda *_: pytest.fail("computed again"))
+    assert torch.equal(evaluation.evaluate(evaluation.Principal(x, 3), Array(x)).error, found.error)
     for sae, rows, limit in ((other, x, 0), (one, x + 1, 0), (one, x, 100)):
         with pytest.raises(pytest.fail.Exception):
-            saes.evaluate(sae, Array(rows), limit)
+            evaluation.evaluate(sae, Array(rows), limit)
 
 
 def test_principal_components_explain_their_eigenvalues():
     x = torch.randn(400, 10) @ torch.randn(10, 10) + 5
     values = torch.linalg.eigvalsh(torch.cov(x.double().T)).flip(0)
-    got = saes.evaluate(saes.Principal(x, 3), Array(x))
+    got = evaluation.evaluate(evaluation.Principal(x, 3), Array(x))
     assert got.explained_variance == pytest.approx(float(values[:3].sum() / values.sum()), rel=1e-4) and got.l0 == 3
 
 
@@ -453,7 +455,7 @@ def test_loss_recovered_is_one_for_a_copy_and_zero_for_the_mean():
     kept = torch.rand(6, 20) > 0.2
     kept[:, 0] = False
     mean = torch.randn(48)
-    copied, constant = saes.loss_recovered(model, [Copy(), Constant(mean)], 1, ids, kept, mean, batch=4)
+    copied, constant = evaluation.loss_recovered(model, [Copy(), Constant(mean)], 1, ids, kept, mean, batch=4)
     assert copied.recovered == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(copied.sae, copied.model)
     assert constant.recovered == pytest.approx(0, abs=1e-6)
@@ -477,12 +479,12 @@ def test_what_is_not_kept_and_outliers_pass_through_the_splice():
             return x
 
     handle = model.blocks[1].register_forward_hook(lambda m, i, out: out.index_fill(1, torch.tensor([7]), 500.0))
-    saes.loss_recovered(model, [Watch()], 1, ids, kept, torch.zeros(48), limit=500.0)
+    evaluation.loss_recovered(model, [Watch()], 1, ids, kept, torch.zeros(48), limit=500.0)
     handle.remove()
     assert len(seen[0]) == 2 * 9 and float(seen[0].norm(dim=1).max()) < 500
     kept[1, ::2] = False
     with pytest.raises(SaeError, match="row 1"):
-        saes.loss_recovered(model, [Watch()], 1, ids, kept, torch.zeros(48))
+        evaluation.loss_recovered(model, [Watch()], 1, ids, kept, torch.zeros(48))
 
 
 # --- tables of latents -------------------------------------------------------------------------------------------------
@@ -618,19 +620,19 @@ def test_explained_variance_over_documents_and_seeds():
 
     def fit(left):
         total = torch.from_numpy(rng.uniform(1, 2, 200))
-        return saes.Evaluation(1.0, 0.0, torch.ones(3), torch.ones(3), left * total, total)
+        return evaluation.Evaluation(1.0, 0.0, torch.ones(3), torch.ones(3), left * total, total)
 
     one = fit(0.4)
-    found = saes.explained([one], documents)
+    found = evaluation.explained([one], documents)
     assert found.value == pytest.approx(one.explained_variance) == pytest.approx(0.6)
     assert found.high - found.low < 1e-9  # each document alike
     poor = one._replace(error=0.7 * one.total)
-    assert saes.explained([one], documents, less=poor).value == pytest.approx(0.3)
+    assert evaluation.explained([one], documents, less=poor).value == pytest.approx(0.3)
     seeds = [one._replace(error=x * one.total) for x in (0.3, 0.4, 0.5)]
-    spread = saes.explained(seeds, documents)
+    spread = evaluation.explained(seeds, documents)
     assert spread.value == pytest.approx(0.6) and spread.high - spread.low > 0.1  # the seeds differ
     noisy = one._replace(error=one.error + torch.from_numpy(rng.uniform(0, 0.3, 40)).repeat_interleave(5))
-    wider = saes.explained([noisy], documents)
+    wider = evaluation.explained([noisy], documents)
     assert wider.low < noisy.explained_variance < wider.high and wider.high - wider.low > 0.01
 
 

@@ -14,7 +14,7 @@ from test_decompose import sae_of
 from helpers import claims, comparisons, nulls, stats, study
 from helpers.lm import reading, scoring, tokens
 from helpers.lm.reading import LM
-from helpers.sae import activations, evidence, saes
+from helpers.sae import activations, evaluation, evidence
 from helpers.sae.activations import Array
 from helpers.sae.latents import Latent
 from helpers.steering import behaviors, caa, directions, propensity
@@ -116,12 +116,12 @@ def test_changes_by_own_and_foreign_instructions_and_vectors(measure, lab):
 def test_what_stands_in_for_the_stream_costs_what_it_gets_wrong(lab, monkeypatch):
     ids, kept = torch.randint(100, 4000, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
     kept[:, 0] = False
-    some = saes.Spliceable(ids, kept, np.array([4, 4, 7]))
-    monkeypatch.setattr(study.saes, "spliceable", lambda samples, rows, seed: some)
+    some = evaluation.Spliceable(ids, kept, np.array([4, 4, 7]))
+    monkeypatch.setattr(study.evaluation, "spliceable", lambda samples, rows, seed: some)
     rows = activations.Array(reading.packed(lab.model, ids, [1])[1].flatten(0, 1))
     rows.limit = 1e9
     lab.__dict__["text"] = (rows, rows)
-    whole, half = (saes.Principal(rows.tensor, k) for k in (48, 2))
+    whole, half = (evaluation.Principal(rows.tensor, k) for k in (48, 2))
     found = lab.loss_added({"whole": whole, "half": half}, 3)
     assert list(found) == ["whole", "half", study.MEAN] and all(x.shape == (2,) for x in found.values())
     np.testing.assert_allclose(found["whole"], 0, atol=1e-3)

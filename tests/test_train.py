@@ -10,7 +10,7 @@ from conftest import HARVEST, a_profile
 from safetensors.torch import load_file
 
 from helpers import profiles
-from helpers.sae import saes, topk, train
+from helpers.sae import evaluation, saes, topk, train
 from helpers.sae.activations import Array
 from helpers.sae.topk import Weights
 
@@ -218,7 +218,7 @@ def test_batch_topk_threshold_gives_back_the_training_l0(tmp_path):
     done = train.fit(Array(x), config)
     sae = saes.load(saes.save(tmp_path / "sae", done.weights, 4, known, done.threshold)).sae
     assert sae.cfg.architecture() == "jumprelu"
-    assert saes.evaluate(sae, Array(x)).l0 == pytest.approx(4, rel=0.05)
+    assert evaluation.evaluate(sae, Array(x)).l0 == pytest.approx(4, rel=0.05)
 
 
 def test_training_is_cached_and_leaves_no_checkpoints(cache):

@@ -344,7 +344,7 @@ class Gate(NamedTuple):
 
 
 class Fits(Protocol):
-    """How an SAE fits activations: a `Fit`, or all that `saes.evaluate` finds."""
+    """How an SAE fits activations: a `Fit`, or all that `evaluation.evaluate` finds."""
 
     @property
     def explained_variance(self) -> float: ...

@@ -23,8 +23,8 @@ from helpers.pair.rankings import Ranked
 from helpers.profiles import Profile
 from helpers.sae import saes, topk, train
 from helpers.sae.activations import Rows
-from helpers.sae.decompose import Dictionary, codes_of
-from helpers.sae.topk import Codes
+from helpers.sae.decompose import codes_of
+from helpers.sae.topk import Codes, Dictionary
 
 ERROR, RECONSTRUCTION = 0.2, 0.5  # below both ratios a latent is called chat-only, as in arXiv:2504.02922
 ON = 0.005  # the share of tokens that hold a planted feature

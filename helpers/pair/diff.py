@@ -19,7 +19,7 @@ from helpers.pair.budget import Budget, Sizes
 from helpers.profiles import Diff, Harvest, Profile, ProfileError, Sae
 from helpers.sae import decompose, harvest, saes, train
 from helpers.sae.activations import Rows
-from helpers.sae.decompose import Dictionary
+from helpers.sae.topk import Dictionary
 from helpers.steering import directions
 from helpers.steering.caa import Halves
 
@@ -210,7 +210,7 @@ class Written(NamedTuple):
 
 def written(sae: Dictionary, order: Tensor, differences: Tensor) -> Written:
     """What a diff-SAE says of `differences` (tokens, d_model); `order`: its latents that fire, the most used first
-    (`saes.Evaluation.order`)."""
+    (`evaluation.Evaluation.order`)."""
     codes, rows = decompose.codes_of(sae, differences).cpu(), decompose.rows_of(sae).float().cpu()
     return Written(codes[:, order], rows[order], sae.b_dec.detach().float().cpu())
 

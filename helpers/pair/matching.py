@@ -24,8 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers.sae import decompose
-from helpers.sae.decompose import Dictionary
-from helpers.sae.topk import product
+from helpers.sae.topk import Dictionary, product
 
 TOLERANCE = 2e-6  # of a cosine in float32: its rounding is about 1e-7 times the root of the rows' length
 CLOSE = 1e-5  # of the total: a larger gap is not left to float32

@@ -21,9 +21,10 @@ from helpers.lm.tokens import Tokenizer
 from helpers.pair import matching
 from helpers.pair.alignment import Map
 from helpers.pair.matching import Match, Scaling, Side
-from helpers.sae import saes
+from helpers.sae import evaluation
 from helpers.sae.activations import Samples
-from helpers.sae.decompose import Dictionary, codes_of
+from helpers.sae.decompose import codes_of
+from helpers.sae.topk import Dictionary
 from helpers.stats import Interval
 
 # --- latents that can be ranked ----------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def between(
     """For each two of several SAEs of one model, the cosine of every latent of the first that fires on `samples` with its partner in the
     second, (latents,): what a match reaches where nothing differs but the seed. `turned`: with the rows of the second turned by a
     random rotation, the floor."""
-    rows = [alive(x, saes.evaluate(x, samples).frequency, len(samples)).rows for x in some]
+    rows = [alive(x, evaluation.evaluate(x, samples).frequency, len(samples)).rows for x in some]
     d_model = rows[0].shape[1]
     turn = torch.linalg.qr(torch.randn(d_model, d_model, generator=torch.Generator().manual_seed(0))).Q
     others = [x @ turn for x in rows] if turned else rows

@@ -17,8 +17,8 @@ from helpers.lm import hooks, reading, replies, tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import Tokens
 from helpers.sae import decompose, splice
-from helpers.sae.decompose import Dictionary
 from helpers.sae.splice import Errors, Spoken
+from helpers.sae.topk import Dictionary
 from helpers.stats import Interval
 
 LEAST = 6  # tokens on either side of the start: a change point wants twelve

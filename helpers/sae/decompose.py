@@ -11,37 +11,14 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from helpers import stats, store
-
-
-class Settings(Protocol):
-    """The width of an SAE's inputs and how many latents it has; it may also say how they are scaled."""
-
-    d_in: int
-    d_sae: int
-
-
-class Dictionary(Protocol):
-    """What is used of an SAE, as sae_lens holds one: rows (n, d_model) to codes (n, latents) and back."""
-
-    @property
-    def cfg(self) -> Settings: ...
-
-    W_enc: Tensor
-    W_dec: Tensor
-    b_enc: Tensor
-    b_dec: Tensor
-    device: torch.device
-
-    def encode(self, x: Tensor) -> Tensor: ...
-
-    def decode(self, codes: Tensor) -> Tensor: ...
+from helpers.sae.topk import Dictionary
 
 
 class Decomposition(NamedTuple):

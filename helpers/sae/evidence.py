@@ -14,9 +14,9 @@ from torch import Tensor
 
 from helpers import stats
 from helpers.sae import decompose, latents
-from helpers.sae.decompose import Dictionary
 from helpers.sae.latents import Context, Latent
 from helpers.sae.projections import Account, Part
+from helpers.sae.topk import Dictionary
 from helpers.stats import Interval
 
 PURSUIT, DIFFERENCE = WAYS = ("in v", "on pairs")  # how a latent came to be listed

@@ -4,6 +4,7 @@ Knows an SAE, a harvest of token rows, and a model's unembedding. The table is `
 latent a line, so that labels need no network; the page is one static file.
 """
 
+import html
 import json
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from helpers import pages, store
 from helpers.lm import reading
 from helpers.lm.reading import LM
 from helpers.sae.activations import Samples
-from helpers.sae.decompose import Dictionary
+from helpers.sae.topk import Dictionary
 
 PAGE = "latents.html"
 
@@ -60,6 +61,16 @@ def cell(text: str | Context) -> str:
 def cells(latent: Latent) -> list[str]:
     """Where a latent fires most and the words it makes likelier, as they can stand in a Markdown table."""
     return [cell(latent.contexts[0]) if latent.contexts else "(never fired)", words(latent)]
+
+
+def facts(latent: Latent, n: int = 2) -> dict[str, str]:
+    """What an interactive figure says of a latent, as plotly's hover text can show it: its number, the n places where it fires
+    most and the words it makes likelier."""
+    places = "<br>".join(
+        html.escape(re.sub(r"\s+", " ", f"{c.before}«{c.token}»{c.after}")) for c in latent.contexts[:n]
+    )
+    likelier = html.escape(", ".join(repr(word) for word in latent.promotes[:3]))
+    return {"latent": str(latent.index), "fires most on": places or "(never)", "makes likelier": likelier}
 
 
 def label(latent: Latent, before: int = 34, after: int = 12) -> str:

@@ -14,7 +14,8 @@ from scipy.stats import false_discovery_control, ttest_1samp
 from torch import Tensor
 
 from helpers import stats
-from helpers.sae.decompose import Dictionary, centred, check_vectors, codes_of, rows_of, unit_rows
+from helpers.sae.decompose import centred, check_vectors, codes_of, rows_of, unit_rows
+from helpers.sae.topk import Dictionary
 
 
 class Negative(NamedTuple):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from helpers.profiles import Known
 from helpers.sae import decompose
-from helpers.sae.decompose import Dictionary
 from helpers.sae.projections import Negative
+from helpers.sae.topk import Dictionary
 from helpers.stats import Interval
 
 MAYNE = "arXiv:2411.08790"

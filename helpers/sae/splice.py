@@ -19,7 +19,7 @@ from helpers.lm.hooks import Positions
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, USER, Tokens
 from helpers.sae import decompose
-from helpers.sae.decompose import Dictionary
+from helpers.sae.topk import Dictionary
 
 
 def errors(sae: Dictionary, rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ a length (SAELens: `rescale_acts_by_decoder_norm`); with unit rows that is TopK 
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,30 @@ from torch.nn.functional import embedding_bag
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 ROWS = 512  # tokens whose ranks a CPU computes and picks from at a time: they stay in its cache
 GROUP = 16  # latents of which only the largest is looked at first
+
+
+class Settings(Protocol):
+    """The width of an SAE's inputs and how many latents it has; it may also say how they are scaled."""
+
+    d_in: int
+    d_sae: int
+
+
+class Dictionary(Protocol):
+    """What is used of an SAE, as sae_lens holds one: rows (n, d_model) to codes (n, latents) and back."""
+
+    @property
+    def cfg(self) -> Settings: ...
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    device: torch.device
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, codes: Tensor) -> Tensor: ...
 
 
 class Weights(NamedTuple):
