@@ -158,10 +158,8 @@ def by_mistake(reached: float, left: float) -> Rule:
             return "artefact" if found.null >= reached else "fails"
         return "holds" if found.value.low > reached else "undecided"
 
-    words = (
-        f"artefact if it is {reached:g} or more with the mistake, and its 95 % interval lies below {left:g} without it"
-    )
-    return Rule(f"{words}; holds if that lies above {reached:g}, else fails or undecided", decide)
+    words = f"artefact if it is {reached:g} or more measured with the mistake, and the 95 % interval measured without lies below {left:g}"
+    return Rule(f"{words}; holds if that interval lies above {reached:g}, else fails or undecided", decide)
 
 
 def reproduces(published: float, tolerance: float) -> Rule:

@@ -627,8 +627,8 @@ def facts(A: Tensor, B: Tensor, found: Match, device: str | torch.device = "cpu"
     paired = taken >= 0
     cosine = torch.cosine_similarity(A[paired], B[taken[paired]]).double()
     return {
-        "the assignment is optimal to": f"{found.gap:.0e} of {found.total:.0f}",
-        "greedy costs more by": f"{float((1 - cosine).sum()) - found.total:.1f}",
+        "total cost (1 - cosine), and its gap to the best possible": f"{found.total:.0f}, {found.gap:.0e}",
+        "a greedy assignment costs more by": f"{float((1 - cosine).sum()) - found.total:.1f}",
         "nearest neighbours that collide": f"{close.collisions:.0%}",
         "nearest neighbours that are mutual": f"{float(close.mutual.double().mean()):.0%}",
     }
