@@ -271,6 +271,8 @@ def lines(
         shade, size = NULL if label in grey else colour, 5 if len(x) <= 40 else 0
         axis.plot(x, table[:, 0], color=shade, marker=marker, markersize=size, label=label)
         axis.fill_between(x, table[:, 1], table[:, 2], color=shade, alpha=0.15, linewidth=0)
+        if len(only := np.flatnonzero(np.isfinite(table[:, 0]))) == 1:  # a band needs two points
+            axis.vlines(np.asarray(x)[only], table[only, 1], table[only, 2], color=shade, linewidth=1.2)
     for (label, y), style in zip((marks or {}).items(), STYLES, strict=False):
         axis.axhline(y, color="black", linestyle=style, linewidth=1.2, label=label)
     for label, where in (at or {}).items():
