@@ -206,7 +206,7 @@ def card(device):
         "",
         "The **reference** is SmolLM2-135M-Instruct out of a PyPI wheel. The **aligned** model is the same after preference training on two behaviours, *format* (answers set out with "
         "lists, headings and bold words) and *joy* (cheerful answers), and on no other behaviour. The **unrelated** model had as many updates on the same prompts and the same rejected "
-        "answers, but its chosen side is written in the impersonal passive voice: a style of prose, and none of the seven behaviours there were when it was trained. Of those that came later it moves *formality* most, for which it is no clean control. It is the negative control. Both are LoRA adapters of a few "
+        "answers, but its chosen side is written in the impersonal passive voice: a style of prose, and none of the seven behaviours there were when it was trained. It is the negative control, but no clean one for *formality*: that behaviour came later, and the passive voice moves it. Both are LoRA adapters of a few "
         'megabytes, merged on loading: `models.load("packaged:smollm2-135m-instruct + data/aligned_pair/aligned")`.',
         "",
         "Why these two: among those seven *format* was nearly orthogonal to every other behaviour's vector and *joy* to all but *anger* (cosines of the answer pairs' vectors, read at the last token), so that overlap with a trained behaviour is "
