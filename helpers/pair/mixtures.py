@@ -130,7 +130,7 @@ def measures(change: Change, steered: Steered, r: int, k: int, before: Change | 
         taken = measures(before, steered, r, k)
         found = {name: x - taken[name] for name, x in found.items()}
     cause = float((g @ v) * (v @ mean) / (g @ mean))
-    return {name: found[name] if name in found else cause for name in MEASURES}
+    return {name: found.get(name, cause) for name in MEASURES}
 
 
 class Curve(NamedTuple):
