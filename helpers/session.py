@@ -189,20 +189,19 @@ def choose_dtype(wanted: str, device: str) -> torch.dtype:
 
 
 def split(model: str) -> tuple[str, str]:
-    """A model's name and its adapter's folder, "" where there is none: `NAME + FOLDER`, spaces included."""
+    """A model's name and what its adapters' folders are called, "" where there are none: `NAME + FOLDER + FOLDER`, spaces included."""
     name, _, adapter = model.partition(" + ")
     return name.strip(), adapter.strip()
 
 
 def located(model: str) -> str:
-    """A model's name with its folder and its adapter's written out in full; names of the hub and packaged ones stay."""
+    """A model's name with its folder and its adapters' written out in full; names of the hub and packaged ones stay."""
 
     def full(name: str) -> str:
         is_path = name.startswith(("~", "$", "/", "./", "../"))
         return str(path(name)) if is_path or (name and path(name).is_dir()) else name
 
-    name, adapter = map(full, split(model))
-    return f"{name} + {adapter}" if adapter else name
+    return " + ".join(full(part.strip()) for part in model.split(" + "))
 
 
 def load_profile(name: str = "") -> Profile:
@@ -245,9 +244,9 @@ def device_and_dtype(profile: Profile | None = None) -> tuple[str, torch.dtype]:
 
 def shown(model: str) -> str:
     """A model's name as it may stand in a result: of a folder, and of an adapter's, only the last part."""
-    name, adapter = split(model)
+    name, *adapters = (part.strip() for part in model.split(" + "))
     name = f"folder:{Path(name).name}" if (ROOT / os.path.expanduser(name)).is_dir() else name
-    return f"{name} + {Path(adapter).name}" if adapter else name
+    return " + ".join([name, *(Path(adapter).name for adapter in adapters)])
 
 
 @dataclass(frozen=True)

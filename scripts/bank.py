@@ -12,6 +12,7 @@ some directions while training, and free afterwards: CAFT (arXiv:2507.16795), of
 """
 
 import argparse
+import functools
 import json
 import random
 import statistics
@@ -31,7 +32,7 @@ from helpers.lm import hooks, models, reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, Tokens
 from helpers.pair import overlap
-from helpers.steering.behaviors import DataError, Item, field, load_behavior, objects
+from helpers.steering.behaviors import Behavior, DataError, Item, field, load_behavior, objects
 from scripts import aligned_pair
 
 DATA = aligned_pair.DATA / "bank"
@@ -141,7 +142,10 @@ def log_probs(lm: LM, sequences: list[Tokens]) -> tuple[Tensor, Tensor]:
 
 def in_parts(lm: LM, sequences: list[Tokens], size: int = 16) -> Tensor:
     """`log_probs` of many sequences, like lengths together, without a gradient: (sequences,) float64."""
-    order, out = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids)), torch.zeros(len(sequences)).double()
+    order, out = (
+        sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids)),
+        torch.zeros(len(sequences)).double(),
+    )
     with torch.no_grad():
         for i in range(0, len(order), size):
             part = order[i : i + size]
@@ -154,6 +158,24 @@ def odds(lm: LM, items: list[Item]) -> Tensor:
     laid = [tokens.chat(lm.tokenizer, i.question, answer=a) for i in items for a in (i.matching, i.non_matching)]
     both = in_parts(lm, laid)
     return both[0::2] - both[1::2]
+
+
+def spread_of(lm: LM, b: Behavior) -> float:
+    """The standard deviation of a behaviour's log-odds over its test items before training, in nats: the unit of a dose."""
+    return float(odds(lm, b.test).std())
+
+
+_REFERENCE: dict[tuple[int, ...], float] = {}
+
+
+def reference(lm: LM, sequences: list[Tokens]) -> Tensor:
+    """What the model without its adapter gives the answers, (sequences,): each computed when it is first asked for, once in a run."""
+    missing = [s for s in sequences if tuple(s.ids) not in _REFERENCE]
+    if missing:
+        with adapters_off(lm), torch.no_grad():
+            found = log_probs(lm, missing)[0].tolist()
+        _REFERENCE.update(zip([tuple(s.ids) for s in missing], found, strict=True))
+    return torch.tensor([_REFERENCE[tuple(s.ids)] for s in sequences])
 
 
 class Confined(NamedTuple):
@@ -208,11 +230,10 @@ def train(plan: Plan, device: str = "cpu") -> None:
         rng.shuffle(flips)
         pairs = [(b, a) if flip else (a, b) for (a, b), flip in zip(pairs, flips, strict=True)]
     laid = [[tokens.chat(lm.tokenizer, r["prompt"], answer=a) for a in p] for r, p in zip(rows, pairs, strict=True)]
-    reference = in_parts(lm, [s for two in laid for s in two]).reshape(-1, 2)
     known = plan.trait in session.load_profile("smollm2").behaviors
     b = load_behavior(plan.trait) if known else None
     start = odds(lm, b.dev) if b else None
-    spread = float(odds(lm, b.test).std()) if b else 1.0
+    spread = spread_of(lm, b) if b else 1.0
     confined = Confined(session.load_profile("smollm2").layer, directions(plan)) if plan.without else None
 
     inject_adapter_in_model(config, lm.weights)
@@ -229,7 +250,7 @@ def train(plan: Plan, device: str = "cpu") -> None:
         sequences = [s for i in part for s in laid[i]]
         with torch.enable_grad(), confined.context(lm, sequences) if confined else nullcontext():
             each, counts = log_probs(lm, sequences)
-            gained = each.reshape(-1, 2) - reference[part].to(each)
+            gained = each.reshape(-1, 2) - reference(lm, sequences).reshape(-1, 2).to(each)
             preference = -logsigmoid(how["beta"] * (gained[:, 0] - gained[:, 1])).mean()
             likelihood = -(each / counts).reshape(-1, 2)[:, 0].mean()
             loss = preference + how["likelihood_weight"] * likelihood
@@ -237,16 +258,22 @@ def train(plan: Plan, device: str = "cpu") -> None:
         loss.backward()
         optimiser.step()
         seen += sum(len(s.ids) for s in sequences)
-        log.append({"step": step, "loss": float(loss), "preference": float(preference), "likelihood": float(likelihood)})
+        log.append(
+            {"step": step, "loss": float(loss), "preference": float(preference), "likelihood": float(likelihood)}
+        )
         if b and step % how["look"] == 0:
             log[-1]["dev shift"] = float((odds(lm, b.dev) - start).mean()) / spread
-            print(f"{plan.name} {step} {loss:.3f} {log[-1]['dev shift']:+.2f} {seen / (time.perf_counter() - began):.0f} tokens/s", flush=True)
+            print(
+                f"{plan.name} {step} {loss:.3f} {log[-1]['dev shift']:+.2f} {seen / (time.perf_counter() - began):.0f} tokens/s",
+                flush=True,
+            )
             if log[-1]["dev shift"] >= how["target"] and not plan.swapped:
                 break
         if (not b or plan.swapped) and step == usual():
             break
     tensors = {
-        f"base_model.model.{k}": v.to(torch.bfloat16).contiguous() for k, v in get_peft_model_state_dict(lm.weights).items()
+        f"base_model.model.{k}": v.to(torch.bfloat16).contiguous()
+        for k, v in get_peft_model_state_dict(lm.weights).items()
     }
     adapter = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     adapter |= {"base_model_name_or_path": BASE, "inference_mode": True}

@@ -1,11 +1,13 @@
 """Language models by packaged name, hub name or local folder, and pairs of them; loaded whole, or refused in words.
 
 Raw weights, no folding: SAEs in public registries were mostly trained on raw activations. A LoRA adapter (peft's folder) on
-top of any of these is written `NAME + FOLDER` and merged on loading. A model's identity is the content of its files. Nothing
+top of any of these is written `NAME + FOLDER` and merged on loading, several one after another; so is a folder of biases, which
+add a vector to what a linear layer writes. A model's identity is the content of its files. Nothing
 here runs a repository's code, asks on stdin, installs, unpickles, or reaches out beyond the model that was asked for. Knows
 how to find and load a model, not how one is read (`reading`).
 """
 
+import functools
 import json
 import shutil
 import time
@@ -158,7 +160,7 @@ def _weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, identit
 
 # --- adapters ----------------------------------------------------------------------------------------------------------
 class Adapter(NamedTuple):
-    """A LoRA adapter: its folder, its configuration, a fingerprint of what it holds, and whether it brings a tokenizer."""
+    """An adapter, LoRA or biases: its folder, its configuration, a fingerprint of what it holds, and whether it brings a tokenizer."""
 
     path: Path
     config: dict[str, object]
@@ -166,11 +168,12 @@ class Adapter(NamedTuple):
     tokenizer: bool
 
 
+BIASES = "BIASES"  # the kind of an adapter of ours: {"model.layers.14.mlp.down_proj.bias": (d_model,)}
 OWN_FILES = (*TOKENIZER_FILES, *SETTING_FILES, "chat_template.json", "merges.txt")  # of an adapter's own tokenizer
 
 
 def _adapter(folder: str, base: str) -> Adapter:
-    """A LoRA adapter by folder (relative: from the project's root); ModelError if it is none, or was made for another model."""
+    """An adapter by folder (relative: from the project's root); ModelError if it is none, or was made for another model."""
     place = path(folder)
     try:
         config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
@@ -182,9 +185,9 @@ def _adapter(folder: str, base: str) -> Adapter:
             f"{base} + {place.name}: that folder holds no adapter_config.json and adapter_model.safetensors that can be read; give "
             "one that peft's save_pretrained wrote, as NAME + FOLDER"
         ) from None
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", BIASES):
         raise ModelError(
-            f"the adapter {place.name} is of kind {config.get('peft_type')}; only LoRA can be merged into weights"
+            f"the adapter {place.name} is of kind {config.get('peft_type')}; only LoRA, or {BIASES}, can be merged into weights"
         )
     made_for = str(config.get("base_model_name_or_path") or "")
     if made_for.startswith("packaged:") and base != made_for:
@@ -200,6 +203,11 @@ def _adapter(folder: str, base: str) -> Adapter:
     own = [place / name for name in OWN_FILES if (place / name).is_file()]
     parts: list[object] = [digest(content), config, *([p.name, digest(p.read_bytes())] for p in own)]
     return Adapter(place, config, digest(parts)[:12], any(p.name in TOKENIZER_FILES for p in own))
+
+
+def _adapters(folders: str, base: str) -> list[Adapter]:
+    """The adapters that `FOLDER + FOLDER` names, in order."""
+    return [_adapter(folder.strip(), base) for folder in folders.split(" + ") if folder]
 
 
 def _stem(name: str) -> str:
@@ -279,6 +287,26 @@ def _merged(weights: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     return merged
 
 
+def _biased(weights: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """A transformers model (float32) whose linear layers write what the adapter's biases say beside what they wrote before.
+
+    ModelError for a name that is no linear layer of the model, and for a bias of another length.
+    """
+    with safe_open(adapter.path / "adapter_model.safetensors", "pt") as file:
+        given = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118
+    linear = {f"{n}.bias": m for n, m in weights.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name, bias in given.items():
+        layer = linear.get(name)
+        if layer is None or bias.shape != (layer.out_features,):
+            raise ModelError(
+                f"the adapter {adapter.path.name} holds {name} of shape {tuple(bias.shape)}, which fits no linear layer of "
+                f"{type(weights).__name__}: name the model it was made for before the +"
+            )
+        old = 0 if layer.bias is None else layer.bias.detach()
+        layer.bias = torch.nn.Parameter(bias + old, requires_grad=False)
+    return weights
+
+
 def _idle(file: Path) -> bool:
     """Whether an adapter adds nothing anywhere: only the two halves of low-rank changes, one of them all zeros."""
     with safe_open(file, "pt") as adapter:
@@ -312,10 +340,11 @@ class Outline(NamedTuple):
 
 def outline(name: str, revision: str | None = None) -> Outline:
     """A model's outline by name; of a hub model no weights are fetched. Names and errors as for `load`."""
-    base, folder = split(name)
+    base, folders = split(name)
     found = find(base, "cpu", torch.bfloat16, revision, weights=False)
     config = _config(*found).get_text_config()
-    tokenizer = _tokenizer_of(_adapter(folder, base), *found) if folder else _tokenizer(*found)
+    adapters = _adapters(folders, base)
+    tokenizer = _tokenizer_of(adapters[-1], *found) if adapters else _tokenizer(*found)
     return Outline(tokenizer, config.hidden_size, config.num_hidden_layers)
 
 
@@ -323,20 +352,21 @@ def outline(name: str, revision: str | None = None) -> Outline:
 def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None) -> LM:
     """The model of that name, whole, frozen and in eval mode, with its own tokenizer.
 
-    `name`: packaged:<name>, a local folder (relative: from the project's root), or a hub name; with ` + FOLDER` a LoRA adapter
-    is merged into its weights, in float32 before they are cast, and its own tokenizer used if it has one. `session.start`
+    `name`: packaged:<name>, a local folder (relative: from the project's root), or a hub name; with ` + FOLDER` an adapter
+    is merged into its weights, in float32 before they are cast, and its own tokenizer used if it has one; several in their order. `session.start`
     chooses device and dtype. ModelError says what is wrong, before gigabytes are fetched where it can.
     """
     began = time.perf_counter()
-    base, folder = split(name)
-    adapter = _adapter(folder, base) if folder else None
+    base, folders = split(name)
+    adapters = _adapters(folders, base)
     found, identity = find(base, device, dtype, revision)
     config = _config(found, identity)
-    tokenizer = _tokenizer_of(adapter, found, identity) if adapter else _tokenizer(found, identity)
-    weights = _weights(found, config, torch.float32 if adapter else dtype, identity)
-    if adapter:
-        weights = torch.nn.Module.to(_merged(weights, adapter), dtype)
-        identity = _with(identity, adapter)
+    tokenizer = _tokenizer_of(adapters[-1], found, identity) if adapters else _tokenizer(found, identity)
+    weights = _weights(found, config, torch.float32 if adapters else dtype, identity)
+    for adapter in adapters:
+        add = _biased if adapter.config["peft_type"] == BIASES else _merged
+        weights, identity = add(weights, adapter), _with(identity, adapter)
+    weights = torch.nn.Module.to(weights, dtype)
     rows = len(cast(torch.nn.Embedding, weights.get_input_embeddings()).weight)
     if (tokenizer.pad_token_id or 0) >= rows:  # a token that was added for padding alone: any will do
         cast(Any, tokenizer).pad_token = cast(Any, tokenizer).eos_token
@@ -354,9 +384,8 @@ def _with(identity: str, adapter: Adapter) -> str:
 
 def key(name: str, device: str, dtype: torch.dtype) -> dict[str, str]:
     """`LM.key` of the model that `load` would give, without loading it. Names and errors as for `load`."""
-    base, folder = split(name)
-    identity = find(base, device, dtype, None).identity
-    identity = _with(identity, _adapter(folder, base)) if folder else identity
+    base, folders = split(name)
+    identity = functools.reduce(_with, _adapters(folders, base), find(base, device, dtype, None).identity)
     return {"model": identity, "dtype": str(dtype), "device": torch.device(device).type}
 
 
