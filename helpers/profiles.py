@@ -142,6 +142,9 @@ class Pair(Part):
     trained: tuple[str, ...] = Field(
         (), description="the behaviours that the preferences were about, where that is known"
     )
+    bank: str | None = Field(
+        None, description="a folder of more fine-tunes of the base, one a behaviour: see `scripts/bank.py`"
+    )
     sae: PairSaes | None = Field(None, description="SAEs of both, out of sae_lens's registry; else they are trained")
     diff: Diff | None = Field(None, description="the SAE of their differences, where it differs from `sae`")
 

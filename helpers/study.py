@@ -18,15 +18,18 @@ import torch
 from IPython.display import Markdown
 from torch import Tensor
 
-from helpers import nulls, stats
+from helpers import nulls, session, stats
 from helpers.claims import table
 from helpers.comparisons import Compared, Doses, estimated
 from helpers.lm import models, reading, replies, scoring, text, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
 from helpers.lm.tokens import USER, Tokens
+from helpers.pair import bank as banks
 from helpers.pair import crosscoder, patching
+from helpers.pair.bank import AtItems, Bank
 from helpers.pair.crosscoder import Joined, Planted
+from helpers.pair.mixtures import Change, Steered
 from helpers.sae import activations, evaluation, evidence, harvest, labels, latents, saes, train
 from helpers.sae.activations import Pair, Rows, Samples
 from helpers.sae.evidence import Listed
@@ -603,6 +606,44 @@ class Two:
         s, rows = self.before.session, Joined(*fitting)
         loaded, _ = crosscoder.dictionary(s.profile, rows, s.device, seed, s.fast)
         return loaded, Joined(*held, rows.scales)
+
+    def steered(self, kind: str = ANSWERS) -> dict[str, Steered]:
+        """Each behaviour as a ruler sees it: its vector in the model before training, the mean gradient of its test items, its pairs'
+        differences."""
+        pairs, slopes = self.before.differences(kind), self.before.gradients()
+        return {
+            n: Steered(v, torch.from_numpy(slopes[n].mean(0)), pairs[n]) for n, v in self.before.vectors(kind).items()
+        }
+
+    @cached_property
+    def bank(self) -> Bank | None:
+        """The profile's bank of fine-tunes; None where it names none."""
+        section = self.before.session.profile.pair
+        return Bank(session.path(section.bank), section.base) if section and section.bank else None
+
+    def reading(self, rows: int, seed: int = 0) -> banks.Text:
+        """So many rows of held-out text on which `change` reads what training did."""
+        return banks.Text.of(self.texts[self.names[1]][1].base, rows, seed)
+
+    def change(self, fine_tune: LM | str, where: banks.Text) -> Change:
+        """What a fine-tune of the base, or one of that name, changes at the layer on that text."""
+        return banks.on_text(self.before.model, fine_tune, where, self.before.layer, self.limit)
+
+    def chance(self, where: banks.Text) -> list[Change]:
+        """Changes that are about no behaviour: of the unrelated fine-tune and of the bank's style and swapped preferences; where there
+        is none, the pair's own with their signs shuffled."""
+        found: list[LM | str] = [self.unrelated.model] if self.unrelated else []
+        if self.bank:
+            found += [self.bank.model(n) for n in self.bank.by_chance(self.before.names)]
+        if not found:
+            return [self.change(self.after.model, where).alone()]
+        return [self.change(x, where) for x in found]
+
+    def at_items(self, fine_tune: LM | str, name: str) -> AtItems:
+        """What such a fine-tune's change at the layer does to a behaviour's test items: all of it, and along the behaviour's vector."""
+        base = self.before
+        v, items = base.vectors()[name], base.data[name].test
+        return banks.at_items(base.model, fine_tune, items, v, base.layer, self.limit)
 
     def moved_on_dev(self) -> list[str]:
         """The behaviours whose dev items preference training moved, either way: they stand for the trained ones where a profile

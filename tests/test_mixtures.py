@@ -17,7 +17,9 @@ def behaviour(g, d=32, cosine=0.3):
     v = torch.randn(d, generator=g, dtype=torch.float64)
     side = torch.randn(d, generator=g, dtype=torch.float64)
     side -= (side @ v) / (v @ v) * v
-    return Steered(3 * v, cosine * v / v.norm() + (1 - cosine**2) ** 0.5 * side / side.norm())
+    pairs = torch.randn(40, d, generator=g, dtype=torch.float64)
+    pairs += 3 * v - pairs.mean(0)
+    return Steered(3 * v, cosine * v / v.norm() + (1 - cosine**2) ** 0.5 * side / side.norm(), pairs)
 
 
 def test_what_stands_aside_is_at_right_angles_and_steers_as_well(g):
@@ -33,7 +35,7 @@ def test_nothing_stands_aside_of_the_gradient_itself(g):
     with pytest.raises(ValueError, match=r"0\.90"):
         mixtures.aside(behaviour(g, cosine=0.9), 2)
     with pytest.raises(ValueError, match="zero"):
-        mixtures.aside(Steered(torch.zeros(8), torch.ones(8)), 2)
+        mixtures.aside(Steered(torch.zeros(8), torch.ones(8), torch.ones(3, 8)), 2)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.3, 1.0])
@@ -61,34 +63,62 @@ def test_pushed_moments_are_those_of_pushed_rows(g):
     assert mine == pytest.approx(overlap.energy(v, overlap.principal(rows + b, 4)))
 
 
+def test_other_pairs_show_the_vector_with_its_noise(g):
+    one = behaviour(g)
+    again = torch.stack([x.vector for x in one.again(300, 0)])
+    assert torch.allclose(again.mean(0), one.vector, atol=0.1)
+    assert float(again.var(0).mean() * 40) == pytest.approx(float(one.pairs.var(0).mean()), rel=0.1)
+
+
+ONE = mixtures.Sizes(1, 1)
+
+
 def test_measures_say_yes_of_the_same_and_no_of_another(g):
     one = behaviour(g)
     unrelated = Change.of(0.01 * torch.randn(500, 32, generator=g))
     u = mixtures.aside(one, 1)[0]
-    same, other = (
-        mixtures.measures(unrelated.pushed(mixtures.push(one, u, rho, 5.0)), one, 1, 1) for rho in (1.0, 0.0)
-    )
-    assert all(x > 0.98 for x in same.values())
-    assert all(abs(x) < 0.02 for name, x in other.items() if name != mixtures.REMOVAL)
-    assert other[mixtures.CAUSE] == pytest.approx(0, abs=0.02) and abs(other[mixtures.REMOVAL]) < 0.05
-    none = mixtures.measures(unrelated, one, 1, 1, unrelated)
-    assert all(none[name] == 0 for name in (mixtures.MEAN, mixtures.ENERGY, mixtures.SPARSE, mixtures.REMOVAL))
+    same, other = (unrelated.pushed(mixtures.push(one, u, rho, 5.0)) for rho in (1.0, 0.0))
+    for name in mixtures.MEASURES:
+        assert mixtures.measure(name, same, one, ONE) > 0.98
+        assert abs(mixtures.measure(name, other, one, ONE)) < 0.05
+        if name != mixtures.CAUSE:
+            assert mixtures.beyond(name, unrelated, [unrelated], one, ONE) == 0
 
 
-def test_a_curve_orders_rho_and_a_value_excludes_what_it_cannot_be(g):
-    behaviors = {str(i): behaviour(g) for i in range(4)}
-    unrelated = Change.of(0.05 * torch.randn(400, 32, generator=g))
-    rhos = [0.0, 0.25, 0.5, 0.75, 1.0]
-    found = mixtures.curve(unrelated, behaviors, rhos, 5.0, 1, 1, draws=3)
-    assert found.values[mixtures.MEAN].shape == (4, 3, 5)
-    assert found.orders(mixtures.MEAN) == 1
-    low, high = found.rho(mixtures.MEAN, 0.5)
-    assert 0.3 < low <= 0.5 <= high < 0.7
-    assert np.isnan(found.rho(mixtures.MEAN, 2.0)).all()
+def test_a_change_alone_has_no_mean_and_the_same_spread(g):
+    rows = torch.randn(300, 8, generator=g).double() + 3
+    signs = torch.where(torch.arange(300) % 2 == 0, 1.0, -1.0)[:, None]
+    alone, naive = Change.of(rows).alone(), Change.of(rows * signs)
+    assert not alone.mean.any() and torch.allclose(alone.moment, naive.moment)
 
 
-def test_a_measure_that_knows_nothing_does_not_order(g):
-    noise = np.random.default_rng(0).normal(size=(20, 10, 6))
-    blind = mixtures.Curve(np.linspace(0, 1, 6), {"x": noise})
-    assert blind.orders("x") == pytest.approx(0.5, abs=0.05)
-    assert blind.rho("x", 0.0) == (0.0, 1.0)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_ruler_orders_rho_says_yes_and_no_and_excludes(g, count):
+    chance = [Change.of(0.05 * torch.randn(400, 32, generator=g)) for _ in range(count)]
+    found = mixtures.ruler(mixtures.MEAN, chance, behaviour(g), 5.0, ONE, draws=20)
+    assert found.values.shape == (20 * count, 5) and found.orders == 1
+    low, high = found.read(float(np.median(found.values[:, 2])))
+    assert 0.25 < low < 0.5 < high < 0.75
+    assert found.read(9.0) == (1, 1) and found.read(-9.0) == (0, 0)
+    assert found.read(0.2, 0.6).low == found.read(0.2).low and found.read(0.2, 0.6).high == found.read(0.6).high
+    missed, invented = mixtures.faults([found, found])
+    assert missed.shape == (2,) and missed.max() <= 0.05 and invented.max() <= 0.15
+
+
+def test_verdicts_are_those_of_the_rule():
+    for given, wanted in {
+        (0.6, 1.0): mixtures.SAME,
+        (0.1, 0.9): mixtures.RELATED,
+        (0.0, 0.4): mixtures.DIFFERENT,
+        (0.0, 0.6): mixtures.UNDECIDED,
+    }.items():
+        assert mixtures.Rhos(*given).verdict == wanted
+
+
+def test_a_measure_that_knows_nothing_does_not_order_and_decides_nothing():
+    noise = np.random.default_rng(0).normal(size=(400, 6))
+    blind = mixtures.Ruler(np.linspace(0, 1, 6), noise)
+    assert blind.orders == pytest.approx(0.5, abs=0.05)
+    assert blind.read(0.0) == (0.0, 1.0)
+    missed, invented = mixtures.faults([blind])
+    assert missed[0] > 0.9 and invented[0] < 0.1

@@ -10,7 +10,7 @@ A measure of overlap is put through these before it is asked of a real pair: one
 Pure: vectors, gradients and moments; nothing of models or text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -24,10 +24,19 @@ from helpers.steering import directions
 
 
 class Steered(NamedTuple):
-    """A behaviour as the ruler sees it: its `vector` (d_model,) and the mean `gradient` (d_model,) of its log-odds, in nats a unit."""
+    """A behaviour as the ruler sees it: its `vector` (d_model,), the mean `gradient` (d_model,) of its log-odds, in nats a unit, and the
+    differences of the `pairs` (n, d_model) that the vector is the mean of."""
 
     vector: Tensor
     gradient: Tensor
+    pairs: Tensor
+
+    def again(self, draws: int, seed: int) -> Iterator["Steered"]:
+        """The behaviour as other pairs would have shown it: resampled with replacement, so many times."""
+        g = torch.Generator().manual_seed(seed)
+        for _ in range(draws):
+            some = self.pairs[torch.randint(len(self.pairs), (len(self.pairs),), generator=g)].double()
+            yield Steered(some.mean(0), self.gradient, some)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,21 +45,39 @@ class Change:
     zero, `moment` (d_model, d_model), float64; `latents` (latents, d_model), rows of a dictionary of them, the most used first."""
 
     mean: Tensor
-    moment: Tensor
+    _moment: Callable[[], Tensor]
     latents: Tensor
 
     @classmethod
     def of(cls, rows: Tensor, latents: Tensor | None = None) -> "Change":
         """Of differences `rows` (tokens, d_model)."""
         x = rows.detach().double().cpu()
-        atoms = torch.zeros(0, x.shape[1]) if latents is None else latents
-        return cls(x.mean(0), x.T @ x / len(x), atoms.detach().double().cpu())
+        return cls.by(x.mean(0), x.T @ x / len(x), latents)
+
+    @classmethod
+    def by(cls, mean: Tensor, moment: Tensor, latents: Tensor | None = None) -> "Change":
+        """Of its moments."""
+        atoms = torch.zeros(0, len(mean)) if latents is None else latents
+        return cls(mean, lambda: moment, atoms.detach().double().cpu())
 
     def pushed(self, push: Tensor) -> "Change":
         """The same with `push` (d_model,) added at every token."""
         b = push.double()
-        cross = torch.outer(self.mean, b)
-        return Change(self.mean + b, self.moment + cross + cross.T + torch.outer(b, b), self.latents)
+
+        def moment() -> Tensor:
+            cross = torch.outer(self.mean, b)
+            return self.moment + cross + cross.T + torch.outer(b, b)
+
+        return Change(self.mean + b, moment, self.latents)
+
+    def alone(self) -> "Change":
+        """The same spread without a mean: the pair's own differences with their signs shuffled, where there is no other fine-tune."""
+        return Change(torch.zeros_like(self.mean), self._moment, self.latents)
+
+    @cached_property
+    def moment(self) -> Tensor:
+        """(d_model, d_model); of a mixture computed when it is asked for."""
+        return self._moment()
 
     @cached_property
     def components(self) -> Tensor:
@@ -64,7 +91,7 @@ def aside(steered: Steered, draws: int, seed: int = 0) -> Tensor:
     u = c h + sqrt(1 - c^2) z: h is the gradient's direction with v taken out, c what it takes of it, z random at right angles to
     both. ValueError if v points so much along the gradient (a cosine above 0.71) that nothing beside it steers as well.
     """
-    v, g = (directions.finite(name, x) for name, x in zip(Steered._fields, steered, strict=True))
+    v, g = directions.finite("vector", steered.vector), directions.finite("gradient", steered.gradient)
     if not (v.norm() > 0 and g.norm() > 0):
         raise ValueError("the vector or the gradient is zero: nothing steers")
     v = v / v.norm()
@@ -87,7 +114,7 @@ def push(steered: Steered, u: Tensor, rho: float, nats: float) -> Tensor:
     """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho = {rho} was given; 0 (another feature) to 1 (the same) is wanted")
-    v, g = (x.double() for x in steered)
+    v, g = (x.double() for x in steered[:2])
     response = float(g @ v / v.norm())
     if not response > 0:
         raise ValueError(
@@ -109,72 +136,127 @@ MEAN, ENERGY, SPARSE, CAUSE, REMOVAL = (
 MEASURES = (MEAN, ENERGY, SPARSE, CAUSE, REMOVAL)
 
 
-def measures(change: Change, steered: Steered, r: int, k: int, before: Change | None = None) -> dict[str, float]:
-    """Each of MEASURES for one behaviour: signed cosine of v with the mean difference; share of v's squared length in `r` principal
-    components; cosine of v with its best signed sum of `k` of the mean and the latents; share of the first-order shift by the mean
+class Sizes(NamedTuple):
+    """How many principal components, `r`, and how many latents, `k`, the measures take."""
+
+    r: int
+    k: int
+
+
+def measure(name: str, change: Change, steered: Steered, sizes: Sizes) -> float:
+    """One of MEASURES for one behaviour: signed cosine of v with the mean difference; share of v's squared length in r principal
+    components; cosine of v with its best signed sum of k of the mean and the latents; share of the first-order shift by the mean
     difference that goes along v; share of v's own response that is lost with those components.
-
-    `before`: another change, whose numbers are taken off those that a change by chance has too (all but the cause).
     """
-    v, g = (x.double() for x in steered)
+    v, g = (x.double() for x in steered[:2])
     v, mean = v / v.norm(), change.mean
-    inside = overlap.project_onto(v[None], change.components[:r])[0]
-    atoms = torch.cat([mean[None], change.latents])
-    found = {
-        MEAN: float(v @ mean / mean.norm().clamp_min(1e-300)),
-        ENERGY: float(inside.square().sum()),
-        SPARSE: float(overlap.sparse(v[None], atoms.float(), k)[0]),
-        REMOVAL: float(g @ inside / (g @ v)),
-    }
-    if before is not None:
-        taken = measures(before, steered, r, k)
-        found = {name: x - taken[name] for name, x in found.items()}
-    cause = float((g @ v) * (v @ mean) / (g @ mean))
-    return {name: found.get(name, cause) for name in MEASURES}
+    if name == MEAN:
+        return float(v @ mean / mean.norm().clamp_min(1e-300))
+    if name == SPARSE:
+        return float(overlap.sparse(v[None], torch.cat([mean[None], change.latents]).float(), sizes.k)[0])
+    if name == CAUSE:
+        return float((g @ v) * (v @ mean) / (g @ mean))
+    inside = overlap.project_onto(v[None], change.components[: sizes.r])[0]
+    return float(inside.square().sum() if name == ENERGY else g @ inside / (g @ v))
 
 
-class Curve(NamedTuple):
-    """What the measures say of mixtures: `rhos` (rhos,), `values` {measure: (behaviours, draws, rhos)} at one size of the shift."""
+def beyond(name: str, change: Change, chance: Sequence[Change], steered: Steered, sizes: Sizes) -> float:
+    """The same, less the mean of what changes by `chance` have of it too. The cause is a share already: nothing is taken off."""
+    found = measure(name, change, steered, sizes)
+    if name == CAUSE or not chance:
+        return found
+    return found - float(np.mean([measure(name, x, steered, sizes) for x in chance]))
+
+
+# --- the ruler ---------------------------------------------------------------------------------------------------------
+
+SAME, RELATED, DIFFERENT, UNDECIDED = "same", "related", "different", "undecided"
+VERDICTS = (SAME, RELATED, DIFFERENT, UNDECIDED)
+RULE = (
+    "same: every rho up to a half is excluded; related: 0 is; different: 0 is not, and every rho from a half on is; else undecided. "
+    "A rho is excluded if the value lies outside the middle 95 % of what mixtures of that rho give"
+)
+
+
+class Rhos(NamedTuple):
+    """The rhos that a value does not exclude, from `low` to `high`: 0 is another feature, 1 the same."""
+
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """By RULE."""
+        if self.low > 0.5:
+            return SAME
+        if self.low > 0:
+            return RELATED
+        return DIFFERENT if self.high < 0.5 else UNDECIDED
+
+
+@dataclass(frozen=True, eq=False)
+class Ruler:
+    """One measure of mixtures for one behaviour and one size of its shift: `values` (draws, rhos) at `rhos` from 0 to 1."""
 
     rhos: np.ndarray
-    values: dict[str, np.ndarray]
+    values: np.ndarray
 
-    def orders(self, measure: str) -> float:
-        """Share of neighbouring rhos, over behaviours and draws, at which the measure grows: 1 for one that orders rho, 1/2 for one
-        that knows nothing of it."""
-        return float((np.diff(self.values[measure], axis=-1) > 0).mean())
-
-    def rho(self, measure: str, value: float, level: float = 0.95) -> tuple[float, float]:
-        """The rhos (lowest, highest) that `value` does not exclude: those at which it lies within the middle `level` of what mixtures
-        of that rho give, interpolated. (nan, nan) if it excludes all."""
-        tails = (1 - level) / 2
+    def read(self, low: float, high: float | None = None) -> Rhos:
+        """The rhos that a value from `low` to `high` (default: the same) does not exclude. What lies above all mixtures is read as 1,
+        what lies below all as 0: no mixture is more than the same, or less than another."""
         fine = np.linspace(self.rhos[0], self.rhos[-1], 501)
-        flat = self.values[measure].reshape(-1, len(self.rhos))
-        low, high = (np.interp(fine, self.rhos, q) for q in np.quantile(flat, [tails, 1 - tails], axis=0))
-        inside = fine[(low <= value) & (value <= high)]
-        return (float(inside[0]), float(inside[-1])) if len(inside) else (np.nan, np.nan)
+        tails = np.quantile(self.values, [0.025, 0.975], axis=0)
+        bottom, top = (np.interp(fine, self.rhos, q) for q in tails)
+        reached, not_yet = fine[top >= low], fine[bottom <= (low if high is None else high)]
+        return Rhos(float(reached[0]) if len(reached) else 1.0, float(not_yet[-1]) if len(not_yet) else 0.0)
+
+    @property
+    def orders(self) -> float:
+        """Share of neighbouring rhos, over draws, at which the measure grows: 1 for one that orders rho, 1/2 for one that knows nothing."""
+        return float((np.diff(self.values, axis=-1) > 0).mean())
+
+    def halves(self) -> tuple["Ruler", "Ruler"]:
+        """Of every other draw, and of the rest: one to be put through the other."""
+        return Ruler(self.rhos, self.values[0::2]), Ruler(self.rhos, self.values[1::2])
+
+    def verdicts(self, given: "Ruler") -> np.ndarray:
+        """Which of VERDICTS each of the `given` mixtures gets, as a share of its draws: (rhos, verdicts)."""
+        said = [[self.read(x).verdict for x in at] for at in given.values.T]
+        return np.array([[np.mean([s == v for s in row]) for v in VERDICTS] for row in said])
 
 
-def curve(
-    unrelated: Change,
-    behaviors: Mapping[str, Steered],
-    rhos: Sequence[float],
+def ruler(
+    name: str,
+    chance: Sequence[Change],
+    steered: Steered,
     nats: float,
-    r: int,
-    k: int,
-    draws: int = 5,
+    sizes: Sizes,
+    rhos: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    draws: int = 20,
     seed: int = 0,
-) -> Curve:
-    """The measures of mixtures of each rho with the `unrelated` change, for every behaviour and several u: one shift, `nats`.
+) -> Ruler:
+    """The measure `name` of mixtures of a behaviour with each of the changes by `chance`, at shifts of `nats`: `draws` of v and u.
 
-    The sign of the shift is the vector's: a behaviour that its vector lowers is refused by `push`.
+    What is planted is the vector of other pairs (`Steered.again`), so that the ruler knows how badly v itself is known. From each
+    mixture what the other changes by chance give is taken off, as it is from a real one; where there is only one, its own.
     """
-    rows: dict[str, list[list[list[float]]]] = {name: [] for name in MEASURES}
-    for steered in behaviors.values():
-        by_draw = [
-            [measures(unrelated.pushed(push(steered, u, rho, nats)), steered, r, k, unrelated) for rho in rhos]
-            for u in aside(steered, draws, seed)
-        ]
-        for name, into in rows.items():
-            into.append([[found[name] for found in by_rho] for by_rho in by_draw])
-    return Curve(np.asarray(rhos, float), {name: np.asarray(x) for name, x in rows.items()})
+    rows = []
+    for i, background in enumerate(chance):
+        others = [x for j, x in enumerate(chance) if j != i] or [background]
+        for j, planted in enumerate(steered.again(draws, seed + i)):
+            u = aside(planted, 1, seed + i * draws + j)[0]
+            mixed = [background.pushed(push(planted, u, rho, nats)) for rho in rhos]
+            rows.append([beyond(name, x, others, steered, sizes) for x in mixed])
+    return Ruler(np.asarray(rhos, float), np.asarray(rows))
+
+
+def faults(rulers: Sequence[Ruler]) -> tuple[np.ndarray, np.ndarray]:
+    """How often the rule is wrong of each behaviour (behaviours,), by one half of the draws asked of the other and the other way round:
+    rho = 1 not called the same, and rho = 0 called the same or related."""
+    missed, invented = [], []
+    for one in rulers:
+        a, b = one.halves()
+        said = (a.verdicts(b) + b.verdicts(a)) / 2
+        missed.append(1 - said[-1, VERDICTS.index(SAME)])
+        invented.append(said[0, VERDICTS.index(SAME)] + said[0, VERDICTS.index(RELATED)])
+    return np.array(missed), np.array(invented)
