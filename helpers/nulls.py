@@ -137,6 +137,11 @@ def elsewhere(count: int, draws: int, seed: int = 0) -> np.ndarray:
     return found[:draws]
 
 
+def off_diagonal(table: np.ndarray) -> np.ndarray:
+    """What each column (n, n) has from other rows than its own: (n - 1, n)."""
+    return np.stack([np.delete(column, i) for i, column in enumerate(table.T)], axis=1)
+
+
 def rotations(d_model: int, draws: int, seed: int = 0) -> Iterator[Tensor]:
     """Random rotations (d_model, d_model) float64, uniform (Stewart 1980): `rows @ rotation` keeps every angle between rows."""
     g = torch.Generator().manual_seed(seed)

@@ -26,11 +26,11 @@ from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
 from helpers.lm.tokens import USER, Tokens
 from helpers.pair import bank as banks
-from helpers.pair import crosscoder, patching
+from helpers.pair import crosscoder, diff, mixtures, patching
 from helpers.pair.bank import AtItems, Bank
 from helpers.pair.crosscoder import Joined, Planted
-from helpers.pair.mixtures import Change, Steered
-from helpers.sae import activations, evaluation, evidence, harvest, labels, latents, saes, train
+from helpers.pair.mixtures import Change, Ruler, Sizes, Steered
+from helpers.sae import activations, decompose, evaluation, evidence, harvest, labels, latents, saes, train
 from helpers.sae.activations import Pair, Rows, Samples
 from helpers.sae.evidence import Listed
 from helpers.sae.latents import Latent
@@ -497,6 +497,46 @@ class Single:
         return found
 
 
+ASKED = "moved at this layer, nats", "of it along v", "cosine beyond chance", "rhos not excluded", "verdict"
+
+
+class Asked(NamedTuple):
+    """A fine-tune and a behaviour: the `value` of the measure; how far the change at the layer moves the behaviour, all of it (`nats`) and
+    `along` its vector; the `ruler`, or `why` there is none."""
+
+    value: float
+    nats: Interval
+    along: Interval
+    ruler: Ruler | None
+    why: str
+
+    @property
+    def rhos(self) -> mixtures.Rhos | None:
+        """The rhos that are not excluded."""
+        return self.ruler.read(self.value) if self.ruler else None
+
+    @property
+    def share(self) -> float:
+        """The value on a scale from another feature, 0, to the same, 1; nan without a ruler."""
+        return self.ruler.share(self.value) if self.ruler else float("nan")
+
+    @property
+    def verdict(self) -> str:
+        """Of `mixtures.VERDICTS`, or not run."""
+        return self.rhos.verdict if self.rhos else "not run"
+
+    def span(self) -> Interval | None:
+        """The rhos as a figure draws them, with their middle."""
+        return Interval(sum(self.rhos) / 2, *self.rhos) if self.rhos else None
+
+    def cells(self) -> list[str]:
+        """A row of a table under ASKED."""
+        rhos = f"{self.rhos.low:.2f} to {self.rhos.high:.2f}" if self.rhos else "-"
+        numbers = [f"{x.value:+.1f} [{x.low:+.1f}, {x.high:+.1f}]" for x in (self.nats, self.along)]
+        verdict = f"**{self.verdict}**" + (f": {self.why}" if self.why else "")
+        return [*numbers, f"{self.value:+.2f}", rhos, verdict]
+
+
 @dataclass(frozen=True, eq=False)
 class Two:
     """A pair of models that read the same tokens: `before` preference training and `after`, each a Single at one layer; their
@@ -629,15 +669,112 @@ class Two:
         """What a fine-tune of the base, or one of that name, changes at the layer on that text."""
         return banks.on_text(self.before.model, fine_tune, where, self.before.layer, self.limit)
 
-    def chance(self, where: banks.Text) -> list[Change]:
-        """Changes that are about no behaviour: of the unrelated fine-tune and of the bank's style and swapped preferences; where there
-        is none, the pair's own with their signs shuffled."""
+    def chance(self, where: banks.Text, bank: bool = True, but: str = "") -> list[Change]:
+        """Changes that are about no behaviour: of the unrelated fine-tune and of the `bank`'s style and swapped preferences, one of them
+        left out; where there is none, the pair's own with their signs shuffled."""
         found: list[LM | str] = [self.unrelated.model] if self.unrelated else []
-        if self.bank:
-            found += [self.bank.model(n) for n in self.bank.by_chance(self.before.names)]
+        if self.bank and bank:
+            found += [self.bank.model(n) for n in self.bank.by_chance(self.before.names) if n != but]
         if not found:
             return [self.change(self.after.model, where).alone()]
         return [self.change(x, where) for x in found]
+
+    def diff_latents(self, seed: int = 0) -> Tensor:
+        """Rows (latents, d_model) of the diff-SAE of one seed that fire on held-out text, the most used first."""
+        s, (fitting, held) = self.before.session, self.texts[self.names[1]]
+        profile, both = diff.settled(s.profile), (self.before.model, self.after.model)
+        sae = diff.dictionary(profile, fitting.difference, *both, s.device, seed, s.fast)[0].sae
+        return decompose.rows_of(sae)[evaluation.evaluate(sae, held.difference).order]
+
+    def known(self, where: banks.Text, draws: int = 20, seed: int = 0) -> dict[str, Asked]:
+        """What the bank's models with a planted answer get: `ask` by the name of the plant; none without a bank."""
+        if not self.bank:
+            return {}
+        chance = self.chance(where, but=self.bank.background)
+        return {
+            n: self.ask(self.bank.model(self.bank.background, a), trait, where, chance, draws, seed)
+            for n, (a, trait) in self.bank.known.items()
+        }
+
+    def trained_vectors(self) -> dict[str, np.ndarray]:
+        """The bank's vectors trained by preference at each of the steps they were looked at, by kind: (behaviours, looks, d_model), in the
+        order of the names; none without a bank, or where it lacks a behaviour."""
+        paths = self.bank.paths if self.bank else {}
+        return {
+            kind: np.stack([paths[f"{n}.{kind}"].numpy() for n in self.before.names])
+            for kind in banks.KINDS
+            if all(f"{n}.{kind}" in paths for n in self.before.names)
+        }
+
+    def overlaps(self, fine_tunes: Mapping[str, LM | str], where: banks.Text, chance: Sequence[Change]) -> np.ndarray:
+        """Signed cosines with the mean difference, beyond those of changes by chance: (fine-tunes, vectors) of the same behaviours."""
+        steered, one = self.steered(), mixtures.Sizes(1, 1)
+        changes = [self.change(x, where) for x in fine_tunes.values()]
+        return np.array(
+            [[mixtures.beyond(mixtures.MEAN, c, chance, steered[n], one) for n in fine_tunes] for c in changes]
+        )
+
+    def projections(
+        self, fine_tunes: Mapping[str, LM | str], where: banks.Text, chance: Sequence[Change]
+    ) -> np.ndarray:
+        """How far the mean difference goes along each vector, beyond changes by chance, in units of the residual: (fine-tunes, vectors)."""
+        vectors = self.before.vectors()
+        unit = torch.stack([vectors[n] / vectors[n].norm() for n in fine_tunes])
+        level = torch.stack([c.mean for c in chance]).mean(0)
+        return np.array([(unit @ (self.change(x, where).mean - level)).tolist() for x in fine_tunes.values()])
+
+    def by_layer(self) -> dict[str, np.ndarray]:
+        """By fine-tune the cosine of every behaviour's vector with the mean change on its contrast pairs, at the same layer: (behaviours,
+        layers)."""
+        before = self.before.halves(layers=self.before.layers)
+        found = {}
+        for who, one in self.fine_tunes.items():
+            after, table = one.halves(layers=self.before.layers), []
+            for n in self.before.names:
+                both = [
+                    (directions.mean(*before[n].at(k)), diff.at_pairs(before[n], after[n], k).mean)
+                    for k in self.before.layers
+                ]
+                table.append([float(torch.cosine_similarity(v, m, dim=0)) for v, m in both])
+            found[who] = np.array(table)
+        return found
+
+    def rulers(
+        self,
+        measure: str,
+        chance: Sequence[Change],
+        nats: float,
+        sizes: Sizes,
+        draws: int = 20,
+        seed: int = 0,
+        kind: str = ANSWERS,
+    ) -> dict[str, Ruler]:
+        """One of `mixtures.MEASURES` of mixtures with changes by chance, for every behaviour whose vector steers, at one size of shift."""
+        found = {n: one for n, one in self.steered(kind).items() if one.steers}
+        return {
+            n: mixtures.ruler(measure, chance, one, nats, sizes, draws=draws, seed=seed) for n, one in found.items()
+        }
+
+    def ask(
+        self,
+        fine_tune: LM | str,
+        name: str,
+        where: banks.Text,
+        chance: Sequence[Change],
+        draws: int = 20,
+        seed: int = 0,
+    ) -> Asked:
+        """Whether a fine-tune changed the stream along a behaviour's vector: the signed cosine with the mean difference, beyond that of
+        changes by chance, on a ruler of as many nats as its change at this layer moves the behaviour by."""
+        one, at = self.steered()[name], self.at_items(fine_tune, name)
+        value = mixtures.beyond(mixtures.MEAN, self.change(fine_tune, where), chance, one, mixtures.Sizes(1, 1))
+        nats, along = stats.over(at.whole), stats.over(at.along)
+        if not one.steers:
+            return Asked(value, nats, along, None, "its vector does not steer")
+        if nats.low <= 0:
+            return Asked(value, nats, along, None, "the change at this layer does not move it")
+        ruler = mixtures.ruler(mixtures.MEAN, chance, one, nats.value, mixtures.Sizes(1, 1), draws=draws, seed=seed)
+        return Asked(value, nats, along, ruler, "")
 
     def at_items(self, fine_tune: LM | str, name: str) -> AtItems:
         """What such a fine-tune's change at the layer does to a behaviour's test items: all of it, and along the behaviour's vector."""

@@ -70,6 +70,20 @@ def test_other_pairs_show_the_vector_with_its_noise(g):
     assert float(again.var(0).mean() * 40) == pytest.approx(float(one.pairs.var(0).mean()), rel=0.1)
 
 
+def test_pairs_whose_resamplings_do_not_steer_are_refused(g):
+    noise = torch.randn(40, 32, generator=g).double()
+    blind = Steered(noise.mean(0), -noise.mean(0), noise)
+    assert not blind.steers
+    with pytest.raises(ValueError, match="tells nothing apart"):
+        list(blind.again(20, 0))
+
+
+def test_a_share_of_the_ruler_is_linear_between_its_ends():
+    ruler = mixtures.Ruler(np.array([0.0, 1.0]), np.array([[0.1, 0.9], [0.1, 0.9], [0.0, 0.7]]))
+    assert ruler.share(0.1) == pytest.approx(0) and ruler.share(0.9) == pytest.approx(1)
+    assert ruler.share(0.5) == pytest.approx(0.5) and ruler.share(-0.7) == pytest.approx(-1)
+
+
 ONE = mixtures.Sizes(1, 1)
 
 

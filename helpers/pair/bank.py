@@ -25,6 +25,13 @@ from helpers.sae import evaluation
 from helpers.sae.activations import Samples
 from helpers.steering.behaviors import Item
 
+KINDS = (
+    "own.0",
+    "own.1",
+    "aside.0",
+    "bank.0",
+)  # of trained vectors: on which pairs, or where they were held; and the seed
+
 
 class BankError(RuntimeError):
     """A bank of adapters is not whole; the message says what is missing and what to do."""
@@ -146,3 +153,74 @@ class Bank:
     def card(self) -> dict[str, Any]:
         """What each adapter did: `shifts` {adapter: {behaviour: nats by item}}, perplexity and repetition."""
         return json.loads((self.folder / "card.json").read_text())
+
+    @property
+    def background(self) -> str:
+        """The change by chance that the planted models have."""
+        return max(self.names(swapped=True), default="")
+
+    @property
+    def known(self) -> dict[str, tuple[str, str]]:
+        """The planted models: by what was planted, its folder and the behaviour."""
+        found = {n: log["trait"] for n, log in self.logs.items() if n.startswith("known.")}
+        order = ("known.same", "known.earlier", "known.other")
+        return {n.removeprefix("known."): (n, found[n]) for n in order if n in found}
+
+    def more_seeds(self, behavior: str) -> list[str]:
+        """A behaviour's other fine-tunes, which differ in the seed alone."""
+        return [n for n in self.names(trait=behavior, swapped=False, without="") if self.logs[n]["seed"]]
+
+    def confined(self) -> dict[str, dict[str, np.ndarray]]:
+        """By behaviour and what was held out while training ("nothing" first): how far its test items moved, in nats (items,)."""
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for n, log in self.logs.items():
+            if log.get("without"):
+                trait = log["trait"]
+                by = found.setdefault(trait, {"nothing": np.array(self.card["shifts"][trait][trait])})
+                by[log["without"]] = np.array(self.card["shifts"][n][trait])
+        return found
+
+    def steps(self, behavior: str, without: str) -> int:
+        """How many steps that training took."""
+        return self.logs[behavior if without == "nothing" else f"{behavior}.without_{without}"]["steps"]
+
+    def moved(self, behaviors: Sequence[str]) -> np.ndarray:
+        """How far each behaviour's first fine-tune moved every one of them, in standard deviations of their items: (fine-tunes,
+        behaviours)."""
+        first, card = self.first(behaviors), self.card
+        return np.array(
+            [[np.mean(card["shifts"][first[i]][j]) / card["spread"][j] for j in behaviors] for i in behaviors]
+        )
+
+    def reached(self, behaviors: Sequence[str]) -> list[list[str]]:
+        """For a table: each behaviour's loss with nothing added, along its vector, free and at right angles; and the dev shifts of the
+        last three, in standard deviations."""
+        rows = []
+        for n in behaviors:
+            along, free, aside = (self.vectors["vectors"][f"{n}.{kind}"] for kind in ("along", "own.0", "aside.0"))
+            best = int(np.argmin(along["loss"]))
+            losses = [free["loss"][0], along["loss"][best], free["loss"][1], aside["loss"][1]]
+            shifts = [along["dev shifts"][best], free["dev shifts"][-1], aside["dev shifts"][-1]]
+            rows.append([n, *(f"{x:.2f}" for x in losses), *(f"{x:+.2f}" for x in shifts)])
+        return rows
+
+    def dev_shift(self, behaviors: Sequence[str], kind: str) -> list[float]:
+        """How far each behaviour's trained vector of a kind moved its dev items in the end, in standard deviations."""
+        return [self.vectors["vectors"][f"{n}.{kind}"]["dev shifts"][-1] for n in behaviors]
+
+
+# --- what predicts what ------------------------------------------------------------------------------------------------
+
+
+def level(table: np.ndarray) -> np.ndarray:
+    """A table (fine-tunes, behaviours) without the size of each fine-tune's change: every row less its mean."""
+    return table - table.mean(1, keepdims=True)
+
+
+def predicted(along: np.ndarray, moved: np.ndarray) -> list[str]:
+    """For a table: how the shift along vectors (fine-tunes, vectors) goes with what moved (fine-tunes, behaviours). The correlation over
+    fine-tunes with the own vector, mean of behaviours; the mean size of that with the others'; in how many the own is highest."""
+    n = len(along)
+    r = np.corrcoef(along.T, moved.T)[:n, n:]  # vectors, behaviours
+    others = np.abs(r[~np.eye(n, dtype=bool)]).mean()
+    return [f"{np.diag(r).mean():+.2f}", f"{others:.2f}", f"{int((r.argmax(0) == np.arange(n)).sum())} of {n}"]

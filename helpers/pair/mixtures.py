@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helpers import stats
 from helpers.pair import overlap
+from helpers.stats import Interval
 from helpers.steering import directions
 
 
@@ -31,12 +33,24 @@ class Steered(NamedTuple):
     gradient: Tensor
     pairs: Tensor
 
+    @property
+    def steers(self) -> bool:
+        """Whether its linear response is positive: one that is not tells nothing apart."""
+        return bool(self.gradient.double() @ self.vector.double() > 0)
+
     def again(self, draws: int, seed: int) -> Iterator["Steered"]:
-        """The behaviour as other pairs would have shown it: resampled with replacement, so many times."""
-        g = torch.Generator().manual_seed(seed)
-        for _ in range(draws):
+        """The behaviour as other pairs would have shown it: resampled with replacement, so many times; those that do not steer are drawn
+        again. ValueError where most do not."""
+        g, made = torch.Generator().manual_seed(seed), 0
+        for _ in range(2 * draws + 10):
             some = self.pairs[torch.randint(len(self.pairs), (len(self.pairs),), generator=g)].double()
-            yield Steered(some.mean(0), self.gradient, some)
+            if (one := Steered(some.mean(0), self.gradient, some)).steers and made < draws:
+                made += 1
+                yield one
+        if made < draws:
+            raise ValueError(
+                f"{made} of {2 * draws + 10} resamplings of the pairs give a vector that steers: it tells nothing apart"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +83,10 @@ class Change:
             return self.moment + cross + cross.T + torch.outer(b, b)
 
         return Change(self.mean + b, moment, self.latents)
+
+    def told(self, latents: Tensor) -> "Change":
+        """The same with these rows (latents, d_model) for its dictionary."""
+        return Change(self.mean, self._moment, latents.detach().double().cpu())
 
     def alone(self) -> "Change":
         """The same spread without a mean: the pair's own differences with their signs shuffled, where there is no other fine-tune."""
@@ -134,6 +152,7 @@ MEAN, ENERGY, SPARSE, CAUSE, REMOVAL = (
     "steering lost with the components",
 )
 MEASURES = (MEAN, ENERGY, SPARSE, CAUSE, REMOVAL)
+QUICK = (MEAN, CAUSE)  # that need neither components nor a dictionary
 
 
 class Sizes(NamedTuple):
@@ -210,6 +229,11 @@ class Ruler:
         reached, not_yet = fine[top >= low], fine[bottom <= (low if high is None else high)]
         return Rhos(float(reached[0]) if len(reached) else 1.0, float(not_yet[-1]) if len(not_yet) else 0.0)
 
+    def share(self, value: float) -> float:
+        """A value on the scale from the median mixture of rho = 0 to that of rho = 1, which are 0 and 1."""
+        other, same = np.median(self.values[:, [0, -1]], axis=0)
+        return float((value - other) / (same - other))
+
     @property
     def orders(self) -> float:
         """Share of neighbouring rhos, over draws, at which the measure grows: 1 for one that orders rho, 1/2 for one that knows nothing."""
@@ -248,6 +272,29 @@ def ruler(
             mixed = [background.pushed(push(planted, u, rho, nats)) for rho in rhos]
             rows.append([beyond(name, x, others, steered, sizes) for x in mixed])
     return Ruler(np.asarray(rhos, float), np.asarray(rows))
+
+
+def middle(rulers: Sequence[Ruler]) -> list[Interval]:
+    """The mean over behaviours of each one's mean mixture, at every rho."""
+    return [stats.over(x) for x in np.stack([r.values.mean(0) for r in rulers]).T]
+
+
+def spread(rulers: Sequence[Ruler]) -> list[str]:
+    """The middle 95 % of all behaviours' mixtures at every rho, as a table shows them."""
+    bands = (stats.band(x) for x in np.concatenate([r.values for r in rulers]).T)
+    return [f"{low:+.2f} to {high:+.2f}" for low, high in bands]
+
+
+def sayings(rulers: Sequence[Ruler]) -> dict[str, np.ndarray]:
+    """How often each of VERDICTS is given at every rho, mean of behaviours, by one half of the draws asked of the other: (rhos,)."""
+    each = [(a.verdicts(b) + b.verdicts(a)) / 2 for a, b in (r.halves() for r in rulers)]
+    return dict(zip(VERDICTS, np.mean(each, axis=0).T, strict=True))
+
+
+def without(x: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """Vectors (..., d_model) without what lies along `g` (..., d_model)."""
+    unit = g / np.linalg.norm(g, axis=-1, keepdims=True)
+    return x - (x * unit).sum(-1, keepdims=True) * unit
 
 
 def faults(rulers: Sequence[Ruler]) -> tuple[np.ndarray, np.ndarray]:
