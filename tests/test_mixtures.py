@@ -79,7 +79,7 @@ def test_pairs_whose_resamplings_do_not_steer_are_refused(g):
 
 
 def test_a_share_of_the_ruler_is_linear_between_its_ends():
-    ruler = mixtures.Ruler(np.array([0.0, 1.0]), np.array([[0.1, 0.9], [0.1, 0.9], [0.0, 0.7]]))
+    ruler = mixtures.Ruler(np.array([0.0, 1.0]), np.array([[0.1, 0.9], [0.1, 0.9], [0.0, 0.7]]), np.zeros(3))
     assert ruler.share(0.1) == pytest.approx(0) and ruler.share(0.9) == pytest.approx(1)
     assert ruler.share(0.5) == pytest.approx(0.5) and ruler.share(-0.7) == pytest.approx(-1)
 
@@ -116,7 +116,14 @@ def test_a_ruler_orders_rho_says_yes_and_no_and_excludes(g, count):
     assert found.read(9.0) == (1, 1) and found.read(-9.0) == (0, 0)
     assert found.read(0.2, 0.6).low == found.read(0.2).low and found.read(0.2, 0.6).high == found.read(0.6).high
     missed, invented = mixtures.faults([found, found])
-    assert missed.shape == (2,) and missed.max() <= 0.05 and invented.max() <= 0.15
+    assert missed.shape == (2,) and missed.max() <= 0.05 and invented.max() <= 0.25
+    parts = found.parts()
+    assert len(parts) == max(count, 2) and sum(len(b.values) for _, b in parts) == 20 * count
+    assert all(len(a.values) + len(b.values) == 20 * count for a, b in parts)
+    if count > 2:
+        assert all(not set(a.which) & set(b.which) for a, b in parts)
+    said = mixtures.sayings([found])
+    assert np.allclose(sum(said.values()), 1) and said[mixtures.SAME][-1] == pytest.approx(1 - missed[0])
 
 
 def test_verdicts_are_those_of_the_rule():
@@ -131,7 +138,7 @@ def test_verdicts_are_those_of_the_rule():
 
 def test_a_measure_that_knows_nothing_does_not_order_and_decides_nothing():
     noise = np.random.default_rng(0).normal(size=(400, 6))
-    blind = mixtures.Ruler(np.linspace(0, 1, 6), noise)
+    blind = mixtures.Ruler(np.linspace(0, 1, 6), noise, np.zeros(400))
     assert blind.orders == pytest.approx(0.5, abs=0.05)
     assert blind.read(0.0) == (0.0, 1.0)
     missed, invented = mixtures.faults([blind])

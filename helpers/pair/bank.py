@@ -63,7 +63,12 @@ def on_text(base: LM, fine_tune: LM | str, where: Text, layer: int, limit: float
         found = mixtures.Change.of(after.float().cpu()[kept] - before.float().cpu()[kept])
         return {"mean": found.mean, "moment": found.moment}
 
-    key = _key(base, fine_tune) | {"layer": layer, "limit": limit, "text": store.digest([where.ids, where.kept])}
+    key = _key(base, fine_tune) | {
+        "layer": layer,
+        "limit": limit,
+        "ids": store.digest(where.ids),
+        "kept": store.digest(where.kept),
+    }
     found = store.cached("change", key, compute, __name__)
     return mixtures.Change.by(found["mean"], found["moment"])
 

@@ -215,10 +215,12 @@ class Rhos(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Ruler:
-    """One measure of mixtures for one behaviour and one size of its shift: `values` (draws, rhos) at `rhos` from 0 to 1."""
+    """One measure of mixtures for one behaviour and one size of its shift: `values` (draws, rhos) at `rhos` from 0 to 1, and to `which`
+    change by chance each draw was added (draws,)."""
 
     rhos: np.ndarray
     values: np.ndarray
+    which: np.ndarray
 
     def read(self, low: float, high: float | None = None) -> Rhos:
         """The rhos that a value from `low` to `high` (default: the same) does not exclude. What lies above all mixtures is read as 1,
@@ -239,9 +241,14 @@ class Ruler:
         """Share of neighbouring rhos, over draws, at which the measure grows: 1 for one that orders rho, 1/2 for one that knows nothing."""
         return float((np.diff(self.values, axis=-1) > 0).mean())
 
-    def halves(self) -> tuple["Ruler", "Ruler"]:
-        """Of every other draw, and of the rest: one to be put through the other."""
-        return Ruler(self.rhos, self.values[0::2]), Ruler(self.rhos, self.values[1::2])
+    def parts(self) -> list[tuple["Ruler", "Ruler"]]:
+        """Pairs of a ruler and mixtures to put through it: of all changes by chance but one, and of that one, where there are three or
+        more; else of every other draw, and of the rest."""
+        groups = self.which if len(set(self.which)) > 2 else np.arange(len(self.which)) % 2
+        return [(self._of(groups != i), self._of(groups == i)) for i in np.unique(groups)]
+
+    def _of(self, chosen: np.ndarray) -> "Ruler":
+        return Ruler(self.rhos, self.values[chosen], self.which[chosen])
 
     def verdicts(self, given: "Ruler") -> np.ndarray:
         """Which of VERDICTS each of the `given` mixtures gets, as a share of its draws: (rhos, verdicts)."""
@@ -264,14 +271,15 @@ def ruler(
     What is planted is the vector of other pairs (`Steered.again`), so that the ruler knows how badly v itself is known. From each
     mixture what the other changes by chance give is taken off, as it is from a real one; where there is only one, its own.
     """
-    rows = []
+    rows, which = [], []
     for i, background in enumerate(chance):
         others = [x for j, x in enumerate(chance) if j != i] or [background]
         for j, planted in enumerate(steered.again(draws, seed + i)):
             u = aside(planted, 1, seed + i * draws + j)[0]
             mixed = [background.pushed(push(planted, u, rho, nats)) for rho in rhos]
             rows.append([beyond(name, x, others, steered, sizes) for x in mixed])
-    return Ruler(np.asarray(rhos, float), np.asarray(rows))
+            which.append(i)
+    return Ruler(np.asarray(rhos, float), np.asarray(rows), np.asarray(which))
 
 
 def middle(rulers: Sequence[Ruler]) -> list[Interval]:
@@ -286,9 +294,12 @@ def spread(rulers: Sequence[Ruler]) -> list[str]:
 
 
 def sayings(rulers: Sequence[Ruler]) -> dict[str, np.ndarray]:
-    """How often each of VERDICTS is given at every rho, mean of behaviours, by one half of the draws asked of the other: (rhos,)."""
-    each = [(a.verdicts(b) + b.verdicts(a)) / 2 for a, b in (r.halves() for r in rulers)]
-    return dict(zip(VERDICTS, np.mean(each, axis=0).T, strict=True))
+    """How often each of VERDICTS is given at every rho, mean of behaviours: (rhos,). Of mixtures that the ruler was not made of."""
+    return dict(zip(VERDICTS, np.mean([_said(r) for r in rulers], axis=0).T, strict=True))
+
+
+def _said(ruler: Ruler) -> np.ndarray:
+    return np.mean([a.verdicts(b) for a, b in ruler.parts()], axis=0)
 
 
 def without(x: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -298,12 +309,8 @@ def without(x: np.ndarray, g: np.ndarray) -> np.ndarray:
 
 
 def faults(rulers: Sequence[Ruler]) -> tuple[np.ndarray, np.ndarray]:
-    """How often the rule is wrong of each behaviour (behaviours,), by one half of the draws asked of the other and the other way round:
-    rho = 1 not called the same, and rho = 0 called the same or related."""
-    missed, invented = [], []
-    for one in rulers:
-        a, b = one.halves()
-        said = (a.verdicts(b) + b.verdicts(a)) / 2
-        missed.append(1 - said[-1, VERDICTS.index(SAME)])
-        invented.append(said[0, VERDICTS.index(SAME)] + said[0, VERDICTS.index(RELATED)])
-    return np.array(missed), np.array(invented)
+    """How often the rule is wrong of each behaviour (behaviours,), of mixtures that its ruler was not made of: rho = 1 not called the
+    same, and rho = 0 called the same or related."""
+    said = np.stack([_said(r) for r in rulers])
+    same, related = (said[:, :, VERDICTS.index(v)] for v in (SAME, RELATED))
+    return 1 - same[:, -1], same[:, 0] + related[:, 0]
