@@ -497,6 +497,7 @@ class Single:
         return found
 
 
+ONE = Sizes(1, 1)  # the cosine with the mean takes neither components nor latents
 ASKED = "moved at this layer, nats", "of it along v", "cosine beyond chance", "rhos not excluded", "verdict"
 
 
@@ -669,15 +670,21 @@ class Two:
         """What a fine-tune of the base, or one of that name, changes at the layer on that text."""
         return banks.on_text(self.before.model, fine_tune, where, self.before.layer, self.limit)
 
-    def chance(self, where: banks.Text, bank: bool = True, but: str = "") -> list[Change]:
-        """Changes that are about no behaviour: of the unrelated fine-tune and of the `bank`'s style and swapped preferences, one of them
-        left out; where there is none, the pair's own with their signs shuffled."""
-        found: list[LM | str] = [self.unrelated.model] if self.unrelated else []
+    def chance(self, where: banks.Text, bank: bool = True) -> dict[str, Change]:
+        """Changes that other training makes, by name: the unrelated fine-tune's, and of the `bank` the style's, the swapped preferences'
+        and every behaviour's first. Where there is none, the pair's own with their signs shuffled."""
+        found: dict[str, LM | str] = {UNRELATED: self.unrelated.model} if self.unrelated else {}
         if self.bank and bank:
-            found += [self.bank.model(n) for n in self.bank.by_chance(self.before.names) if n != but]
+            names = [*self.bank.by_chance(self.before.names), *self.bank.first(self.before.names).values()]
+            found |= {n: self.bank.model(n) for n in names}
         if not found:
-            return [self.change(self.after.model, where).alone()]
-        return [self.change(x, where) for x in found]
+            return {"signs shuffled": self.change(self.after.model, where).alone()}
+        return {n: self.change(x, where) for n, x in found.items()}
+
+    def _beside(self, chance: Mapping[str, Change], name: str, but: str = "") -> list[Change]:
+        """Those of other training than for a behaviour, but for one of that name."""
+        about = self.bank.names(trait=name, swapped=False) if self.bank else []
+        return [c for n, c in chance.items() if n not in (*about, but)]
 
     def diff_latents(self, seed: int = 0) -> Tensor:
         """Rows (latents, d_model) of the diff-SAE of one seed that fire on held-out text, the most used first."""
@@ -686,13 +693,13 @@ class Two:
         sae = diff.dictionary(profile, fitting.difference, *both, s.device, seed, s.fast)[0].sae
         return decompose.rows_of(sae)[evaluation.evaluate(sae, held.difference).order]
 
-    def known(self, where: banks.Text, draws: int = 20, seed: int = 0) -> dict[str, Asked]:
+    def known(self, where: banks.Text, chance: Mapping[str, Change], draws: int = 6, seed: int = 0) -> dict[str, Asked]:
         """What the bank's models with a planted answer get: `ask` by the name of the plant; none without a bank."""
         if not self.bank:
             return {}
-        chance = self.chance(where, but=self.bank.background)
+        below = self.bank.background
         return {
-            n: self.ask(self.bank.model(self.bank.background, a), trait, where, chance, draws, seed)
+            n: self.ask(self.bank.model(below, a), trait, where, chance, draws, seed, but=below)
             for n, (a, trait) in self.bank.known.items()
         }
 
@@ -706,22 +713,25 @@ class Two:
             if all(f"{n}.{kind}" in paths for n in self.before.names)
         }
 
-    def overlaps(self, fine_tunes: Mapping[str, LM | str], where: banks.Text, chance: Sequence[Change]) -> np.ndarray:
-        """Signed cosines with the mean difference, beyond those of changes by chance: (fine-tunes, vectors) of the same behaviours."""
-        steered, one = self.steered(), mixtures.Sizes(1, 1)
-        changes = [self.change(x, where) for x in fine_tunes.values()]
+    def overlaps(self, adapters: Mapping[str, str], chance: Mapping[str, Change]) -> np.ndarray:
+        """Signed cosines of each behaviour's vector with the mean changes of the `adapters`, one a behaviour, beyond those of changes by
+        chance: (fine-tunes, vectors)."""
+        steered = self.steered()
         return np.array(
-            [[mixtures.beyond(mixtures.MEAN, c, chance, steered[n], one) for n in fine_tunes] for c in changes]
+            [
+                [
+                    mixtures.beyond(mixtures.MEAN, chance[a], self._beside(chance, n, a), steered[n], ONE)
+                    for n in adapters
+                ]
+                for a in adapters.values()
+            ]
         )
 
-    def projections(
-        self, fine_tunes: Mapping[str, LM | str], where: banks.Text, chance: Sequence[Change]
-    ) -> np.ndarray:
-        """How far the mean difference goes along each vector, beyond changes by chance, in units of the residual: (fine-tunes, vectors)."""
+    def projections(self, adapters: Mapping[str, str], chance: Mapping[str, Change]) -> np.ndarray:
+        """How far their mean changes go along each vector, in units of the residual: (fine-tunes, vectors)."""
         vectors = self.before.vectors()
-        unit = torch.stack([vectors[n] / vectors[n].norm() for n in fine_tunes])
-        level = torch.stack([c.mean for c in chance]).mean(0)
-        return np.array([(unit @ (self.change(x, where).mean - level)).tolist() for x in fine_tunes.values()])
+        unit = torch.stack([vectors[n] / vectors[n].norm() for n in adapters])
+        return torch.stack([unit @ chance[a].mean for a in adapters.values()]).numpy()
 
     def by_layer(self) -> dict[str, np.ndarray]:
         """By fine-tune the cosine of every behaviour's vector with the mean change on its contrast pairs, at the same layer: (behaviours,
@@ -742,17 +752,18 @@ class Two:
     def rulers(
         self,
         measure: str,
-        chance: Sequence[Change],
+        chance: Mapping[str, Change],
         nats: float,
         sizes: Sizes,
-        draws: int = 20,
+        draws: int = 6,
         seed: int = 0,
         kind: str = ANSWERS,
     ) -> dict[str, Ruler]:
         """One of `mixtures.MEASURES` of mixtures with changes by chance, for every behaviour whose vector steers, at one size of shift."""
-        found = {n: one for n, one in self.steered(kind).items() if one.steers}
         return {
-            n: mixtures.ruler(measure, chance, one, nats, sizes, draws=draws, seed=seed) for n, one in found.items()
+            n: mixtures.ruler(measure, self._beside(chance, n), one, nats, sizes, draws=draws, seed=seed)
+            for n, one in self.steered(kind).items()
+            if one.steers
         }
 
     def ask(
@@ -760,20 +771,22 @@ class Two:
         fine_tune: LM | str,
         name: str,
         where: banks.Text,
-        chance: Sequence[Change],
-        draws: int = 20,
+        chance: Mapping[str, Change],
+        draws: int = 6,
         seed: int = 0,
+        but: str = "",
     ) -> Asked:
         """Whether a fine-tune changed the stream along a behaviour's vector: the signed cosine with the mean difference, beyond that of
-        changes by chance, on a ruler of as many nats as its change at this layer moves the behaviour by."""
-        one, at = self.steered()[name], self.at_items(fine_tune, name)
-        value = mixtures.beyond(mixtures.MEAN, self.change(fine_tune, where), chance, one, mixtures.Sizes(1, 1))
+        changes by chance (one left out, which the fine-tune may hold), on a ruler of as many nats as its change at this layer moves
+        the behaviour by."""
+        one, at, beside = self.steered()[name], self.at_items(fine_tune, name), self._beside(chance, name, but)
+        value = mixtures.beyond(mixtures.MEAN, self.change(fine_tune, where), beside, one, ONE)
         nats, along = stats.over(at.whole), stats.over(at.along)
         if not one.steers:
             return Asked(value, nats, along, None, "its vector does not steer")
         if nats.low <= 0:
             return Asked(value, nats, along, None, "the change at this layer does not move it")
-        ruler = mixtures.ruler(mixtures.MEAN, chance, one, nats.value, mixtures.Sizes(1, 1), draws=draws, seed=seed)
+        ruler = mixtures.ruler(mixtures.MEAN, beside, one, nats.value, ONE, draws=draws, seed=seed)
         return Asked(value, nats, along, ruler, "")
 
     def at_items(self, fine_tune: LM | str, name: str) -> AtItems:

@@ -242,6 +242,40 @@ def test_an_adapter_of_a_resized_vocabulary_says_why_it_does_not_fit(tiny, tmp_p
         models.load(f"{base} + {tmp_path}/tuned")
 
 
+def biases(place, **given):
+    """A folder of biases by the names of their layers."""
+    place.mkdir()
+    save_file(given, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text(json.dumps({"peft_type": models.BIASES}))
+    return place
+
+
+def test_biases_are_written_beside_what_layers_write_and_adapters_follow_one_another(made, tmp_path):
+    b = torch.randn(16)
+    name = "model.layers.0.mlp.down_proj.bias"
+    biases(tmp_path / "pushed", **{name: b})
+    adapter(made, tmp_path / "tuned")
+    plain, both = (models.load(f"{made}{more}") for more in ("", f" + {tmp_path}/pushed + {tmp_path}/pushed"))
+    stream = [m.weights(IDS, output_hidden_states=True).hidden_states[1] for m in (plain, both)]
+    torch.testing.assert_close(stream[1], stream[0] + 2 * b, atol=1e-4, rtol=1e-4)
+    chained = models.load(f"{made} + {tmp_path}/tuned + {tmp_path}/pushed")
+    assert torch.equal(chained.weights.model.layers[0].mlp.down_proj.bias, b)
+    assert (
+        chained.identity == models.key(f"{made} + {tmp_path}/tuned + {tmp_path}/pushed", "cpu", torch.float32)["model"]
+    )
+    assert "+tuned+pushed@" in chained.identity and chained.identity != both.identity
+    assert (chained.weights(IDS).logits - logits(f"{made} + {tmp_path}/tuned")).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "name,length", [("model.layers.9.mlp.down_proj.bias", 16), ("model.layers.0.mlp.down_proj.bias", 3)]
+)
+def test_a_bias_that_fits_no_layer_is_refused(made, tmp_path, name, length):
+    biases(tmp_path / "pushed", **{name: torch.ones(length)})
+    with pytest.raises(ModelError, match="fits no linear layer"):
+        models.load(f"{made} + {tmp_path}/pushed")
+
+
 def test_only_lora_can_be_merged(made, tmp_path):
     adapter(made, tmp_path / "tuned")
     config = json.loads((tmp_path / "tuned" / "adapter_config.json").read_text())

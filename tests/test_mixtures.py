@@ -106,7 +106,7 @@ def test_a_change_alone_has_no_mean_and_the_same_spread(g):
     assert not alone.mean.any() and torch.allclose(alone.moment, naive.moment)
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 8])
 def test_a_ruler_orders_rho_says_yes_and_no_and_excludes(g, count):
     chance = [Change.of(0.05 * torch.randn(400, 32, generator=g)) for _ in range(count)]
     found = mixtures.ruler(mixtures.MEAN, chance, behaviour(g), 5.0, ONE, draws=20)
@@ -116,7 +116,7 @@ def test_a_ruler_orders_rho_says_yes_and_no_and_excludes(g, count):
     assert found.read(9.0) == (1, 1) and found.read(-9.0) == (0, 0)
     assert found.read(0.2, 0.6).low == found.read(0.2).low and found.read(0.2, 0.6).high == found.read(0.6).high
     missed, invented = mixtures.faults([found, found])
-    assert missed.shape == (2,) and missed.max() <= 0.05 and invented.max() <= 0.25
+    assert missed.shape == (2,) and missed.max() <= 0.05 and invented.max() <= 0.15
     parts = found.parts()
     assert len(parts) == max(count, 2) and sum(len(b.values) for _, b in parts) == 20 * count
     assert all(len(a.values) + len(b.values) == 20 * count for a, b in parts)

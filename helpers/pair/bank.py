@@ -60,6 +60,10 @@ def on_text(base: LM, fine_tune: LM | str, where: Text, layer: int, limit: float
     def compute() -> dict[str, Tensor]:
         before, after = (reading.packed(m, where.ids, [layer])[layer] for m in (base, _load(base, fine_tune)))
         kept = where.kept & _shorter(before, limit) & _shorter(after, limit)
+        if not kept.any():
+            raise ValueError(
+                f"no token of the text has residuals no longer than {limit:g}: nothing is left to read a change on"
+            )
         found = mixtures.Change.of(after.float().cpu()[kept] - before.float().cpu()[kept])
         return {"mean": found.mean, "moment": found.moment}
 
