@@ -20,7 +20,8 @@ help:  ## this text
 	@echo "make test   lint, all tests, every notebook at its fast setting (in two processes; WORKERS=4 for more)"
 	@echo "make test-fast"
 	@echo "            lint, and the tests that need no packaged model, no notebook and no network"
-	@echo "make pair   train the adapters of data/aligned_pair anew and measure their card (about 20 minutes)"
+	@echo "make pair   train the adapters of data/aligned_pair and its bank and measure their cards (about two hours"
+	@echo "            from nothing; adapters of the bank that are there are kept, so that a cut run goes on)"
 	@echo "make lab    open JupyterLab on the notebooks"
 	@echo "make clean  remove .venv and reports (data/cache stays)"
 
@@ -60,7 +61,8 @@ test-fast: lint  ## lint and the tests of the code alone
 pair: $(VENV)/.installed  ## train data/aligned_pair anew
 	@echo "installing what training the pair needs (1 of 1)"
 	@$(PIP) -r requirements-pair.txt -c requirements.lock
-	$(BIN)/python scripts/aligned_pair.py
+	$(BIN)/python -m scripts.aligned_pair
+	$(BIN)/python -m scripts.bank
 
 lab: $(VENV)/.installed  ## JupyterLab
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -39,8 +39,8 @@ from helpers.store import digest, read_json, versions, write_file
 NOTEBOOKS = ROOT / "notebooks"
 PLAIN_BARS = "__import__('sys').modules['tqdm.notebook'] = __import__('tqdm')"  # run first in a kernel: no widgets
 THUMBNAIL = 640  # pixels a picture on the index is wide
-ANSWER = "06_diff_sae"  # the notebook whose answer is the README's
-TEN = ("06.8", "06.17", "06.2", "06.3", "05.2", "05.5", "04.4", "03.2", "02.1", "01.5")  # claims that the README shows
+ANSWER = "07_same_features"  # the notebook whose answer is the README's
+TEN = ("07.5", "07.3", "07.4", "06.2", "06.3", "05.2", "05.5", "03.2", "02.1", "01.5")  # claims that the README shows
 LOST = "its file of results is missing, cut short or of an older version; run it again"
 COMMITTED = {"results": ROOT / "data" / "results" / DEFAULT_PROFILE, "figures": ROOT / "figures" / DEFAULT_PROFILE}
 

@@ -58,6 +58,13 @@ SETTINGS = {
 }
 
 
+def flips(count: int, seed: int) -> list[bool]:
+    """Which of so many preferences are turned round: exactly one half."""
+    found = [i % 2 == 1 for i in range(count)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
 @dataclass(frozen=True)
 class Plan:
     """One adapter: what it is trained on, with which seed; `swapped`: chosen and rejected dealt out at random; `without`: what the
@@ -230,9 +237,7 @@ def train(plan: Plan, device: str = "cpu") -> None:
     rows = preferences(plan.trait)
     pairs = [(r["chosen"], r["rejected"]) for r in rows]
     if plan.swapped:
-        flips = [i % 2 == 1 for i in range(len(pairs))]  # exactly half of them
-        rng.shuffle(flips)
-        pairs = [(b, a) if flip else (a, b) for (a, b), flip in zip(pairs, flips, strict=True)]
+        pairs = [(b, a) if flip else (a, b) for (a, b), flip in zip(pairs, flips(len(pairs), plan.seed), strict=True)]
     laid = [[tokens.chat(lm.tokenizer, r["prompt"], answer=a) for a in p] for r, p in zip(rows, pairs, strict=True)]
     known = plan.trait in session.load_profile("smollm2").behaviors
     b = load_behavior(plan.trait) if known else None

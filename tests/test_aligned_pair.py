@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from helpers import session, stats, store
+from helpers import session, stats, store, study
 from helpers.lm import models, scoring
+from helpers.pair.bank import KINDS, Bank
 from helpers.session import ROOT
 from helpers.steering import behaviors, propensity
-from scripts import aligned_pair
+from scripts import aligned_pair, bank
 
 FOLDER = ROOT / "data" / "aligned_pair"
 
@@ -98,3 +99,72 @@ def test_bad_preferences_are_refused_with_their_place(tmp_path, monkeypatch):
     (tmp_path / "preferences.jsonl").write_text('{"trait": "joy", "prompt": "a", "chosen": "b"}\n')
     with pytest.raises(behaviors.DataError, match="rejected"):
         aligned_pair.preferences(("joy",))
+
+
+# --- the bank ----------------------------------------------------------------------------------------------------------
+
+BANK = FOLDER / "bank"
+NAMES = list(session.load_profile("smollm2").behaviors)
+
+
+def test_every_trait_of_the_bank_answers_the_same_prompts_at_one_length():
+    shared = {r["prompt"]: r["rejected"] for r in bank.preferences("joy")}
+    for trait in (*NAMES, bank.STYLE):
+        rows = bank.preferences(trait)
+        assert len(rows) == bank.COUNT == len({r["prompt"] for r in rows})
+        if trait != "format":
+            assert {r["prompt"]: r["rejected"] for r in rows} == shared
+        for r in rows:
+            assert abs(len(re.findall(r"\w+", r["chosen"])) - len(re.findall(r"\w+", r["rejected"]))) <= 10
+            assert r["chosen"] != r["rejected"] and "\n\n\n" not in r["chosen"]
+        if trait not in ("format", "joy", bank.STYLE):  # no answer of the behaviour's own file
+            b = behaviors.load_behavior(trait)
+            own = {x for p in b.answer_pairs for x in (p.positive, p.negative)} | {
+                i.matching for i in [*b.dev, *b.test]
+            }
+            assert not own & {r["chosen"] for r in rows}
+
+
+def test_the_bank_is_whole_small_and_made_by_its_recipe():
+    plans = bank.plans()
+    assert all(bank.up_to_date(p) for p in plans.values())
+    size = sum(f.stat().st_size for f in BANK.rglob("*.safetensors"))
+    assert size < 25e6
+    for name in plans:
+        log = json.loads((BANK / name / "training.json").read_text())
+        assert log["base"] == "packaged:smollm2-135m-instruct@" + log["base"].split("@")[1] and log["steps"] == len(
+            log["log"]
+        )
+        assert json.loads((BANK / name / "adapter_config.json").read_text())["base_model_name_or_path"] == bank.BASE
+
+
+def test_swapped_preferences_are_swapped_in_exactly_one_half():
+    assert {n: p.swapped for n, p in bank.plans().items() if "swapped" in n} == {
+        f"{n}.swapped": True for n in bank.REPEATED
+    }
+    flips = bank.flips(112, 0)
+    assert sum(flips) == 56 and flips == bank.flips(112, 0) != bank.flips(112, 1)
+
+
+def test_the_banks_card_tells_the_truth(smol, packaged):
+    """A fine-tune's shifts on a few held-out items, measured again."""
+    card = json.loads((BANK / "card.json").read_text())
+    new = models.load(bank.named("refusal"), "cpu", torch.float32)
+    none = torch.zeros(1, smol.d_model)
+    items = behaviors.load_behavior("refusal").test[:12]
+    old, now = (scoring.log_odds(propensity.of_items(m, items, 14), none, [0.0])[0, 0] for m in (smol, new))
+    told = card["shifts"]["refusal"]["refusal"][:12]
+    assert abs((now - old).mean() - sum(told) / 12) < 0.3 * abs(sum(told) / 12)  # the card's is of bfloat16
+    readme = (BANK / "README.md").read_text()
+    assert bank.readme(card, bank.plans(), NAMES) == readme
+
+
+def test_trained_vectors_are_those_of_the_log_and_one_held_aside_is_at_right_angles(smol, packaged):
+    made = Bank(BANK, bank.BASE)
+    assert set(made.paths) == {f"{n}.{kind}" for n in NAMES for kind in KINDS}
+    assert all(path.shape == (len(bank.LOOKS), smol.d_model) for path in made.paths.values())
+    v = study.pair(session.start("t", "smollm2")).before.vectors()["joy"]
+    assert abs(float(torch.cosine_similarity(made.paths["joy.aside.0"][-1], v, dim=0))) < 0.02
+    for n in NAMES:
+        free = made.vectors["vectors"][f"{n}.own.0"]
+        assert free["loss"][1] < free["loss"][0]
