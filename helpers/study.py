@@ -48,6 +48,7 @@ RANDOM, LIKE_ROWS, SHUFFLED, OTHERS = "random", "random (residual covariance)", 
 MEAN = "the mean activation"
 TOKENS = "every token", "first tokens left out", "outliers left out too"  # over which a fit is measured
 UNRELATED, SECOND = "unrelated", "second seed"  # the fine-tune without preferences; the base's SAE from another seed
+DRAWN = 12  # changes by chance that are drawn where there are no fine-tunes for them
 SHOWN = 60  # letters of a reply in a table of many
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
 FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS, FAST_ROWS = 3, 6, 6, 100
@@ -498,7 +499,7 @@ class Single:
 
 
 ONE = Sizes(1, 1)  # the cosine with the mean takes neither components nor latents
-ASKED = "moved at this layer, nats", "of it along v", "cosine beyond chance", "rhos not excluded", "verdict"
+ASKED = "moved at this layer, nats", "of it along v", "cosine beyond chance", "rho, and those not excluded", "verdict"
 
 
 class Asked(NamedTuple):
@@ -517,9 +518,9 @@ class Asked(NamedTuple):
         return self.ruler.read(self.value) if self.ruler else None
 
     @property
-    def share(self) -> float:
-        """The value on a scale from another feature, 0, to the same, 1; nan without a ruler."""
-        return self.ruler.share(self.value) if self.ruler else float("nan")
+    def rho(self) -> float:
+        """The rho that fits the value best; nan without a ruler."""
+        return self.ruler.rho(self.value) if self.ruler else float("nan")
 
     @property
     def verdict(self) -> str:
@@ -527,12 +528,12 @@ class Asked(NamedTuple):
         return self.rhos.verdict if self.rhos else "not run"
 
     def span(self) -> Interval | None:
-        """The rhos as a figure draws them, with their middle."""
-        return Interval(sum(self.rhos) / 2, *self.rhos) if self.rhos else None
+        """The rhos as a figure draws them, with the one that fits best."""
+        return Interval(min(max(self.rho, self.rhos.low), self.rhos.high), *self.rhos) if self.rhos else None
 
     def cells(self) -> list[str]:
         """A row of a table under ASKED."""
-        rhos = f"{self.rhos.low:.2f} to {self.rhos.high:.2f}" if self.rhos else "-"
+        rhos = f"{self.rho:+.2f}, {self.rhos.low:.2f} to {self.rhos.high:.2f}" if self.rhos else "-"
         numbers = [f"{x.value:+.1f} [{x.low:+.1f}, {x.high:+.1f}]" for x in (self.nats, self.along)]
         verdict = f"**{self.verdict}**" + (f": {self.why}" if self.why else "")
         return [*numbers, f"{self.value:+.2f}", rhos, verdict]
@@ -648,12 +649,14 @@ class Two:
         loaded, _ = crosscoder.dictionary(s.profile, rows, s.device, seed, s.fast)
         return loaded, Joined(*held, rows.scales)
 
-    def steered(self, kind: str = ANSWERS) -> dict[str, Steered]:
-        """Each behaviour as a ruler sees it: its vector in the model before training, the mean gradient of its test items, its pairs'
-        differences."""
-        pairs, slopes = self.before.differences(kind), self.before.gradients()
+    @cached_property
+    def steered(self) -> dict[str, Steered]:
+        """Each behaviour as a ruler sees it: its vector in the model before training, the mean effect of a push at every token on its test
+        items, and its pairs' differences."""
+        base, pairs, vectors = self.before, self.before.differences(), self.before.vectors()
         return {
-            n: Steered(v, torch.from_numpy(slopes[n].mean(0)), pairs[n]) for n, v in self.before.vectors(kind).items()
+            n: Steered(vectors[n], banks.gradient(base.model, b.test, base.layer), pairs[n])
+            for n, b in base.data.items()
         }
 
     @cached_property
@@ -670,19 +673,18 @@ class Two:
         """What a fine-tune of the base, or one of that name, changes at the layer on that text."""
         return banks.on_text(self.before.model, fine_tune, where, self.before.layer, self.limit)
 
-    def chance(self, where: banks.Text, bank: bool = True) -> dict[str, Change]:
-        """Changes that other training makes, by name: the unrelated fine-tune's, and of the `bank` the style's, the swapped preferences'
-        and every behaviour's first. Where there is none, the pair's own with their signs shuffled."""
-        found: dict[str, LM | str] = {UNRELATED: self.unrelated.model} if self.unrelated else {}
-        if self.bank and bank:
-            names = [*self.bank.by_chance(self.before.names), *self.bank.first(self.before.names).values()]
-            found |= {n: self.bank.model(n) for n in names}
-        if not found:
-            return {"signs shuffled": self.change(self.after.model, where).alone()}
-        return {n: self.change(x, where) for n, x in found.items()}
+    def chance(self, where: banks.Text, seed: int = 0) -> dict[str, Change]:
+        """Changes that other training makes, by name: of a bank the style's, the swapped preferences' and every behaviour's first. Without
+        a bank the unrelated fine-tune's and others like it with a mean drawn at random; without that, drawn like the pair's own."""
+        if self.bank:
+            names = [*self.bank.by_chance(), *self.bank.first(self.before.names).values()]
+            return {n: self.change(self.bank.model(n), where) for n in names}
+        like = self.change((self.unrelated or self.after).model, where)
+        found = {UNRELATED: like} if self.unrelated else {}
+        return found | {f"drawn {i}": c for i, c in enumerate(like.redrawn(DRAWN, seed))}
 
-    def _beside(self, chance: Mapping[str, Change], name: str, but: str = "") -> list[Change]:
-        """Those of other training than for a behaviour, but for one of that name."""
+    def _others(self, chance: Mapping[str, Change], name: str, but: str = "") -> list[Change]:
+        """The changes by chance of other training than for a behaviour, without the one called `but`."""
         about = self.bank.names(trait=name, swapped=False) if self.bank else []
         return [c for n, c in chance.items() if n not in (*about, but)]
 
@@ -716,11 +718,11 @@ class Two:
     def overlaps(self, adapters: Mapping[str, str], chance: Mapping[str, Change]) -> np.ndarray:
         """Signed cosines of each behaviour's vector with the mean changes of the `adapters`, one a behaviour, beyond those of changes by
         chance: (fine-tunes, vectors)."""
-        steered = self.steered()
+        steered = self.steered
         return np.array(
             [
                 [
-                    mixtures.beyond(mixtures.MEAN, chance[a], self._beside(chance, n, a), steered[n], ONE)
+                    mixtures.beyond(mixtures.MEAN, chance[a], self._others(chance, n, a), steered[n], ONE)
                     for n in adapters
                 ]
                 for a in adapters.values()
@@ -728,7 +730,7 @@ class Two:
         )
 
     def projections(self, adapters: Mapping[str, str], chance: Mapping[str, Change]) -> np.ndarray:
-        """How far their mean changes go along each vector, in units of the residual: (fine-tunes, vectors)."""
+        """How far their mean changes go along each vector, in the residual's own units: (fine-tunes, vectors)."""
         vectors = self.before.vectors()
         unit = torch.stack([vectors[n] / vectors[n].norm() for n in adapters])
         return torch.stack([unit @ chance[a].mean for a in adapters.values()]).numpy()
@@ -750,19 +752,12 @@ class Two:
         return found
 
     def rulers(
-        self,
-        measure: str,
-        chance: Mapping[str, Change],
-        nats: float,
-        sizes: Sizes,
-        draws: int = 6,
-        seed: int = 0,
-        kind: str = ANSWERS,
+        self, measure: str, chance: Mapping[str, Change], nats: float, sizes: Sizes, draws: int = 6, seed: int = 0
     ) -> dict[str, Ruler]:
         """One of `mixtures.MEASURES` of mixtures with changes by chance, for every behaviour whose vector steers, at one size of shift."""
         return {
-            n: mixtures.ruler(measure, self._beside(chance, n), one, nats, sizes, draws=draws, seed=seed)
-            for n, one in self.steered(kind).items()
+            n: mixtures.ruler(measure, self._others(chance, n), one, nats, sizes, draws=draws, seed=seed)
+            for n, one in self.steered.items()
             if one.steers
         }
 
@@ -777,17 +772,24 @@ class Two:
         but: str = "",
     ) -> Asked:
         """Whether a fine-tune changed the stream along a behaviour's vector: the signed cosine with the mean difference, beyond that of
-        changes by chance (one left out, which the fine-tune may hold), on a ruler of as many nats as its change at this layer moves
-        the behaviour by."""
-        one, at, beside = self.steered()[name], self.at_items(fine_tune, name), self._beside(chance, name, but)
-        value = mixtures.beyond(mixtures.MEAN, self.change(fine_tune, where), beside, one, ONE)
+        changes by chance, on a ruler of as many nats as its change at this layer moves the behaviour by. `but`: the change by chance
+        that the fine-tune itself holds."""
+        one, at, others = self.steered[name], self.at_items(fine_tune, name), self._others(chance, name, but)
+        value = mixtures.beyond(mixtures.MEAN, self.change(fine_tune, where), others, one, ONE)
         nats, along = stats.over(at.whole), stats.over(at.along)
+        ruler, why = None, ""
         if not one.steers:
-            return Asked(value, nats, along, None, "its vector does not steer")
-        if nats.low <= 0:
-            return Asked(value, nats, along, None, "the change at this layer does not move it")
-        ruler = mixtures.ruler(mixtures.MEAN, beside, one, nats.value, ONE, draws=draws, seed=seed)
-        return Asked(value, nats, along, ruler, "")
+            why = "its vector does not steer"
+        elif nats.low <= 0:
+            why = (
+                "the change at this layer moves it the other way"
+                if nats.high < 0
+                else "the change at this layer does not move it"
+            )
+        else:
+            ruler = mixtures.ruler(mixtures.MEAN, others, one, nats.value, ONE, draws=draws, seed=seed)
+            why = "" if ruler.tells else "at so small a shift the ruler tells nothing apart"
+        return Asked(value, nats, along, None if why else ruler, why)
 
     def at_items(self, fine_tune: LM | str, name: str) -> AtItems:
         """What such a fine-tune's change at the layer does to a behaviour's test items: all of it, and along the behaviour's vector."""

@@ -1,7 +1,9 @@
-"""The bank of adapters: one small LoRA adapter a behaviour, trained by preference until each has moved its behaviour as far.
+"""The bank of adapters: one small LoRA adapter per behaviour, trained by preference until its behaviour has moved so far, if it comes so far.
 
     python -m scripts.bank                 train what is missing, then measure the card; a run that was cut goes on
     python -m scripts.bank joy joy.seed1   these alone
+    python -m scripts.bank known           the models with a planted answer
+    python -m scripts.bank vectors         the vectors trained by preference
     python -m scripts.bank card            measure: README.md, card.json
 
 Needs requirements-pair.txt (peft). The loss is that of `aligned_pair`: DPO (Rafailov et al. 2023, arXiv:2305.18290) and the mean
@@ -33,6 +35,7 @@ from helpers import nulls, session, store, study
 from helpers.lm import hooks, models, reading, replies, scoring, text, tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, Tokens
+from helpers.pair import bank as banks
 from helpers.pair import mixtures, overlap
 from helpers.steering import preference, propensity
 from helpers.steering.behaviors import Behavior, DataError, Item, field, load_behavior, objects
@@ -317,14 +320,29 @@ def up_to_date(plan: Plan) -> bool:
     """The adapter is there, made by these settings of these preferences."""
     made = store.read_json(DATA / plan.name / "training.json") or {}
     pairs = [(r["chosen"], r["rejected"]) for r in preferences(plan.trait)]
-    return made.get("settings") == SETTINGS and made.get("preferences digest") == store.digest(pairs)
+    base = models.key(BASE, "cpu", torch.bfloat16)["model"]
+    return (
+        made.get("base") == base
+        and made.get("settings") == SETTINGS
+        and made.get("preferences digest") == store.digest(pairs)
+    )
 
 
 # --- models whose answer is known --------------------------------------------------------------------------------------
 
 PLANTED, EARLIER = "joy", 6  # the behaviour that is planted, and how many layers further down it is written once
 KNOWN = ("known.same", "known.earlier", "known.other")
-AT = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # lengths of a bias, in residual norms, between which the dose is sought
+AT = (
+    0.05,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.6,
+    0.8,
+    1.2,
+)  # lengths of a bias, in residual norms, between which the dose is sought
 
 
 def plant(device: str) -> None:
@@ -332,7 +350,7 @@ def plant(device: str) -> None:
     direction at right angles to it with its linear response."""
     lab = study.pair(session.start("bank", "smollm2")).before
     base, b, v = lab.model, lab.data[PLANTED], lab.vectors()[PLANTED]
-    dev = torch.from_numpy(lab.slopes(part="dev")[PLANTED][lab.layers.index(lab.layer)].mean(0))
+    dev = banks.gradient(base, b.dev, lab.layer)
     aside = mixtures.aside(mixtures.Steered(v, dev, v[None]), 1, seed=17)[0]
     start, spread = odds(base, b.dev), spread_of(base, b)
     cases = {"same": (lab.layer, v), "earlier": (lab.layer - EARLIER, v), "other": (lab.layer, aside)}
@@ -341,10 +359,16 @@ def plant(device: str) -> None:
         for at in AT:
             with hooks.add(base, layer, (at * unit).float()):
                 shifts.append(float((odds(base, b.dev) - start).mean()) / spread)
-        length = float(np.interp(SETTINGS["target"], np.maximum.accumulate(shifts), AT))
+            if shifts[-1] >= SETTINGS["target"]:
+                break
+        else:
+            raise RuntimeError(
+                f"known.{name} moves {PLANTED} by {max(shifts):.2f} standard deviations at most: plant another"
+            )
+        length = float(np.interp(SETTINGS["target"], [0.0, *shifts], [0.0, *AT[: len(shifts)]]))
         where = f"model.layers.{layer}.mlp.down_proj.bias"
         told = {"adapter": f"known.{name}", "trait": PLANTED, "swapped": False, "layer": layer}
-        told |= {"length (residual norms)": length, "dev shifts": dict(zip(map(str, AT), shifts, strict=True))}
+        told |= {"length (residual norms)": length, "dev shifts": dict(zip(map(str, AT), shifts, strict=False))}
         write(DATA / f"known.{name}", {where: (length * unit).float()}, {"peft_type": models.BIASES}, told)
         print(f"known.{name}: {length:.3f} residual norms at layer {layer}", flush=True)
 
@@ -352,7 +376,7 @@ def plant(device: str) -> None:
 # --- vectors trained by preference -------------------------------------------------------------------------------------
 
 SCAN = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2)  # multiples of v, in residual norms
-LOOKS = (1, 2, 4, 8, 16, 32, 48)
+LOOKS = (1, 2, 4, 8, 16, 32)
 
 
 def vectors(device: str) -> None:
@@ -360,8 +384,16 @@ def vectors(device: str) -> None:
     preferences. What is there is kept, so that a run that was cut goes on."""
     lab = study.pair(session.start("bank", "smollm2")).before
     config = preference.Config(pace=0.02 * lab.residual_norm, looks=LOOKS)
-    told = store.read_json(DATA / "vectors.json") or {"steps": LOOKS, "residual norm": lab.residual_norm, "vectors": {}}
-    paths = load_file(DATA / "vectors.safetensors") if (DATA / "vectors.safetensors").exists() else {}
+    fresh = {
+        "steps": list(LOOKS),
+        "recipe": json.loads(json.dumps(config._asdict())),
+        "base": lab.model.identity,
+        "vectors": {},
+    }
+    told = store.read_json(DATA / "vectors.json") or fresh
+    same = all(told.get(k) == fresh[k] for k in ("steps", "recipe", "base"))
+    told = told if same else fresh
+    paths = load_file(DATA / "vectors.safetensors") if same and (DATA / "vectors.safetensors").exists() else {}
     for n, b in lab.data.items():
         v = lab.vectors()[n]
         own = Pairs(lab.model, [(p.question, p.positive, p.negative) for p in b.answer_pairs], lab.layer)
@@ -421,9 +453,9 @@ def measured(name: str, behaviors: Sequence[str], device: str) -> dict[str, Any]
     found = {n: _odds(propensity.of_items(lm, load_behavior(n).test, 0), none) for n in behaviors}
     where = propensity.of_text(lm, text.excerpt("wiki", 40_000), 0, chunks=aligned_pair.PIECES)
     loss = -(where.log_probs(none) / where.lengths())[:, 0]
-    asked = [load_behavior(n).open[0] for n in session.load_profile("smollm2").behaviors]
-    said = replies.generate(lm, asked, max_new_tokens=48)
-    return {"odds": found, "loss": loss, "said": said}
+    asked = {n: load_behavior(n).open[0] for n in session.load_profile("smollm2").behaviors}
+    said = replies.generate(lm, list(asked.values()), max_new_tokens=48)
+    return {"odds": found, "loss": loss, "said": dict(zip(asked, said, strict=True))}
 
 
 def card(device: str) -> None:
@@ -431,7 +463,8 @@ def card(device: str) -> None:
     every, behaviors = plans(), list(session.load_profile("smollm2").behaviors)
     wide = [n for n, p in every.items() if not p.seed and not p.without]
     told = store.read_json(DATA / "card.json") or {"shifts": {}, "perplexity": {}, "repeated": {}, "said": {}}
-    stamp = {n: store.file_digest(DATA / n / "adapter_model.safetensors") for n in [*every, *KNOWN]}
+    folders = {n: DATA / n for n in [*every, *KNOWN]} | {"aligned": aligned_pair.DATA / "aligned"}
+    stamp = {n: store.file_digest(f / "adapter_model.safetensors") for n, f in folders.items()} | {"reference": BASE}
     base = measured(BASE, behaviors, device)
     pair = f"{BASE} + data/aligned_pair/aligned"
     for n in ["reference", "aligned", *every, *KNOWN]:
@@ -442,7 +475,7 @@ def card(device: str) -> None:
         new = base if n == "reference" else measured(model, of, device)
         told["shifts"][n] = {b: (new["odds"][b] - base["odds"][b]).round(3).tolist() for b in of}
         told["perplexity"][n] = float(np.exp(new["loss"].mean()))
-        told["repeated"][n] = float(np.mean([repeated(x) for x in new["said"]]))
+        told["repeated"][n] = float(np.mean([repeated(x) for x in new["said"].values()]))
         told["said"][n] = new["said"]
         told.setdefault("made of", {})[n] = stamp.get(n)
         told["spread"] = {b: float(base["odds"][b].std(ddof=1)) for b in behaviors}
@@ -519,10 +552,10 @@ def readme(told: dict[str, Any], every: dict[str, Plan], behaviors: list[str]) -
         cells = [f"**{mean[n][b]:+.1f}**" if b == n else f"{mean[n][b]:+.1f}" for b in behaviors]
         lines.append(f"| {n} | " + " | ".join(cells) + " |")
     lines += ["", "## Five replies, side by side (greedy, 48 tokens)", ""]
-    for i, b in enumerate(behaviors[:5]):
+    for b in behaviors[:5]:
         lines += [f"**{load_behavior(b).open[0]}**", ""]
         lines += [
-            f"- {n}: {json.dumps(told['said'][n][i])}"
+            f"- {n}: {json.dumps(told['said'][n][b])}"
             for n in ["reference", "aligned", *rows, *KNOWN]
             if n in told["said"]
         ]

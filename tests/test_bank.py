@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import cached_property
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,7 +93,7 @@ def made(tmp_path, monkeypatch):
 
 def test_adapters_are_told_apart_by_their_logs(made):
     assert made.first(NAMES) == {n: n for n in NAMES} and made.first(["fear"]) == {}
-    assert made.by_chance(NAMES) == ["joy.swapped", "passive"]
+    assert made.by_chance() == ["joy.swapped", "passive"]
     assert made.more_seeds("joy") == ["joy.seed1"] and made.more_seeds("format") == []
     assert made.background == "joy.swapped"
     assert made.known == {"same": ("known.same", "joy"), "other": ("known.other", "joy")}
@@ -103,6 +104,12 @@ def test_adapters_are_told_apart_by_their_logs(made):
 def test_an_empty_folder_is_refused_in_words(tmp_path):
     with pytest.raises(BankError, match="make pair"):
         _ = Bank(tmp_path, "some/base").logs
+
+
+@pytest.mark.parametrize("what", ["card", "vectors", "paths"])
+def test_what_a_bank_lacks_is_named(made, what):
+    with pytest.raises(BankError, match=r"has no .*make pair"):
+        getattr(made, what)
 
 
 def test_what_a_card_and_the_trained_vectors_say(made):
@@ -125,13 +132,14 @@ def test_what_a_card_and_the_trained_vectors_say(made):
 
 def test_prediction_sees_the_own_vector_and_not_a_size():
     rng = np.random.default_rng(0)
-    size, own = rng.normal(size=(8, 1)), rng.normal(size=(8, 8))
+    own = rng.normal(size=(8, 8))
     own_r, _, best = bank.predicted(own, own + 0.01 * rng.normal(size=(8, 8)))
     assert float(own_r) > 0.99 and best == "8 of 8"
-    by_size = bank.predicted(size + 0.1 * own, size + 0.1 * rng.normal(size=(8, 8)))
-    assert float(by_size[0]) > 0.7 and float(by_size[1]) > 0.7  # any vector predicts
-    after = bank.predicted(bank.level(size + 0.1 * own), bank.level(size + 0.1 * rng.normal(size=(8, 8))))
-    assert abs(float(after[0])) < 0.5
+    size = np.exp(rng.normal(size=(40, 1)))  # a fine-tune moves everything, much or little
+    along, moved = (size * (1 + 0.2 * rng.normal(size=(40, 40))) for _ in range(2))
+    by_size, after = bank.predicted(along, moved), bank.predicted(bank.shape(along), bank.shape(moved))
+    assert float(by_size[0]) > 0.8 and float(by_size[1]) > 0.8  # any vector predicts
+    assert abs(float(after[0])) < 0.2 and abs(float(after[1])) < 0.2
 
 
 # --- the answer --------------------------------------------------------------------------------------------------------
@@ -147,51 +155,53 @@ def two(tiny, cache, g):
         return study.Single(session, model, LAYER, [LAYER], data)
 
     base, noise = of(tiny), 0.02 * torch.randn(48, generator=g)
-    v, gradient = base.vectors()["joy"], torch.from_numpy(base.gradients()["joy"].mean(0))
-    sign = float(torch.sign(gradient @ v))  # a random model's vectors need not steer
+    unrelated = with_bias(tiny, LAYER, noise, "unrelated")
+    plain = study.Two(base, of(unrelated), of(unrelated), ("base", "chat"), ["joy"])
+    sign = {
+        n: 1.0 if one.steers else -1.0 for n, one in plain.steered.items()
+    }  # a random model's vectors need not steer
 
     class Asking(study.Two):
         limit = float("inf")
 
-        def steered(self, kind=study.ANSWERS):
-            found = super().steered(kind)
-            return found | {"joy": found["joy"]._replace(gradient=sign * found["joy"].gradient)}
+        @cached_property
+        def steered(self):
+            return {n: one._replace(gradient=sign[n] * one.gradient) for n, one in super().steered.items()}
 
-    unrelated = with_bias(tiny, LAYER, noise, "unrelated")
-    return Asking(base, of(unrelated), of(unrelated), ("base", "chat"), ["joy"]), v, sign
+    return Asking(base, of(unrelated), of(unrelated), ("base", "chat"), ["joy"])
 
 
 def test_a_pair_without_a_bank_has_no_planted_models_and_no_trained_vectors(two, where):
-    pair, *_ = two
-    assert pair.bank is None and pair.known(where, {}) == {} and pair.trained_vectors() == {}
-    assert list(pair.chance(where)) == [study.UNRELATED]
-    alone = study.Two(pair.before, pair.after, None, pair.names, [])
-    object.__setattr__(alone, "change", lambda model, where: pair.change(model, where))
-    (change,) = study.Two.chance(alone, where).values()
-    assert not change.mean.any() and change.moment.any()
+    assert two.bank is None and two.known(where, {}) == {} and two.trained_vectors() == {}
+    assert list(two.chance(where)) == [study.UNRELATED, *(f"drawn {i}" for i in range(study.DRAWN))]
+    alone = study.Two(two.before, two.after, None, two.names, [])
+    object.__setattr__(alone, "change", two.change)
+    assert len(alone.chance(where)) == study.DRAWN
 
 
 def test_a_bias_along_the_vector_is_the_same_and_one_beside_it_is_not(two, where, tiny):
-    pair, v, sign = two
-    one = pair.steered()["joy"]
-    aside = mixtures.aside(one, 1, seed=9)[0]
-    chance = pair.chance(where)
+    one, chance = two.steered["joy"], two.chance(where)
+    v, aside = one.vector / one.vector.norm(), mixtures.aside(one, 1, seed=9)[0]
     said = {}
-    for name, direction in {"same": v / v.norm(), "other": aside}.items():
-        fine_tune = with_bias(tiny, LAYER, (0.3 * direction).float(), name)
-        asked = pair.ask(fine_tune, "joy", where, chance, draws=20)
-        value = asked.value
-        ruler = mixtures.ruler(
-            mixtures.MEAN, list(chance.values()), one, 0.3 * float(one.gradient @ v / v.norm()), study.ONE
-        )
-        said[name] = ruler.read(value)
+    for name, direction in {"same": v, "other": aside}.items():
+        fine_tune = with_bias(tiny, LAYER, (0.5 * direction).float(), name)
+        value = mixtures.beyond(mixtures.MEAN, two.change(fine_tune, where), list(chance.values()), one, study.ONE)
+        nats = 0.5 * float(one.gradient @ v)
+        said[name] = mixtures.ruler(mixtures.MEAN, list(chance.values()), one, nats, study.ONE).read(value)
+        asked = two.ask(fine_tune, "joy", where, chance)
         assert asked.verdict in (*mixtures.VERDICTS, "not run") and len(asked.cells()) == len(study.ASKED)
-    assert said["same"].verdict == mixtures.SAME
+    assert said["same"].verdict in (mixtures.SAME, mixtures.RELATED) and said["same"].high == 1
     assert said["other"].low == 0
 
 
+def test_a_push_at_every_token_moves_items_as_the_gradient_says(tiny, cache, g):
+    items, b = behaviors.load_behavior("joy").test[:4], 0.002 * torch.randn(48, generator=g)
+    found = bank.gradient(tiny, items, LAYER)
+    at = bank.at_items(tiny, with_bias(tiny, LAYER, b, "biased"), items, b.double(), LAYER, float("inf"))
+    assert float(found @ b.double()) == pytest.approx(at.whole.mean(), rel=1e-3, abs=1e-6)
+
+
 def test_a_behaviour_that_does_not_move_is_not_run(two, where, tiny):
-    pair, v, sign = two
     still = with_bias(tiny, LAYER, torch.zeros(48), "still")
-    asked = pair.ask(still, "joy", where, pair.chance(where))
-    assert asked.verdict == "not run" and asked.rhos is None and asked.span() is None and np.isnan(asked.share)
+    asked = two.ask(still, "joy", where, two.chance(where))
+    assert asked.verdict == "not run" and asked.rhos is None and asked.span() is None and np.isnan(asked.rho)

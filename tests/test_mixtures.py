@@ -65,7 +65,7 @@ def test_pushed_moments_are_those_of_pushed_rows(g):
 
 def test_other_pairs_show_the_vector_with_its_noise(g):
     one = behaviour(g)
-    again = torch.stack([x.vector for x in one.again(300, 0)])
+    again = torch.stack([x.vector for x in one.resampled(300, 0)])
     assert torch.allclose(again.mean(0), one.vector, atol=0.1)
     assert float(again.var(0).mean() * 40) == pytest.approx(float(one.pairs.var(0).mean()), rel=0.1)
 
@@ -75,13 +75,25 @@ def test_pairs_whose_resamplings_do_not_steer_are_refused(g):
     blind = Steered(noise.mean(0), -noise.mean(0), noise)
     assert not blind.steers
     with pytest.raises(ValueError, match="tells nothing apart"):
-        list(blind.again(20, 0))
+        list(blind.resampled(20, 0))
 
 
-def test_a_share_of_the_ruler_is_linear_between_its_ends():
-    ruler = mixtures.Ruler(np.array([0.0, 1.0]), np.array([[0.1, 0.9], [0.1, 0.9], [0.0, 0.7]]), np.zeros(3))
-    assert ruler.share(0.1) == pytest.approx(0) and ruler.share(0.9) == pytest.approx(1)
-    assert ruler.share(0.5) == pytest.approx(0.5) and ruler.share(-0.7) == pytest.approx(-1)
+def test_a_rho_is_read_off_the_mean_mixture_and_the_line_goes_on():
+    values = np.array([[[0.0, 0.4, 0.6], [0.0, 0.4, 0.6]], [[0.0, 0.4, 0.6], [0.0, 0.4, 0.6]]])
+    ruler = mixtures.Ruler(np.array([0.0, 0.5, 1.0]), values, np.zeros(2))
+    for value, rho in ((0.0, 0.0), (0.2, 0.25), (0.4, 0.5), (0.5, 0.75), (0.6, 1.0), (-0.4, -0.5), (0.8, 1.5)):
+        assert ruler.rho(value) == pytest.approx(rho)
+
+
+def test_redrawn_changes_have_the_spread_and_means_as_long_elsewhere(g):
+    one = Change.of(torch.randn(500, 32, generator=g) + 0.5)
+    found = list(one.redrawn(40, 0))
+    lengths = torch.stack([c.mean.norm() for c in found])
+    assert torch.allclose(lengths, one.mean.norm().expand(40))
+    spread = one.moment - torch.outer(one.mean, one.mean)
+    assert torch.allclose(found[0].moment - torch.outer(found[0].mean, found[0].mean), spread)
+    cosines = torch.stack([torch.cosine_similarity(c.mean, one.mean, dim=0) for c in found])
+    assert abs(float(cosines.mean())) < 0.1 and cosines.abs().max() < 0.9
 
 
 ONE = mixtures.Sizes(1, 1)
@@ -99,31 +111,61 @@ def test_measures_say_yes_of_the_same_and_no_of_another(g):
             assert mixtures.beyond(name, unrelated, [unrelated], one, ONE) == 0
 
 
-def test_a_change_alone_has_no_mean_and_the_same_spread(g):
-    rows = torch.randn(300, 8, generator=g).double() + 3
-    signs = torch.where(torch.arange(300) % 2 == 0, 1.0, -1.0)[:, None]
-    alone, naive = Change.of(rows).alone(), Change.of(rows * signs)
-    assert not alone.mean.any() and torch.allclose(alone.moment, naive.moment)
+def chances(g, count, d=32):
+    """Changes by chance: each with a mean of its own."""
+    return [Change.of(0.05 * (torch.randn(400, d, generator=g) + torch.randn(d, generator=g))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("count", [1, 8])
-def test_a_ruler_orders_rho_says_yes_and_no_and_excludes(g, count):
-    chance = [Change.of(0.05 * torch.randn(400, 32, generator=g)) for _ in range(count)]
-    found = mixtures.ruler(mixtures.MEAN, chance, behaviour(g), 5.0, ONE, draws=20)
-    assert found.values.shape == (20 * count, 5) and found.orders == 1
-    low, high = found.read(float(np.median(found.values[:, 2])))
+def test_a_ruler_orders_rho_says_yes_and_no_and_excludes(g):
+    one, chance = behaviour(g, 256), chances(g, 10, 256)
+    found = mixtures.ruler(mixtures.MEAN, chance, one, 5.0, ONE, draws=8)
+    assert found.values.shape == (10, 8, 5) and found.orders == 1 and found.tells
+    low, high = found.read(float(found.values[:, :, 2].mean()))
     assert 0.25 < low < 0.5 < high < 0.75
     assert found.read(9.0) == (1, 1) and found.read(-9.0) == (0, 0)
-    assert found.read(0.2, 0.6).low == found.read(0.2).low and found.read(0.2, 0.6).high == found.read(0.6).high
-    missed, invented = mixtures.faults([found, found])
-    assert missed.shape == (2,) and missed.max() <= 0.05 and invented.max() <= 0.15
-    parts = found.parts()
-    assert len(parts) == max(count, 2) and sum(len(b.values) for _, b in parts) == 20 * count
-    assert all(len(a.values) + len(b.values) == 20 * count for a, b in parts)
-    if count > 2:
-        assert all(not set(a.which) & set(b.which) for a, b in parts)
-    said = mixtures.sayings([found])
-    assert np.allclose(sum(said.values()), 1) and said[mixtures.SAME][-1] == pytest.approx(1 - missed[0])
+    said = mixtures.verdict_shares([found])
+    assert np.allclose(sum(said.values()), 1)
+    assert said[mixtures.SAME][-1] > 0.95 and said[mixtures.SAME][0] + said[mixtures.RELATED][0] < 0.05
+
+
+def test_the_rule_rarely_calls_chance_related_however_large_the_shift_it_is_read_at(g):
+    """A push dilutes a change by chance, so that mixtures alone would call one without a push related."""
+    for nats in (0.5, 2.0, 8.0):
+        wrong = []
+        for i in range(12):
+            one, chance = behaviour(g), chances(g, 15)
+            ruler = mixtures.ruler(mixtures.MEAN, chance[:14], one, nats, ONE, draws=4, seed=100 * i)
+            value = mixtures.beyond(mixtures.MEAN, chance[14], chance[:14], one, ONE)
+            wrong.append(ruler.read(value).low > 0)
+            assert 0 <= ruler.by_chance() <= 0.3
+        assert np.mean(wrong) <= 0.1
+
+
+def test_faults_are_those_of_changes_the_ruler_was_made_without(g):
+    rulers = [mixtures.ruler(mixtures.MEAN, chances(g, 10), behaviour(g), 5.0, ONE, draws=4) for _ in range(3)]
+    found = mixtures.faults(rulers)
+    assert all(x.shape == (3,) for x in found) and max(map(np.mean, found)) < 0.1
+    assert found.worst.mean() == max(map(np.mean, found))
+    less = rulers[0].without(2)
+    assert less.values.shape == (9, 4, 5) and len(less.alone) == 9
+    assert np.array_equal(less.values[2], rulers[0].values[3])
+
+
+def test_a_ruler_too_coarse_for_its_shift_tells_nothing_apart(g):
+    values = np.linspace(0, 0.1, 5) + 0.2 * torch.randn(6, 4, 5, generator=g).numpy()
+    assert not mixtures.Ruler(np.linspace(0, 1, 5), values, values[:, 0, 0]).tells
+    strong = Change.of(torch.randn(50, 32, generator=g) + 5)
+    with pytest.raises(ValueError, match="0 changes by chance"):
+        mixtures.ruler(mixtures.MEAN, [strong] * 5, behaviour(g), 1e-3, ONE)
+
+
+def test_what_a_change_by_chance_does_itself_counts_towards_the_shift(g):
+    one = behaviour(g)
+    (b,) = chances(g, 1)
+    own = float(one.gradient @ b.mean)
+    u = mixtures.aside(one, 1)[0]
+    mixed = b.pushed(mixtures.push(one, u, 0.5, 5.0 - own))
+    assert float(one.gradient @ mixed.mean) == pytest.approx(5.0)
 
 
 def test_verdicts_are_those_of_the_rule():
@@ -137,9 +179,9 @@ def test_verdicts_are_those_of_the_rule():
 
 
 def test_a_measure_that_knows_nothing_does_not_order_and_decides_nothing():
-    noise = np.random.default_rng(0).normal(size=(400, 6))
-    blind = mixtures.Ruler(np.linspace(0, 1, 6), noise, np.zeros(400))
+    noise = np.random.default_rng(0).normal(size=(20, 20, 6))
+    blind = mixtures.Ruler(np.linspace(0, 1, 6), noise, noise[:, 0, 0])
     assert blind.orders == pytest.approx(0.5, abs=0.05)
-    assert blind.read(0.0) == (0.0, 1.0)
-    missed, invented = mixtures.faults([blind])
-    assert missed[0] > 0.9 and invented[0] < 0.1
+    assert blind.read(0.0) == (0.0, 1.0) and not blind.tells
+    found = mixtures.faults([blind])
+    assert found.missed[0] > 0.9 and found.invented[0] < 0.05

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import small_tokenizer, tiny_weights
 
-from helpers import nulls, stats
+from helpers import nulls
 from helpers.lm import hooks, reading, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.tokens import ANSWER, USER
@@ -314,28 +314,6 @@ def test_replies_are_the_chat_models_own_and_the_true_differences_bring_their_pr
     assert len(found.base.sequences) == 2 and found.spoken.shape == (len(found.rows), 1) and found.spoken.any()
     assert found.kl(found.rows).sum() < 0.1 * found.kl().sum()
     np.testing.assert_allclose(found.recovered(found.rows, ["a", "b"]), found.kl() - found.kl(found.rows))
-
-
-def test_a_ratio_ranges_over_behaviours_or_over_the_items_of_one_or_two():
-    rng = np.random.default_rng(0)
-    bottoms = [rng.uniform(2, 4, 40) for _ in range(3)]
-    tops = [0.25 * x + rng.normal(0, 0.1, 40) for x in bottoms]
-    assert patching.ratio(tops, bottoms).value == pytest.approx(0.25, abs=0.02)
-    one = patching.ratio(tops[:1], bottoms[:1])
-    assert one == stats.ratio(tops[0], bottoms[0]) and one.low < 0.25 < one.high
-    assert patching.ratio([], []) is None and patching.ratio(tops[:1], [rng.normal(0, 1, 40)]) is None
-
-
-def test_mediated_fires_for_an_own_direction_and_not_for_one_among_random_ones():
-    rng = np.random.default_rng(0)
-    whole = [rng.uniform(2, 4, 40) for _ in range(2)]
-    random = [0.1 * x + rng.normal(0, 0.2, (200, 1)) for x in whole]
-    own = patching.mediated([0.6 * x for x in whole], random, whole)
-    assert own.found.value == pytest.approx(0.5, abs=0.02) and abs(own.null.mean()) < 1e-9
-    assert stats.p_value(own.found.value, own.null) < 0.01
-    other = patching.mediated([x[0] for x in random], random, whole)
-    assert stats.p_value(other.found.value, other.null) > 0.05
-    assert patching.mediated([], [], []).found is None
 
 
 def test_who_moves_is_who_is_clear_of_zero_either_way():

@@ -210,6 +210,16 @@ def _adapters(folders: str, base: str) -> list[Adapter]:
     return [_adapter(folder.strip(), base) for folder in folders.split(" + ") if folder]
 
 
+def _speaking(adapters: list[Adapter]) -> Adapter:
+    """The last adapter that brings a tokenizer or a chat template; the last, if none does."""
+
+    def brings(adapter: Adapter) -> bool:
+        named = read_json(adapter.path / "tokenizer_config.json") or {}
+        return adapter.tokenizer or (adapter.path / "chat_template.jinja").exists() or "chat_template" in named
+
+    return next((a for a in reversed(adapters) if brings(a)), adapters[-1])
+
+
 def _stem(name: str) -> str:
     """A model's name without where it lies, for comparison."""
     return name.rstrip("/").replace(":", "/").split("/")[-1].lower()
@@ -344,7 +354,7 @@ def outline(name: str, revision: str | None = None) -> Outline:
     found = find(base, "cpu", torch.bfloat16, revision, weights=False)
     config = _config(*found).get_text_config()
     adapters = _adapters(folders, base)
-    tokenizer = _tokenizer_of(adapters[-1], *found) if adapters else _tokenizer(*found)
+    tokenizer = _tokenizer_of(_speaking(adapters), *found) if adapters else _tokenizer(*found)
     return Outline(tokenizer, config.hidden_size, config.num_hidden_layers)
 
 
@@ -361,7 +371,7 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, rev
     adapters = _adapters(folders, base)
     found, identity = find(base, device, dtype, revision)
     config = _config(found, identity)
-    tokenizer = _tokenizer_of(adapters[-1], found, identity) if adapters else _tokenizer(found, identity)
+    tokenizer = _tokenizer_of(_speaking(adapters), found, identity) if adapters else _tokenizer(found, identity)
     weights = _weights(found, config, torch.float32 if adapters else dtype, identity)
     for adapter in adapters:
         add = _biased if adapter.config["peft_type"] == BIASES else _merged

@@ -23,7 +23,7 @@ from helpers.lm.reading import LM
 from helpers.pair import mixtures, patching
 from helpers.sae import evaluation
 from helpers.sae.activations import Samples
-from helpers.steering.behaviors import Item
+from helpers.steering.behaviors import BEHAVIORS, Item
 
 KINDS = (
     "own.0",
@@ -31,6 +31,9 @@ KINDS = (
     "aside.0",
     "bank.0",
 )  # of trained vectors: on which pairs, or where they were held; and the seed
+
+
+PLANTS = ("same", "earlier", "other")  # models with a planted answer
 
 
 class BankError(RuntimeError):
@@ -103,6 +106,15 @@ def at_items(base: LM, fine_tune: LM | str, items: Sequence[Item], v: Tensor, la
     return AtItems(found["whole"].numpy(), found["along"].numpy())
 
 
+def gradient(base: LM, items: Sequence[Item], layer: int) -> Tensor:
+    """What a push at every token but the first does to the log-odds of a behaviour's `items`, mean of items: (d_model,) float64, nats a
+    unit. Where a vector is only added while the answer is written, see `scoring.linear_response`."""
+    both = patching.answers(base, base, items, layer, float("inf"))
+    each = both.base.gradients.double().split([len(r) for r in both.base.residuals])
+    sums = torch.stack([g[1:].sum(0) for g in each])
+    return (sums[0::2] - sums[1::2]).mean(0)
+
+
 def _load(base: LM, given: LM | str) -> LM:
     lm = models.load(given, base.device.type, base.dtype) if isinstance(given, str) else given
     return lm.read_as(base.tokenizer)
@@ -140,28 +152,41 @@ class Bank:
         plain = {self.logs[n]["trait"]: n for n in self.names(seed=0, swapped=False, without="")}
         return {b: plain[b] for b in behaviors if b in plain}
 
-    def by_chance(self, behaviors: Sequence[str]) -> list[str]:
-        """The adapters that are about none of the behaviours: of another trait, or of preferences dealt out at random."""
-        return [n for n, log in self.logs.items() if log["swapped"] or log["trait"] not in behaviors]
+    def by_chance(self) -> list[str]:
+        """The adapters that are about no behaviour: of preferences dealt out at random, or of a trait that is no behaviour."""
+        plain = [
+            n
+            for n in self.names(seed=0, swapped=False, without="")
+            if not (BEHAVIORS / f"{self.logs[n]['trait']}.jsonl").exists()
+        ]
+        return [*self.names(swapped=True), *plain]
 
     def model(self, *adapters: str) -> str:
         """What a profile calls the base with these adapters on it."""
-        return " + ".join([self.base, *(str((self.folder / a).relative_to(session.ROOT)) for a in adapters)])
+        places = [self.folder / a for a in adapters]
+        inside = [p.relative_to(session.ROOT) if p.is_relative_to(session.ROOT) else p for p in places]
+        return " + ".join([self.base, *map(str, inside)])
+
+    def _read(self, name: str) -> Path:
+        file = self.folder / name
+        if not file.exists():
+            raise BankError(f"the bank {self.folder.name} has no {name}: run `make pair`, which makes what is missing")
+        return file
 
     @cached_property
     def paths(self) -> dict[str, Tensor]:
         """Every trained vector's path (looks, d_model) float64, by behaviour and kind, such as "joy.own.0"."""
-        return {n: x.double() for n, x in load_file(self.folder / "vectors.safetensors").items()}
+        return {n: x.double() for n, x in load_file(self._read("vectors.safetensors")).items()}
 
     @cached_property
     def vectors(self) -> dict[str, Any]:
         """How they were trained: `steps`, and by vector the losses and the dev shifts at each of them."""
-        return json.loads((self.folder / "vectors.json").read_text())
+        return json.loads(self._read("vectors.json").read_text())
 
     @cached_property
     def card(self) -> dict[str, Any]:
         """What each adapter did: `shifts` {adapter: {behaviour: nats by item}}, perplexity and repetition."""
-        return json.loads((self.folder / "card.json").read_text())
+        return json.loads(self._read("card.json").read_text())
 
     @property
     def background(self) -> str:
@@ -171,9 +196,8 @@ class Bank:
     @property
     def known(self) -> dict[str, tuple[str, str]]:
         """The planted models: by what was planted, its folder and the behaviour."""
-        found = {n: log["trait"] for n, log in self.logs.items() if n.startswith("known.")}
-        order = ("known.same", "known.earlier", "known.other")
-        return {n.removeprefix("known."): (n, found[n]) for n in order if n in found}
+        found = {k: f"known.{k}" for k in PLANTS if f"known.{k}" in self.logs}
+        return {k: (n, self.logs[n]["trait"]) for k, n in found.items()} if self.background else {}
 
     def more_seeds(self, behavior: str) -> list[str]:
         """A behaviour's other fine-tunes, which differ in the seed alone."""
@@ -221,15 +245,15 @@ class Bank:
 # --- what predicts what ------------------------------------------------------------------------------------------------
 
 
-def level(table: np.ndarray) -> np.ndarray:
-    """A table (fine-tunes, behaviours) without the size of each fine-tune's change: every row less its mean."""
-    return table - table.mean(1, keepdims=True)
+def shape(table: np.ndarray) -> np.ndarray:
+    """A table (fine-tunes, behaviours) without the size of each fine-tune's change: every row over its length."""
+    return table / np.linalg.norm(table, axis=1, keepdims=True)
 
 
 def predicted(along: np.ndarray, moved: np.ndarray) -> list[str]:
     """For a table: how the shift along vectors (fine-tunes, vectors) goes with what moved (fine-tunes, behaviours). The correlation over
-    fine-tunes with the own vector, mean of behaviours; the mean size of that with the others'; in how many the own is highest."""
+    fine-tunes with the own vector, mean of behaviours; the same with others' vectors; in how many the own is highest."""
     n = len(along)
     r = np.corrcoef(along.T, moved.T)[:n, n:]  # vectors, behaviours
-    others = np.abs(r[~np.eye(n, dtype=bool)]).mean()
-    return [f"{np.diag(r).mean():+.2f}", f"{others:.2f}", f"{int((r.argmax(0) == np.arange(n)).sum())} of {n}"]
+    best = int((r.argmax(0) == np.arange(n)).sum())
+    return [f"{np.diag(r).mean():+.2f}", f"{r[~np.eye(n, dtype=bool)].mean():+.2f}", f"{best} of {n}"]

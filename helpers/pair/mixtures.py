@@ -5,8 +5,9 @@
 d is what some unrelated training changed, token by token; v a behaviour's unit vector; u a unit vector at right angles to v with v's
 own linear response, so that steering by u is as good and finds nothing of v; a makes the first-order shift of the behaviour's
 log-odds come to a wanted number of nats. rho = 1 is the same feature, rho = 0 another one. No training is needed: a constant
-push moves the mean and the second moments of d exactly, and a TopK SAE of d becomes one of d' when the push is added to its bias.
-A measure of overlap is put through these before it is asked of a real pair: one that does not order rho says nothing.
+push moves the mean and the second moments of d exactly.
+A measure of overlap is put through these before it is asked of a real pair: one that does not order rho says nothing. What
+changes by chance give without any push stands beside rho = 0, since training may move a behaviour by less than a push does.
 Pure: vectors, gradients and moments; nothing of models or text.
 """
 
@@ -16,6 +17,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ class Steered(NamedTuple):
         """Whether its linear response is positive: one that is not tells nothing apart."""
         return bool(self.gradient.double() @ self.vector.double() > 0)
 
-    def again(self, draws: int, seed: int) -> Iterator["Steered"]:
+    def resampled(self, draws: int, seed: int) -> Iterator["Steered"]:
         """The behaviour as other pairs would have shown it: resampled with replacement, so many times; those that do not steer are drawn
         again. ValueError where most do not."""
         g, made = torch.Generator().manual_seed(seed), 0
@@ -84,13 +86,20 @@ class Change:
 
         return Change(self.mean + b, moment, self.latents)
 
-    def told(self, latents: Tensor) -> "Change":
+    def with_latents(self, latents: Tensor) -> "Change":
         """The same with these rows (latents, d_model) for its dictionary."""
         return Change(self.mean, self._moment, latents.detach().double().cpu())
 
-    def alone(self) -> "Change":
-        """The same spread without a mean: the pair's own differences with their signs shuffled, where there is no other fine-tune."""
-        return Change(torch.zeros_like(self.mean), self._moment, self.latents)
+    def redrawn(self, draws: int, seed: int = 0) -> "Iterator[Change]":
+        """Changes with the same spread about their mean and a mean as long, in a random direction of that spread: what stands for other
+        training where there is too little of it."""
+        spread = self.moment - torch.outer(self.mean, self.mean)
+        values, axes = torch.linalg.eigh(spread)
+        g = torch.Generator().manual_seed(seed)
+        for _ in range(draws):
+            drawn = axes @ (values.clamp_min(0).sqrt() * torch.randn(len(values), generator=g, dtype=torch.float64))
+            mean = drawn / drawn.norm() * self.mean.norm()
+            yield Change.by(mean, spread + torch.outer(mean, mean), self.latents)
 
     @cached_property
     def moment(self) -> Tensor:
@@ -191,9 +200,10 @@ def beyond(name: str, change: Change, chance: Sequence[Change], steered: Steered
 
 SAME, RELATED, DIFFERENT, UNDECIDED = "same", "related", "different", "undecided"
 VERDICTS = (SAME, RELATED, DIFFERENT, UNDECIDED)
+TAIL = 0.01  # on either side of what mixtures of one rho give
 RULE = (
-    "same: every rho up to a half is excluded; related: 0 is; different: 0 is not, and every rho from a half on is; else undecided. "
-    "A rho is excluded if the value lies outside the middle 95 % of what mixtures of that rho give"
+    "same: every rho up to 0.5 is excluded; related: 0 is; different: 0 is not, and every rho from 0.5 on is; else undecided. A rho is "
+    "excluded if the value lies outside the middle 98 % of what one more change of that rho would give"
 )
 
 
@@ -213,47 +223,72 @@ class Rhos(NamedTuple):
         return DIFFERENT if self.high < 0.5 else UNDECIDED
 
 
+def _one_more(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where one more change by chance with one more draw would lie, but for TAIL on either side: low and high (...,) of values (changes,
+    draws, ...). A prediction interval by t over the changes, which are the unit; draws add their own spread."""
+    n = len(values)
+    within = values.var(1, ddof=1).mean(0) if values.shape[1] > 1 else 0.0
+    wide = np.sqrt(values.mean(1).var(0, ddof=1) * (1 + 1 / n) + within)
+    centre, t = values.mean((0, 1)), scipy.stats.t.ppf(1 - TAIL, n - 1)
+    return centre - t * wide, centre + t * wide
+
+
 @dataclass(frozen=True, eq=False)
 class Ruler:
-    """One measure of mixtures for one behaviour and one size of its shift: `values` (draws, rhos) at `rhos` from 0 to 1, and to `which`
-    change by chance each draw was added (draws,)."""
+    """One measure of mixtures for one behaviour and one size of its shift: `values` (changes by chance, draws, rhos) at `rhos` from 0 to
+    1, and of every change by chance as it is, `alone` (changes,)."""
 
     rhos: np.ndarray
     values: np.ndarray
-    which: np.ndarray
+    alone: np.ndarray
 
-    def read(self, low: float, high: float | None = None) -> Rhos:
-        """The rhos that a value from `low` to `high` (default: the same) does not exclude. What lies above all mixtures is read as 1,
-        what lies below all as 0: no mixture is more than the same, or less than another."""
+    @cached_property
+    def band(self) -> tuple[np.ndarray, np.ndarray]:
+        """What is not excluded at each rho, low and high (rhos,); at 0 also what a change by chance alone would give."""
+        (low, high), (least, most) = _one_more(self.values), _one_more(self.alone[:, None])
+        low[0], high[0] = min(low[0], least), max(high[0], most)
+        return low, high
+
+    @property
+    def tells(self) -> bool:
+        """Whether the same and another feature look different at this size of shift: their bands are apart."""
+        low, high = self.band
+        return bool(low[-1] > high[0])
+
+    def read(self, value: float) -> Rhos:
+        """The rhos that a value does not exclude. What lies above all mixtures is read as 1, what lies below all as 0: no mixture is more
+        than the same, or less than another."""
         fine = np.linspace(self.rhos[0], self.rhos[-1], 501)
-        tails = np.quantile(self.values, [0.025, 0.975], axis=0)
-        bottom, top = (np.interp(fine, self.rhos, q) for q in tails)
-        reached, not_yet = fine[top >= low], fine[bottom <= (low if high is None else high)]
+        bottom, top = (np.interp(fine, self.rhos, q) for q in self.band)
+        reached, not_yet = fine[top >= value], fine[bottom <= value]
         return Rhos(float(reached[0]) if len(reached) else 1.0, float(not_yet[-1]) if len(not_yet) else 0.0)
 
-    def share(self, value: float) -> float:
-        """A value on the scale from the median mixture of rho = 0 to that of rho = 1, which are 0 and 1."""
-        other, same = np.median(self.values[:, [0, -1]], axis=0)
-        return float((value - other) / (same - other))
+    def rho(self, value: float) -> float:
+        """The rho whose mean mixture gives the value; beyond both ends the line goes on, so that a mean over behaviours is not biased."""
+        x, y = self.values.mean((0, 1)), self.rhos
+        i = int(np.clip(np.searchsorted(x, value) - 1, 0, len(x) - 2))
+        return float(y[i] + (value - x[i]) * (y[i + 1] - y[i]) / (x[i + 1] - x[i]))
 
     @property
     def orders(self) -> float:
         """Share of neighbouring rhos, over draws, at which the measure grows: 1 for one that orders rho, 1/2 for one that knows nothing."""
         return float((np.diff(self.values, axis=-1) > 0).mean())
 
-    def parts(self) -> list[tuple["Ruler", "Ruler"]]:
-        """Pairs of a ruler and mixtures to put through it: of all changes by chance but one, and of that one, where there are three or
-        more; else of every other draw, and of the rest."""
-        groups = self.which if len(set(self.which)) > 2 else np.arange(len(self.which)) % 2
-        return [(self._of(groups != i), self._of(groups == i)) for i in np.unique(groups)]
+    def without(self, i: int) -> "Ruler":
+        """The ruler that knows nothing of one change by chance."""
+        return Ruler(self.rhos, np.delete(self.values, i, 0), np.delete(self.alone, i))
 
-    def _of(self, chosen: np.ndarray) -> "Ruler":
-        return Ruler(self.rhos, self.values[chosen], self.which[chosen])
+    def verdicts(self) -> np.ndarray:
+        """Which of VERDICTS mixtures get on a ruler made without their change by chance, as shares (rhos, verdicts)."""
+        said = [[[self.without(i).read(x).verdict for x in at] for at in own.T] for i, own in enumerate(self.values)]
+        return np.array([[[np.mean([s == v for s in at]) for v in VERDICTS] for at in own] for own in said]).mean(0)
 
-    def verdicts(self, given: "Ruler") -> np.ndarray:
-        """Which of VERDICTS each of the `given` mixtures gets, as a share of its draws: (rhos, verdicts)."""
-        said = [[self.read(x).verdict for x in at] for at in given.values.T]
-        return np.array([[np.mean([s == v for s in row]) for v in VERDICTS] for row in said])
+    def by_chance(self) -> float:
+        """How often a change by chance as it is, on a ruler made without it, is called the same or related."""
+        return float(np.mean([self.without(i).read(x).low > 0 for i, x in enumerate(self.alone)]))
+
+
+FEWEST = 4  # changes by chance that a ruler is made of
 
 
 def ruler(
@@ -263,54 +298,73 @@ def ruler(
     nats: float,
     sizes: Sizes,
     rhos: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-    draws: int = 20,
+    draws: int = 6,
     seed: int = 0,
 ) -> Ruler:
-    """The measure `name` of mixtures of a behaviour with each of the changes by `chance`, at shifts of `nats`: `draws` of v and u.
+    """The measure `name` of mixtures of a behaviour with each of the changes by `chance`, at shifts of `nats`: `draws` of v and u each.
 
-    What is planted is the vector of other pairs (`Steered.again`), so that the ruler knows how badly v itself is known. From each
-    mixture what the other changes by chance give is taken off, as it is from a real one; where there is only one, its own.
+    What is planted is the vector of other pairs (`Steered.resampled`), so that the ruler knows how badly v itself is known. The push
+    makes up what the change by chance leaves of the nats; one that moves the behaviour by more than half of them is left out.
+    From each mixture what the other changes by chance give is taken off, as it is from a real one. ValueError where fewer than FEWEST
+    changes are left.
     """
-    rows, which = [], []
-    for i, background in enumerate(chance):
-        others = [x for j, x in enumerate(chance) if j != i] or [background]
-        for j, planted in enumerate(steered.again(draws, seed + i)):
+    own = [float(steered.gradient.double() @ x.mean) for x in chance]
+    used = [i for i, x in enumerate(own) if abs(x) <= nats / 2]
+    if len(used) < FEWEST:
+        raise ValueError(
+            f"{len(used)} changes by chance move the behaviour by less than half of {nats:.3g} nats; {FEWEST} or more are wanted"
+        )
+    table, alone = [], []
+    for i in used:
+        others = [chance[j] for j in used if j != i]
+        alone.append(beyond(name, chance[i], others, steered, sizes))
+        table.append([])
+        for j, planted in enumerate(steered.resampled(draws, seed + i)):
             u = aside(planted, 1, seed + i * draws + j)[0]
-            mixed = [background.pushed(push(planted, u, rho, nats)) for rho in rhos]
-            rows.append([beyond(name, x, others, steered, sizes) for x in mixed])
-            which.append(i)
-    return Ruler(np.asarray(rhos, float), np.asarray(rows), np.asarray(which))
+            mixed = [chance[i].pushed(push(planted, u, rho, nats - own[i])) for rho in rhos]
+            table[-1].append([beyond(name, x, others, steered, sizes) for x in mixed])
+    return Ruler(np.asarray(rhos, float), np.asarray(table), np.asarray(alone))
 
 
-def middle(rulers: Sequence[Ruler]) -> list[Interval]:
-    """The mean over behaviours of each one's mean mixture, at every rho."""
-    return [stats.over(x) for x in np.stack([r.values.mean(0) for r in rulers]).T]
+def middle(rulers: Sequence[Ruler]) -> list[Interval] | list[float]:
+    """The mean over behaviours of each one's mean mixture, at every rho; an interval over three behaviours or more."""
+    each = np.stack([r.values.mean((0, 1)) for r in rulers]).T
+    return [stats.over(x) for x in each] if len(rulers) > 2 else each.mean(1).tolist()
 
 
 def spread(rulers: Sequence[Ruler]) -> list[str]:
     """The middle 95 % of all behaviours' mixtures at every rho, as a table shows them."""
-    bands = (stats.band(x) for x in np.concatenate([r.values for r in rulers]).T)
+    bands = (stats.band(x) for x in np.concatenate([r.values.reshape(-1, len(r.rhos)) for r in rulers]).T)
     return [f"{low:+.2f} to {high:+.2f}" for low, high in bands]
 
 
-def sayings(rulers: Sequence[Ruler]) -> dict[str, np.ndarray]:
-    """How often each of VERDICTS is given at every rho, mean of behaviours: (rhos,). Of mixtures that the ruler was not made of."""
-    return dict(zip(VERDICTS, np.mean([_said(r) for r in rulers], axis=0).T, strict=True))
+def verdict_shares(rulers: Sequence[Ruler]) -> dict[str, np.ndarray]:
+    """How often each of VERDICTS is given at every rho, mean of behaviours: (rhos,)."""
+    return dict(zip(VERDICTS, np.mean([r.verdicts() for r in rulers], axis=0).T, strict=True))
 
 
-def _said(ruler: Ruler) -> np.ndarray:
-    return np.mean([a.verdicts(b) for a, b in ruler.parts()], axis=0)
+class Faults(NamedTuple):
+    """How often the rule is wrong of each behaviour, (behaviours,) each: `missed`, rho = 1 not called the same; `invented`, rho = 0 called
+    the same or related; `by_chance`, other training called so, with nothing planted."""
+
+    missed: np.ndarray
+    invented: np.ndarray
+    by_chance: np.ndarray
+
+    @property
+    def worst(self) -> np.ndarray:
+        """The kind that is most often wrong."""
+        return max(self, key=np.mean)
+
+
+def faults(rulers: Sequence[Ruler]) -> Faults:
+    """Of changes that each behaviour's ruler was made without."""
+    said = np.stack([r.verdicts() for r in rulers])
+    same, related = (said[:, :, VERDICTS.index(v)] for v in (SAME, RELATED))
+    return Faults(1 - same[:, -1], same[:, 0] + related[:, 0], np.array([r.by_chance() for r in rulers]))
 
 
 def without(x: np.ndarray, g: np.ndarray) -> np.ndarray:
     """Vectors (..., d_model) without what lies along `g` (..., d_model)."""
     unit = g / np.linalg.norm(g, axis=-1, keepdims=True)
     return x - (x * unit).sum(-1, keepdims=True) * unit
-
-
-def faults(rulers: Sequence[Ruler]) -> tuple[np.ndarray, np.ndarray]:
-    """How often the rule is wrong of each behaviour (behaviours,), of mixtures that its ruler was not made of: rho = 1 not called the
-    same, and rho = 0 called the same or related."""
-    said = np.stack([_said(r) for r in rulers])
-    same, related = (said[:, :, VERDICTS.index(v)] for v in (SAME, RELATED))
-    return 1 - same[:, -1], same[:, 0] + related[:, 0]

@@ -24,7 +24,6 @@ from helpers.lm import reading, replies, scoring, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Resumed
 from helpers.lm.tokens import ANSWER, USER, Tokens
-from helpers.stats import Interval
 from helpers.steering.behaviors import Item
 
 
@@ -306,33 +305,3 @@ def moving(shifts: Mapping[str, np.ndarray]) -> list[str]:
     """The names whose mean shift over items (items,) is clear of zero, either way (95 %)."""
     found = {name: stats.over(x) for name, x in shifts.items()}
     return [name for name, x in found.items() if x.low > 0 or x.high < 0]
-
-
-def ratio(tops: Sequence[np.ndarray], bottoms: Sequence[np.ndarray]) -> Interval | None:
-    """The sum of `tops` over that of `bottoms`, one (items,) a behaviour each.
-
-    The interval ranges over behaviours where there are three or more, else over the items of those given, which are then taken
-    as given. None where the sum below is not clear of zero, or no behaviour was given.
-    """
-    if not tops:
-        return None
-    if len(tops) > 2:
-        return stats.ratio_if_clear([float(np.mean(x)) for x in tops], [float(np.mean(x)) for x in bottoms])
-    return stats.ratio_if_clear(np.concatenate(tops), np.concatenate(bottoms))
-
-
-class Mediated(NamedTuple):
-    """What own directions carry of what other ones do, less what random ones carry in the mean: `found`, None where the others
-    do nothing, and the same for each random draw, `null` (draws,)."""
-
-    found: Interval | None
-    null: np.ndarray
-
-
-def mediated(own: Sequence[np.ndarray], random: Sequence[np.ndarray], whole: Sequence[np.ndarray]) -> Mediated:
-    """`own` and `whole` (items,) and `random` (draws, items) for each behaviour, all signed the way the behaviour moved."""
-    if not own:
-        return Mediated(None, np.zeros(0))
-    draws = np.sum([x.mean(1) for x in random], axis=0) / np.sum([x.mean() for x in whole])
-    level = float(draws.mean())
-    return Mediated(ratio([a - level * b for a, b in zip(own, whole, strict=True)], whole), draws - level)

@@ -29,7 +29,7 @@ class Config(NamedTuple):
     steps at which the vector is looked at."""
 
     pace: float
-    looks: Sequence[int] = (1, 2, 4, 8, 16, 32, 48)
+    looks: Sequence[int] = (1, 2, 4, 8, 16, 32)
     beta: float = 0.1
     likelihood: float = 0.25
     batch: int = 10
