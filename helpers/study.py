@@ -9,6 +9,7 @@ how they fit together; nothing here measures or judges.
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, cast
@@ -29,7 +30,7 @@ from helpers.pair import bank as banks
 from helpers.pair import crosscoder, diff, mixtures, patching
 from helpers.pair.bank import AtItems, Bank
 from helpers.pair.crosscoder import Joined, Planted
-from helpers.pair.mixtures import Change, Ruler, Sizes, Steered
+from helpers.pair.mixtures import Change, NoRuler, Ruler, Sizes, Steered
 from helpers.sae import activations, decompose, evaluation, evidence, harvest, labels, latents, saes, train
 from helpers.sae.activations import Pair, Rows, Samples
 from helpers.sae.evidence import Listed
@@ -754,12 +755,13 @@ class Two:
     def rulers(
         self, measure: str, chance: Mapping[str, Change], nats: float, sizes: Sizes, draws: int = 6, seed: int = 0
     ) -> dict[str, Ruler]:
-        """One of `mixtures.MEASURES` of mixtures with changes by chance, for every behaviour whose vector steers, at one size of shift."""
-        return {
-            n: mixtures.ruler(measure, self._others(chance, n), one, nats, sizes, draws=draws, seed=seed)
-            for n, one in self.steered.items()
-            if one.steers
-        }
+        """One of `mixtures.MEASURES` of mixtures with changes by chance, at one size of shift, for every behaviour that has a ruler there
+        (`mixtures.NoRuler` says why one has none)."""
+        found = {}
+        for n, one in self.steered.items():
+            with suppress(NoRuler):
+                found[n] = mixtures.ruler(measure, self._others(chance, n), one, nats, sizes, draws=draws, seed=seed)
+        return found
 
     def ask(
         self,
@@ -777,19 +779,17 @@ class Two:
         one, at, others = self.steered[name], self.at_items(fine_tune, name), self._others(chance, name, but)
         value = mixtures.beyond(mixtures.MEAN, self.change(fine_tune, where), others, one, ONE)
         nats, along = stats.over(at.whole), stats.over(at.along)
-        ruler, why = None, ""
-        if not one.steers:
-            why = "its vector does not steer"
-        elif nats.low <= 0:
-            why = (
-                "the change at this layer moves it the other way"
-                if nats.high < 0
-                else "the change at this layer does not move it"
-            )
-        else:
+        if nats.low <= 0:
+            way = "moves it the other way" if nats.high < 0 else "does not move it"
+            return Asked(value, nats, along, None, f"the change at this layer {way}")
+        try:
             ruler = mixtures.ruler(mixtures.MEAN, others, one, nats.value, ONE, draws=draws, seed=seed)
-            why = "" if ruler.tells else "at so small a shift the ruler tells nothing apart"
-        return Asked(value, nats, along, None if why else ruler, why)
+        except NoRuler as error:
+            return Asked(value, nats, along, None, str(error))
+        if not ruler.accepted:
+            errs = ", ".join(f"{x:.0%}" for x in ruler.errors)
+            return Asked(value, nats, along, None, f"at this shift its ruler errs too often ({errs})")
+        return Asked(value, nats, along, ruler, "")
 
     def at_items(self, fine_tune: LM | str, name: str) -> AtItems:
         """What such a fine-tune's change at the layer does to a behaviour's test items: all of it, and along the behaviour's vector."""

@@ -119,7 +119,7 @@ def chances(g, count, d=32):
 def test_a_ruler_orders_rho_says_yes_and_no_and_excludes(g):
     one, chance = behaviour(g, 256), chances(g, 10, 256)
     found = mixtures.ruler(mixtures.MEAN, chance, one, 5.0, ONE, draws=8)
-    assert found.values.shape == (10, 8, 5) and found.orders == 1 and found.tells
+    assert found.values.shape == (10, 8, 5) and found.orders == 1 and found.accepted
     low, high = found.read(float(found.values[:, :, 2].mean()))
     assert 0.25 < low < 0.5 < high < 0.75
     assert found.read(9.0) == (1, 1) and found.read(-9.0) == (0, 0)
@@ -141,11 +141,10 @@ def test_the_rule_rarely_calls_chance_related_however_large_the_shift_it_is_read
         assert np.mean(wrong) <= 0.1
 
 
-def test_faults_are_those_of_changes_the_ruler_was_made_without(g):
+def test_errors_are_those_of_changes_the_ruler_was_made_without(g):
     rulers = [mixtures.ruler(mixtures.MEAN, chances(g, 10), behaviour(g), 5.0, ONE, draws=4) for _ in range(3)]
-    found = mixtures.faults(rulers)
-    assert all(x.shape == (3,) for x in found) and max(map(np.mean, found)) < 0.1
-    assert found.worst.mean() == max(map(np.mean, found))
+    assert np.mean([r.errors for r in rulers]) < 0.1 and all(r.accepted == (max(r.errors) <= 0.05) for r in rulers)
+    assert len(mixtures.faults(rulers)) == 4 == len(mixtures.faults([])) and mixtures.faults(rulers)[3].endswith("of 3")
     less = rulers[0].without(2)
     assert less.values.shape == (9, 4, 5) and len(less.alone) == 9
     assert np.array_equal(less.values[2], rulers[0].values[3])
@@ -153,7 +152,7 @@ def test_faults_are_those_of_changes_the_ruler_was_made_without(g):
 
 def test_a_ruler_too_coarse_for_its_shift_tells_nothing_apart(g):
     values = np.linspace(0, 0.1, 5) + 0.2 * torch.randn(6, 4, 5, generator=g).numpy()
-    assert not mixtures.Ruler(np.linspace(0, 1, 5), values, values[:, 0, 0]).tells
+    assert not mixtures.Ruler(np.linspace(0, 1, 5), values, values[:, 0, 0]).accepted
     strong = Change.of(torch.randn(50, 32, generator=g) + 5)
     with pytest.raises(ValueError, match="0 changes by chance"):
         mixtures.ruler(mixtures.MEAN, [strong] * 5, behaviour(g), 1e-3, ONE)
@@ -182,6 +181,5 @@ def test_a_measure_that_knows_nothing_does_not_order_and_decides_nothing():
     noise = np.random.default_rng(0).normal(size=(20, 20, 6))
     blind = mixtures.Ruler(np.linspace(0, 1, 6), noise, noise[:, 0, 0])
     assert blind.orders == pytest.approx(0.5, abs=0.05)
-    assert blind.read(0.0) == (0.0, 1.0) and not blind.tells
-    found = mixtures.faults([blind])
-    assert found.missed[0] > 0.9 and found.invented[0] < 0.05
+    assert blind.read(0.0) == (0.0, 1.0)
+    assert blind.errors[0] > 0.9 and blind.errors[1] < 0.05 and not blind.accepted

@@ -289,7 +289,7 @@ def _merged(weights: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
             "trained and give the merged folder"
         ) from None
     gap, effect = float((logits_of_few(merged) - apart).norm()), float((apart - before).norm())
-    if not gap <= 1e-3 * effect + 1e-5 * float(apart.norm()):
+    if not gap <= 1e-2 * effect + 1e-5 * float(apart.norm()):  # rounding is a larger share of a small effect
         raise ModelError(
             f"the adapter {adapter.path.name} cannot be merged into these weights: merged and unmerged predictions differ by "
             f"{gap / effect:.0%} of the adapter's effect. Merge it where it was trained and give the merged folder"

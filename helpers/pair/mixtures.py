@@ -27,6 +27,10 @@ from helpers.stats import Interval
 from helpers.steering import directions
 
 
+class NoRuler(ValueError):
+    """No ruler can be made for a behaviour at some size of shift; the message says why."""
+
+
 class Steered(NamedTuple):
     """A behaviour as the ruler sees it: its `vector` (d_model,), the mean `gradient` (d_model,) of its log-odds, in nats a unit, and the
     differences of the `pairs` (n, d_model) that the vector is the mean of."""
@@ -42,7 +46,7 @@ class Steered(NamedTuple):
 
     def resampled(self, draws: int, seed: int) -> Iterator["Steered"]:
         """The behaviour as other pairs would have shown it: resampled with replacement, so many times; those that do not steer are drawn
-        again. ValueError where most do not."""
+        again. NoRuler where most do not."""
         g, made = torch.Generator().manual_seed(seed), 0
         for _ in range(2 * draws + 10):
             some = self.pairs[torch.randint(len(self.pairs), (len(self.pairs),), generator=g)].double()
@@ -50,7 +54,7 @@ class Steered(NamedTuple):
                 made += 1
                 yield one
         if made < draws:
-            raise ValueError(
+            raise NoRuler(
                 f"{made} of {2 * draws + 10} resamplings of the pairs give a vector that steers: it tells nothing apart"
             )
 
@@ -116,7 +120,7 @@ def aside(steered: Steered, draws: int, seed: int = 0) -> Tensor:
     """Unit vectors at right angles to v whose linear response is v's own: (draws, d_model) float64.
 
     u = c h + sqrt(1 - c^2) z: h is the gradient's direction with v taken out, c what it takes of it, z random at right angles to
-    both. ValueError if v points so much along the gradient (a cosine above 0.71) that nothing beside it steers as well.
+    both. NoRuler if v points so much along the gradient (a cosine above 0.71) that nothing beside it steers as well.
     """
     v, g = directions.finite("vector", steered.vector), directions.finite("gradient", steered.gradient)
     if not (v.norm() > 0 and g.norm() > 0):
@@ -125,7 +129,7 @@ def aside(steered: Steered, draws: int, seed: int = 0) -> Tensor:
     left = g - (g @ v) * v
     share = float(g @ v / left.norm().clamp_min(1e-300))
     if abs(share) > 1:
-        raise ValueError(
+        raise NoRuler(
             f"v's cosine with the gradient is {float(g @ v / g.norm()):.2f}: nothing at right angles steers as well"
         )
     h = left / left.norm()
@@ -137,14 +141,14 @@ def aside(steered: Steered, draws: int, seed: int = 0) -> Tensor:
 def push(steered: Steered, u: Tensor, rho: float, nats: float) -> Tensor:
     """a (rho v + sqrt(1 - rho^2) u), (d_model,) float64, of a first-order shift of `nats`.
 
-    ValueError for a rho outside 0 to 1, and for a vector whose own linear response is not positive: it does not steer.
+    ValueError for a rho outside 0 to 1, NoRuler for a vector whose own linear response is not positive: it does not steer.
     """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho = {rho} was given; 0 (another feature) to 1 (the same) is wanted")
     v, g = (x.double() for x in steered[:2])
     response = float(g @ v / v.norm())
     if not response > 0:
-        raise ValueError(
+        raise NoRuler(
             f"the vector's linear response is {response:.3g} nats a unit: it does not steer, and tells nothing apart"
         )
     direction = rho * v / v.norm() + (1 - rho**2) ** 0.5 * u
@@ -188,18 +192,21 @@ def measure(name: str, change: Change, steered: Steered, sizes: Sizes) -> float:
     return float(inside.square().sum() if name == ENERGY else g @ inside / (g @ v))
 
 
+def level(name: str, chance: Sequence[Change], steered: Steered, sizes: Sizes) -> float:
+    """The mean of what changes by `chance` have of a measure; 0 for the cause, which is a share already."""
+    return 0.0 if name == CAUSE else float(np.mean([measure(name, x, steered, sizes) for x in chance]))
+
+
 def beyond(name: str, change: Change, chance: Sequence[Change], steered: Steered, sizes: Sizes) -> float:
-    """The same, less the mean of what changes by `chance` have of it too. The cause is a share already: nothing is taken off."""
-    found = measure(name, change, steered, sizes)
-    if name == CAUSE or not chance:
-        return found
-    return found - float(np.mean([measure(name, x, steered, sizes) for x in chance]))
+    """A measure of a change, less that level."""
+    return measure(name, change, steered, sizes) - level(name, chance, steered, sizes)
 
 
 # --- the ruler ---------------------------------------------------------------------------------------------------------
 
 SAME, RELATED, DIFFERENT, UNDECIDED = "same", "related", "different", "undecided"
 VERDICTS = (SAME, RELATED, DIFFERENT, UNDECIDED)
+WRONG = 0.05  # how often a ruler may be wrong where the answer is known
 TAIL = 0.01  # on either side of what mixtures of one rho give
 RULE = (
     "same: every rho up to 0.5 is excluded; related: 0 is; different: 0 is not, and every rho from 0.5 on is; else undecided. A rho is "
@@ -249,12 +256,6 @@ class Ruler:
         low[0], high[0] = min(low[0], least), max(high[0], most)
         return low, high
 
-    @property
-    def tells(self) -> bool:
-        """Whether the same and another feature look different at this size of shift: their bands are apart."""
-        low, high = self.band
-        return bool(low[-1] > high[0])
-
     def read(self, value: float) -> Rhos:
         """The rhos that a value does not exclude. What lies above all mixtures is read as 1, what lies below all as 0: no mixture is more
         than the same, or less than another."""
@@ -288,6 +289,21 @@ class Ruler:
         return float(np.mean([self.without(i).read(x).low > 0 for i, x in enumerate(self.alone)]))
 
 
+RHOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+    @cached_property
+    def errors(self) -> tuple[float, float, float]:
+        """How often the rule is wrong where the answer is known: rho = 1 not called the same; rho = 0 called the same or related; a change
+        by chance as it is called so. Each on a ruler made without it."""
+        said = self.verdicts()
+        same, related = (said[:, VERDICTS.index(v)] for v in (SAME, RELATED))
+        return float(1 - same[-1]), float(same[0] + related[0]), self.by_chance()
+
+    @property
+    def accepted(self) -> bool:
+        """Whether none of the `errors` is more frequent than WRONG."""
+        return max(self.errors) <= WRONG
+
+
 FEWEST = 4  # changes by chance that a ruler is made of
 
 
@@ -297,7 +313,7 @@ def ruler(
     steered: Steered,
     nats: float,
     sizes: Sizes,
-    rhos: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    rhos: Sequence[float] = RHOS,
     draws: int = 6,
     seed: int = 0,
 ) -> Ruler:
@@ -305,66 +321,59 @@ def ruler(
 
     What is planted is the vector of other pairs (`Steered.resampled`), so that the ruler knows how badly v itself is known. The push
     makes up what the change by chance leaves of the nats; one that moves the behaviour by more than half of them is left out.
-    From each mixture what the other changes by chance give is taken off, as it is from a real one. ValueError where fewer than FEWEST
+    From each mixture what the other changes by chance give is taken off, as it is from a real one. NoRuler where fewer than FEWEST
     changes are left.
     """
+    if not steered.steers:
+        raise NoRuler("its vector does not steer")
     own = [float(steered.gradient.double() @ x.mean) for x in chance]
     used = [i for i, x in enumerate(own) if abs(x) <= nats / 2]
     if len(used) < FEWEST:
-        raise ValueError(
+        raise NoRuler(
             f"{len(used)} changes by chance move the behaviour by less than half of {nats:.3g} nats; {FEWEST} or more are wanted"
         )
     table, alone = [], []
     for i in used:
-        others = [chance[j] for j in used if j != i]
-        alone.append(beyond(name, chance[i], others, steered, sizes))
+        less = level(name, [chance[j] for j in used if j != i], steered, sizes)
+        alone.append(measure(name, chance[i], steered, sizes) - less)
         table.append([])
         for j, planted in enumerate(steered.resampled(draws, seed + i)):
             u = aside(planted, 1, seed + i * draws + j)[0]
             mixed = [chance[i].pushed(push(planted, u, rho, nats - own[i])) for rho in rhos]
-            table[-1].append([beyond(name, x, others, steered, sizes) for x in mixed])
+            table[-1].append([measure(name, x, steered, sizes) - less for x in mixed])
     return Ruler(np.asarray(rhos, float), np.asarray(table), np.asarray(alone))
 
 
 def middle(rulers: Sequence[Ruler]) -> list[Interval] | list[float]:
     """The mean over behaviours of each one's mean mixture, at every rho; an interval over three behaviours or more."""
+    if not rulers:
+        return [float("nan")] * len(RHOS)
     each = np.stack([r.values.mean((0, 1)) for r in rulers]).T
     return [stats.over(x) for x in each] if len(rulers) > 2 else each.mean(1).tolist()
 
 
+def ordered(rulers: Sequence[Ruler]) -> str:
+    """The share of neighbouring rhos that a measure orders, mean of behaviours, as a table shows it."""
+    return f"{np.mean([r.orders for r in rulers]):.0%}" if rulers else "-"
+
+
 def spread(rulers: Sequence[Ruler]) -> list[str]:
     """The middle 95 % of all behaviours' mixtures at every rho, as a table shows them."""
+    if not rulers:
+        return ["-"] * len(RHOS)
     bands = (stats.band(x) for x in np.concatenate([r.values.reshape(-1, len(r.rhos)) for r in rulers]).T)
     return [f"{low:+.2f} to {high:+.2f}" for low, high in bands]
 
 
 def verdict_shares(rulers: Sequence[Ruler]) -> dict[str, np.ndarray]:
     """How often each of VERDICTS is given at every rho, mean of behaviours: (rhos,)."""
-    return dict(zip(VERDICTS, np.mean([r.verdicts() for r in rulers], axis=0).T, strict=True))
+    each = [r.verdicts() for r in rulers] or [np.full((len(RHOS), len(VERDICTS)), np.nan)]
+    return dict(zip(VERDICTS, np.mean(each, axis=0).T, strict=True))
 
 
-class Faults(NamedTuple):
-    """How often the rule is wrong of each behaviour, (behaviours,) each: `missed`, rho = 1 not called the same; `invented`, rho = 0 called
-    the same or related; `by_chance`, other training called so, with nothing planted."""
-
-    missed: np.ndarray
-    invented: np.ndarray
-    by_chance: np.ndarray
-
-    @property
-    def worst(self) -> np.ndarray:
-        """The kind that is most often wrong."""
-        return max(self, key=np.mean)
-
-
-def faults(rulers: Sequence[Ruler]) -> Faults:
-    """Of changes that each behaviour's ruler was made without."""
-    said = np.stack([r.verdicts() for r in rulers])
-    same, related = (said[:, :, VERDICTS.index(v)] for v in (SAME, RELATED))
-    return Faults(1 - same[:, -1], same[:, 0] + related[:, 0], np.array([r.by_chance() for r in rulers]))
-
-
-def without(x: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """Vectors (..., d_model) without what lies along `g` (..., d_model)."""
-    unit = g / np.linalg.norm(g, axis=-1, keepdims=True)
-    return x - (x * unit).sum(-1, keepdims=True) * unit
+def faults(rulers: Sequence[Ruler]) -> list[str]:
+    """The mean of each of `Ruler.errors` over behaviours, as a table shows them, and how many rulers are accepted."""
+    if not rulers:
+        return ["-"] * 4
+    means = np.mean([r.errors for r in rulers], axis=0)
+    return [*(f"{x:.1%}" for x in means), f"{sum(r.accepted for r in rulers)} of {len(rulers)}"]
