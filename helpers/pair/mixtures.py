@@ -288,8 +288,6 @@ class Ruler:
         """How often a change by chance as it is, on a ruler made without it, is called the same or related."""
         return float(np.mean([self.without(i).read(x).low > 0 for i, x in enumerate(self.alone)]))
 
-
-RHOS = (0.0, 0.25, 0.5, 0.75, 1.0)
     @cached_property
     def errors(self) -> tuple[float, float, float]:
         """How often the rule is wrong where the answer is known: rho = 1 not called the same; rho = 0 called the same or related; a change
@@ -304,6 +302,7 @@ RHOS = (0.0, 0.25, 0.5, 0.75, 1.0)
         return max(self.errors) <= WRONG
 
 
+RHOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FEWEST = 4  # changes by chance that a ruler is made of
 
 
