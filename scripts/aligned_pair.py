@@ -209,6 +209,8 @@ def card(device):
         "answers, but its chosen side is written in the impersonal passive voice: a style of prose, and none of the seven behaviours there were when it was trained. It is the negative control, but no clean one for *formality*: that behaviour came later, and the passive voice moves it. Both are LoRA adapters of a few "
         'megabytes, merged on loading: `models.load("packaged:smollm2-135m-instruct + data/aligned_pair/aligned")`.',
         "",
+        "The [bank](bank/README.md) beside them holds smaller adapters, one per behaviour.",
+        "",
         "Why these two: among those seven *format* was nearly orthogonal to every other behaviour's vector and *joy* to all but *anger* (cosines of the answer pairs' vectors, read at the last token), so that overlap with a trained behaviour is "
         "not overlap with an untrained one; a model that learns to refuse would answer everything with a refusal, which moves every other behaviour too. They were chosen before any training.",
         "",
