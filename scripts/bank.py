@@ -260,9 +260,10 @@ def train(plan: Plan, device: str = "cpu") -> None:
             order = rng.sample(range(len(rows)), len(rows))
         part, order = order[: how["batch"]], order[how["batch"] :]
         sequences = [s for i in part for s in laid[i]]
+        before = reference(lm, sequences).reshape(-1, 2)
         with torch.enable_grad(), confined.context(lm, sequences) if confined else nullcontext():
             each, counts = log_probs(lm, sequences)
-            gained = each.reshape(-1, 2) - reference(lm, sequences).reshape(-1, 2).to(each)
+            gained = each.reshape(-1, 2) - before.to(each)
             preference = -logsigmoid(how["beta"] * (gained[:, 0] - gained[:, 1])).mean()
             likelihood = -(each / counts).reshape(-1, 2)[:, 0].mean()
             loss = preference + how["likelihood_weight"] * likelihood
