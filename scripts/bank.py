@@ -331,6 +331,7 @@ def up_to_date(plan: Plan) -> bool:
 
 # --- models whose answer is known --------------------------------------------------------------------------------------
 
+DOSE = 0.5  # standard deviations of a planted shift, which the three ways of planting reach
 PLANTED, EARLIER = "joy", 6  # the behaviour that is planted, and how many layers further down it is written once
 KNOWN = ("known.same", "known.earlier", "known.other")
 AT = (
@@ -347,7 +348,7 @@ AT = (
 
 
 def plant(device: str) -> None:
-    """Three folders of biases that bring PLANTED to the target: its vector where vectors are read; the same vector further down; a
+    """Three folders of biases that move PLANTED by DOSE: its vector where vectors are read; the same vector further down; a
     direction at right angles to it with its linear response."""
     lab = study.pair(session.start("bank", "smollm2")).before
     base, b, v = lab.model, lab.data[PLANTED], lab.vectors()[PLANTED]
@@ -360,13 +361,13 @@ def plant(device: str) -> None:
         for at in AT:
             with hooks.add(base, layer, (at * unit).float()):
                 shifts.append(float((odds(base, b.dev) - start).mean()) / spread)
-            if shifts[-1] >= SETTINGS["target"]:
+            if shifts[-1] >= DOSE:
                 break
         else:
             raise RuntimeError(
                 f"known.{name} moves {PLANTED} by {max(shifts):.2f} standard deviations at most: plant another"
             )
-        length = float(np.interp(SETTINGS["target"], [0.0, *shifts], [0.0, *AT[: len(shifts)]]))
+        length = float(np.interp(DOSE, [0.0, *shifts], [0.0, *AT[: len(shifts)]]))
         where = f"model.layers.{layer}.mlp.down_proj.bias"
         told = {"adapter": f"known.{name}", "trait": PLANTED, "swapped": False, "layer": layer}
         told |= {"length (residual norms)": length, "dev shifts": dict(zip(map(str, AT), shifts, strict=False))}
@@ -446,12 +447,17 @@ def repeated(said: str) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def measured(name: str, behaviors: Sequence[str], device: str) -> dict[str, Any]:
-    """One model: log-odds of the behaviours' test items, loss on plain text in nats a token, and greedy replies."""
+OTHERS = 20  # test items of the behaviours that an adapter was not trained for
+
+
+def measured(name: str, behaviors: Sequence[str], trait: str, device: str) -> dict[str, Any]:
+    """One model: log-odds of the test items of `trait` and of the first OTHERS of the other behaviours, all of them without a trait; loss
+    on plain text in nats a token; greedy replies."""
     dtype = session.device_and_dtype()[1]
     lm = models.load(name, device, dtype)
     none = torch.zeros(lm.d_model)
-    found = {n: _odds(propensity.of_items(lm, load_behavior(n).test, 0), none) for n in behaviors}
+    items = {n: load_behavior(n).test[: OTHERS if trait and n != trait else None] for n in behaviors}
+    found = {n: _odds(propensity.of_items(lm, x, 0), none) for n, x in items.items()}
     where = propensity.of_text(lm, text.excerpt("wiki", 40_000), 0, chunks=aligned_pair.PIECES)
     loss = -(where.log_probs(none) / where.lengths())[:, 0]
     asked = {n: load_behavior(n).open[0] for n in session.load_profile("smollm2").behaviors}
@@ -466,15 +472,17 @@ def card(device: str) -> None:
     told = store.read_json(DATA / "card.json") or {"shifts": {}, "perplexity": {}, "repeated": {}, "said": {}}
     folders = {n: DATA / n for n in [*every, *KNOWN]} | {"aligned": aligned_pair.DATA / "aligned"}
     stamp = {n: store.file_digest(f / "adapter_model.safetensors") for n, f in folders.items()} | {"reference": BASE}
-    base = measured(BASE, behaviors, device)
+    base = measured(BASE, behaviors, "", device)
     pair = f"{BASE} + data/aligned_pair/aligned"
     for n in ["reference", "aligned", *every, *KNOWN]:
         if n in told["shifts"] and told.get("made of", {}).get(n) == stamp.get(n):
             continue
         model = {"reference": BASE, "aligned": pair}.get(n) or named(n)
-        of = behaviors if n in wide or n in ("aligned", "reference") else [told_trait(n)]
-        new = base if n == "reference" else measured(model, of, device)
-        told["shifts"][n] = {b: (new["odds"][b] - base["odds"][b]).round(3).tolist() for b in of}
+        trait = "" if n == "reference" else STYLE if n == "aligned" else told_trait(n)
+        of = behaviors if n in wide or n in ("aligned", "reference") else [trait]
+        new = base if n == "reference" else measured(model, of, trait, device)
+        shifts = {b: new["odds"][b] - base["odds"][b][: len(new["odds"][b])] for b in of}
+        told["shifts"][n] = {b: x.round(3).tolist() for b, x in shifts.items()}
         told["perplexity"][n] = float(np.exp(new["loss"].mean()))
         told["repeated"][n] = float(np.mean([repeated(x) for x in new["said"].values()]))
         told["said"][n] = new["said"]
@@ -521,7 +529,7 @@ def readme(told: dict[str, Any], every: dict[str, Plan], behaviors: list[str]) -
         "",
         "## What each did",
         "",
-        "Shift of the behaviour it was trained for, in standard deviations, on 10 dev items and 50 test items; perplexity on Wikipedia text (64 pieces of 64 tokens); the share of runs of three words that its replies had "
+        "Shift of the behaviour it was trained for, in standard deviations, on 10 dev items and 50 test items (what was planted: 'known'); perplexity on Wikipedia text (64 pieces of 64 tokens); the share of runs of three words that its replies had "
         "said before.",
         "",
         "| adapter | steps | dev | test | perplexity | repeated |",
@@ -545,7 +553,7 @@ def readme(told: dict[str, Any], every: dict[str, Plan], behaviors: list[str]) -
         "",
         "## The matrix",
         "",
-        "Mean shift on 50 test items of every behaviour (columns), in standard deviations.",
+        f"Mean shift of every behaviour (columns), in standard deviations: on 50 test items of its own, {OTHERS} of the others.",
         "",
     ]
     lines += ["| trained | " + " | ".join(behaviors) + " |", "|---" * (len(behaviors) + 1) + "|"]
