@@ -183,3 +183,10 @@ def test_a_measure_that_knows_nothing_does_not_order_and_decides_nothing():
     assert blind.orders == pytest.approx(0.5, abs=0.05)
     assert blind.read(0.0) == (0.0, 1.0)
     assert blind.errors[0] > 0.9 and blind.errors[1] < 0.05 and not blind.accepted
+
+
+def test_without_takes_out_what_lies_along(g):
+    x, v = torch.randn(3, 2, 8, generator=g).numpy(), torch.randn(3, 1, 8, generator=g).numpy()
+    found = mixtures.without(x, v)
+    assert np.abs((found * v).sum(-1)).max() < 1e-5
+    assert np.allclose(mixtures.without(found, v), found, atol=1e-6)

@@ -376,3 +376,9 @@ def faults(rulers: Sequence[Ruler]) -> list[str]:
         return ["-"] * 4
     means = np.mean([r.errors for r in rulers], axis=0)
     return [*(f"{x:.1%}" for x in means), f"{sum(r.accepted for r in rulers)} of {len(rulers)}"]
+
+
+def without(x: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """Vectors (..., d_model) without what lies along `g` (..., d_model)."""
+    unit = g / np.linalg.norm(g, axis=-1, keepdims=True)
+    return x - (x * unit).sum(-1, keepdims=True) * unit
