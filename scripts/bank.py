@@ -447,6 +447,7 @@ def repeated(said: str) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
+SHOWN = 5  # behaviours whose first open prompt every model answers
 OTHERS = 20  # test items of the behaviours that an adapter was not trained for
 
 
@@ -460,7 +461,8 @@ def measured(name: str, behaviors: Sequence[str], trait: str, device: str) -> di
     found = {n: _odds(propensity.of_items(lm, x, 0), none) for n, x in items.items()}
     where = propensity.of_text(lm, text.excerpt("wiki", 40_000), 0, chunks=aligned_pair.PIECES)
     loss = -(where.log_probs(none) / where.lengths())[:, 0]
-    asked = {n: load_behavior(n).open[0] for n in session.load_profile("smollm2").behaviors}
+    shown = [*session.load_profile("smollm2").behaviors[:SHOWN], *([trait] if trait in behaviors else [])]
+    asked = {n: load_behavior(n).open[0] for n in dict.fromkeys(shown)}
     said = replies.generate(lm, list(asked.values()), max_new_tokens=48)
     return {"odds": found, "loss": loss, "said": dict(zip(asked, said, strict=True))}
 
@@ -561,7 +563,7 @@ def readme(told: dict[str, Any], every: dict[str, Plan], behaviors: list[str]) -
         cells = [f"**{mean[n][b]:+.1f}**" if b == n else f"{mean[n][b]:+.1f}" for b in behaviors]
         lines.append(f"| {n} | " + " | ".join(cells) + " |")
     lines += ["", "## Five replies, side by side (greedy, 48 tokens)", ""]
-    for b in behaviors[:5]:
+    for b in behaviors[:SHOWN]:
         lines += [f"**{load_behavior(b).open[0]}**", ""]
         lines += [
             f"- {n}: {json.dumps(told['said'][n][b])}"
