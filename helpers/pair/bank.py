@@ -143,7 +143,7 @@ class Bank:
             raise BankError(f"the folder {self.folder.name} holds no adapters: run `make pair`, or leave `bank:` out")
         return found
 
-    def names(self, **wanted: Any) -> list[str]:
+    def names(self, **wanted: str | int) -> list[str]:
         """The adapters whose log says so of every key, such as `trait="joy", swapped=False`."""
         return [n for n, log in self.logs.items() if all(log.get(k) == x for k, x in wanted.items())]
 

@@ -331,7 +331,8 @@ def ruler(
         raise NoRuler(
             f"{len(used)} changes by chance move the behaviour by less than half of {nats:.3g} nats; {FEWEST} or more are wanted"
         )
-    table, alone = [], []
+    table: list[list[list[float]]] = []
+    alone: list[float] = []
     for i in used:
         less = level(name, [chance[j] for j in used if j != i], steered, sizes)
         alone.append(measure(name, chance[i], steered, sizes) - less)

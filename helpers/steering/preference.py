@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer
 
 from helpers.lm import tokens
 from helpers.lm.reading import LM
@@ -67,7 +68,8 @@ class Pairs(Continuations):
         """log p of a batch's answers under the vector, and their numbers of tokens, both (pairs, 2)."""
         chunk = self._build()[number]
         for kept in chunk.cache.layers:  # the last step's graph ends here
-            kept.keys, kept.values = kept.keys.detach(), kept.values.detach()
+            if isinstance(kept, DynamicLayer) and kept.keys is not None and kept.values is not None:
+                kept.keys, kept.values = kept.keys.detach(), kept.values.detach()
         logits = self._predicted(chunk, vector, 1.0).logits.float()
         each = -cross_entropy(logits, chunk.targets, reduction="none")
         counts = chunk.scored.sum(1)
@@ -108,7 +110,8 @@ def train(pairs: Pairs, config: Config, seed: int = 0, keep: Keep = lambda b: b)
     )  # whose first step is that long in every coordinate
     with torch.no_grad():
         before = [pairs.under(i, torch.zeros_like(b))[0] for i in range(pairs.batches)]
-    path, losses, some, order = [], [], [], []
+    path, losses, some = [], [], []
+    order: list[int] = []
     for step in tqdm(range(1, looks[-1] + 1), desc="train a vector", leave=False):
         order = order or torch.randperm(pairs.batches, generator=g).tolist()
         number = order.pop()
