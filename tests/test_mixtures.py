@@ -171,7 +171,7 @@ def test_verdicts_are_those_of_the_rule():
     for given, wanted in {
         (0.6, 1.0): mixtures.SAME,
         (0.1, 0.9): mixtures.RELATED,
-        (0.0, 0.4): mixtures.DIFFERENT,
+        (0.0, 0.4): mixtures.NOT_SAME,
         (0.0, 0.6): mixtures.UNDECIDED,
     }.items():
         assert mixtures.Rhos(*given).verdict == wanted

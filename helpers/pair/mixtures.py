@@ -204,12 +204,12 @@ def beyond(name: str, change: Change, chance: Sequence[Change], steered: Steered
 
 # --- the ruler ---------------------------------------------------------------------------------------------------------
 
-SAME, RELATED, DIFFERENT, UNDECIDED = "same", "related", "different", "undecided"
-VERDICTS = (SAME, RELATED, DIFFERENT, UNDECIDED)
+SAME, RELATED, NOT_SAME, UNDECIDED = "same", "related", "not the same", "undecided"
+VERDICTS = (SAME, RELATED, NOT_SAME, UNDECIDED)
 WRONG = 0.05  # how often a ruler may be wrong where the answer is known
 TAIL = 0.01  # on either side of what mixtures of one rho give
 RULE = (
-    "same: every rho up to 0.5 is excluded; related: 0 is; different: 0 is not, and every rho from 0.5 on is; else undecided. A rho is "
+    "same: every rho up to 0.5 is excluded; related: 0 is; not the same: 0 is not, and every rho from 0.5 on is; else undecided. A rho is "
     "excluded if the value lies outside the middle 98 % of what one more change of that rho would give"
 )
 
@@ -227,7 +227,7 @@ class Rhos(NamedTuple):
             return SAME
         if self.low > 0:
             return RELATED
-        return DIFFERENT if self.high < 0.5 else UNDECIDED
+        return NOT_SAME if self.high < 0.5 else UNDECIDED
 
 
 def _one_more(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
