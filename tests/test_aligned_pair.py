@@ -125,7 +125,7 @@ def test_every_trait_of_the_bank_answers_the_same_prompts_at_one_length():
             assert not own & {r["chosen"] for r in rows}
 
 
-def test_the_bank_is_whole_small_and_made_by_its_recipe():
+def test_the_bank_is_whole_small_and_made_by_its_recipe(packaged):
     plans = bank.plans()
     assert all(bank.up_to_date(p) for p in plans.values())
     size = sum(f.stat().st_size for f in BANK.rglob("*.safetensors"))

@@ -53,7 +53,7 @@ def a_study():
     """A notebook with one of each thing that a page shows."""
     judged = stated("01.2", value=-0.5, low=-1.0, high=0.1, null_value=0.2, p=0.3, verdict="undecided", reason="")
     table, wide = claims.markdown([stated("01.1"), judged]), "|".join(["a_heading_that_does_not_break"] * 12)
-    png = base64.b64encode((FIGURES / "06_headline.png").read_bytes()).decode()
+    png = base64.b64encode((FIGURES / "07_matrix.png").read_bytes()).decode()
     points = {"type": "scatter", "mode": "markers", "x": [1, 2, 3], "y": [2, 1, 3]}
     said = v4.new_output("stream", text="word " * 100 + "<b>\n")
     failed = v4.new_output("error", ename="E", evalue="x", traceback=["\x1b[31mred\x1b[0m <b>"])
@@ -119,7 +119,7 @@ def test_a_page_has_its_first_heading_as_title_its_sections_as_contents_and_plot
 def test_the_index_is_small_and_its_pictures_are(folder):
     page = (folder / "index.html").read_text()
     assert len(page.encode()) < 1e6 and page.count("<img") == len(STUDIES) + 1
-    path = FIGURES / "06_headline.png"
+    path = FIGURES / "07_matrix.png"
     assert base64.b64decode(pages.picture(path)) == path.read_bytes()
     assert len(pages.picture(path, 640)) < len(pages.picture(path)) / 3
 
