@@ -233,7 +233,7 @@ def test_a_picture_fits_a_phone_and_grows_when_it_is_touched(folder, browser):
     wide = "document.querySelector('.figure>img').clientWidth"
     assert ask(browser, wide) < PHONE
     click(browser, ".figure>img")
-    assert ask(browser, wide) == ask(browser, "document.querySelector('.figure>img').naturalWidth") > DESK
+    assert ask(browser, wide) == ask(browser, "document.querySelector('.figure>img').naturalWidth") > PHONE
     assert ask(browser, "document.documentElement.scrollWidth") <= PHONE
 
 
