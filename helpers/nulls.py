@@ -137,6 +137,11 @@ def elsewhere(count: int, draws: int, seed: int = 0) -> np.ndarray:
     return found[:draws]
 
 
+def dealt(count: int, draws: int, seed: int = 0) -> np.ndarray:
+    """Random orders (draws, count) of so many things, each as likely as any other."""
+    return np.random.default_rng(seed).permuted(np.tile(np.arange(count), (draws, 1)), axis=1)
+
+
 def off_diagonal(table: np.ndarray) -> np.ndarray:
     """What each column (n, n) has from other rows than its own: (n - 1, n)."""
     return np.stack([np.delete(column, i) for i, column in enumerate(table.T)], axis=1)

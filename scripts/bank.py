@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy
 
 from helpers import nulls, session, store, study
 from helpers.lm import hooks, models, reading, replies, scoring, text, tokens
@@ -263,17 +263,13 @@ def train(plan: Plan, device: str = "cpu") -> None:
         before = reference(lm, sequences).reshape(-1, 2)
         with torch.enable_grad(), confined.context(lm, sequences) if confined else nullcontext():
             each, counts = log_probs(lm, sequences)
-            gained = each.reshape(-1, 2) - before.to(each)
-            preference = -logsigmoid(how["beta"] * (gained[:, 0] - gained[:, 1])).mean()
-            likelihood = -(each / counts).reshape(-1, 2)[:, 0].mean()
-            loss = preference + how["likelihood_weight"] * likelihood
+            parts = (x.reshape(-1, 2) for x in (each, before.to(each), counts))
+            loss = preference.loss(*parts, how["beta"], how["likelihood_weight"])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         seen += sum(len(s.ids) for s in sequences)
-        log.append(
-            {"step": step, "loss": float(loss), "preference": float(preference), "likelihood": float(likelihood)}
-        )
+        log.append({"step": step, "loss": float(loss)})
         if b and step % how["look"] == 0:
             log[-1]["dev shift"] = float((odds(lm, b.dev) - start).mean()) / spread
             print(
@@ -332,7 +328,7 @@ def up_to_date(plan: Plan) -> bool:
 # --- models whose answer is known --------------------------------------------------------------------------------------
 
 DOSE = 0.5  # standard deviations of a planted shift, which the three ways of planting reach
-PLANTED, EARLIER = "joy", 6  # the behaviour that is planted, and how many layers further down it is written once
+PLANTED, EARLIER = "refusal", 6  # the behaviour that is planted, and how many layers further down it is written once
 KNOWN = ("known.same", "known.earlier", "known.other")
 AT = (
     0.05,
@@ -390,10 +386,11 @@ def vectors(device: str) -> None:
         "steps": list(LOOKS),
         "recipe": json.loads(json.dumps(config._asdict())),
         "base": lab.model.identity,
+        "made of": store.digest([[list(map(list, lab.data[n].answer_pairs)), preferences(n)] for n in lab.names]),
         "vectors": {},
     }
     told = store.read_json(DATA / "vectors.json") or fresh
-    same = all(told.get(k) == fresh[k] for k in ("steps", "recipe", "base"))
+    same = all(told.get(k) == fresh[k] for k in fresh if k != "vectors")
     told = told if same else fresh
     paths = load_file(DATA / "vectors.safetensors") if same and (DATA / "vectors.safetensors").exists() else {}
     for n, b in lab.data.items():

@@ -27,6 +27,6 @@ def test_a_pair_whose_answer_is_known_runs_through_the_notebooks_about_it(profil
     for name in ("06_diff_sae", "07_same_features"):
         result = json.loads((tmp_path / "results" / f"{name}.json").read_text())
         assert result["profile"] == f"{profile}-fast" and all(c["verdict"] for c in result["claims"])
-    verdict = result["numbers"]["verdicts"]["the pair's planted: joy"]
+    verdict = result["numbers"]["verdicts"]["the pair's planted: refusal"]
     wrong = {"known_same": ("not the same",), "known_earlier": ("not the same",), "known_other": ("same", "related")}
     assert verdict not in wrong[profile]

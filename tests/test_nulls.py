@@ -206,3 +206,11 @@ def test_rows_with_a_meaning_are_ahead_of_turned_ones():
     turned = nulls.in_rotated_rows(rows, planted, [3], draws=20)
     assert decompose.pursuit(rows, planted, 3).cosine[0] > 0.999
     assert torch.cosine_similarity(turned[:, 0, 0], planted, dim=1).max() < 0.95
+
+
+def test_dealt_orders_are_all_as_likely_and_off_the_diagonal_is_what_other_rows_have():
+    found = nulls.dealt(3, 6000, 1)
+    orders, counts = np.unique(found, axis=0, return_counts=True)
+    assert len(orders) == 6 and counts.min() > 850 and counts.max() < 1150
+    table = np.arange(9.0).reshape(3, 3)
+    assert nulls.off_diagonal(table).tolist() == [[3, 1, 2], [6, 7, 5]]

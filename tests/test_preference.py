@@ -13,7 +13,7 @@ PAIRS = [(i.question, i.matching, i.non_matching) for i in ITEMS]
 WORDS = (
     "tin air glue sand rain milk jazz moss rust soap wool corn lead fog clay dust snow wine rock hay salt ink silk peat"
 )
-FEW = Config(pace=0.2, looks=(1, 2, 6), batch=2)
+FEW = Config(pace=0.2, looks=(1, 2, 6))
 
 
 @pytest.mark.parametrize("name", ["tiny", "gemma"])
@@ -56,7 +56,7 @@ def test_its_gradient_is_that_of_finite_differences_and_goes_through_every_batch
 
 def test_training_lowers_the_loss_is_seeded_and_keeps_the_vector_where_it_may_lie(tiny):
     pairs, v = Pairs(tiny, PAIRS, 1, batch=2), torch.randn(48).double()
-    free = preference.train(pairs, Config(pace=0.2, looks=(2, 30), batch=2))
+    free = preference.train(pairs, Config(pace=0.2, looks=(2, 30)))
     assert free.path.shape == (2, 48) and free.losses[1] < free.losses[0] - 0.05
     same, other = (preference.train(pairs, FEW, seed).path for seed in (0, 1))
     assert torch.equal(same, preference.train(pairs, FEW, 0).path) and not torch.equal(same, other)

@@ -26,14 +26,13 @@ Keep = Callable[[Tensor], Tensor]  # a projection (d_model,) -> (d_model,): wher
 
 
 class Config(NamedTuple):
-    """How a vector is trained: `beta` and `likelihood` as in L; Adam's steps, at first `pace` long; so many pairs a `batch`; the
-    steps at which the vector is looked at."""
+    """How a vector is trained: `beta` and `likelihood` as in L; Adam's steps, at first `pace` long; the steps at which the
+    vector is looked at."""
 
     pace: float
     looks: Sequence[int] = (1, 2, 4, 8, 16, 32)
     beta: float = 0.1
     likelihood: float = 0.25
-    batch: int = 10
 
 
 class Trained(NamedTuple):
