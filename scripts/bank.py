@@ -327,7 +327,7 @@ def up_to_date(plan: Plan) -> bool:
 
 # --- models whose answer is known --------------------------------------------------------------------------------------
 
-DOSE = 0.5  # standard deviations of a planted shift, which the three ways of planting reach
+DOSE = 0.75  # standard deviations of a planted shift; a direction at right angles saturates before 1
 PLANTED, EARLIER = "refusal", 6  # the behaviour that is planted, and how many layers further down it is written once
 KNOWN = ("known.same", "known.earlier", "known.other")
 AT = (
