@@ -716,19 +716,17 @@ class Two:
             if all(f"{n}.{kind}" in paths for n in self.before.names)
         }
 
-    def overlaps(self, adapters: Mapping[str, str], chance: Mapping[str, Change]) -> np.ndarray:
+    def overlaps(
+        self, adapters: Mapping[str, str], chance: Mapping[str, Change], nats: Mapping[str, float]
+    ) -> np.ndarray:
         """Signed cosines of each behaviour's vector with the mean changes of the `adapters`, one a behaviour, beyond those of changes by
-        chance: (fine-tunes, vectors)."""
-        steered = self.steered
-        return np.array(
-            [
-                [
-                    mixtures.beyond(mixtures.MEAN, chance[a], self._others(chance, n, a), steered[n], ONE)
-                    for n in adapters
-                ]
-                for a in adapters.values()
-            ]
-        )
+        chance that are mild at the behaviour's size of shift: (fine-tunes, vectors)."""
+
+        def one(adapter: str, n: str) -> float:
+            others = mixtures.mild(self._others(chance, n, adapter), self.steered[n], nats[n])
+            return mixtures.beyond(mixtures.MEAN, chance[adapter], others, self.steered[n], ONE)
+
+        return np.array([[one(a, n) for n in adapters] for a in adapters.values()])
 
     def projections(self, adapters: Mapping[str, str], chance: Mapping[str, Change]) -> np.ndarray:
         """How far their mean changes go along each vector, in the residual's own units: (fine-tunes, vectors)."""
@@ -776,9 +774,10 @@ class Two:
         """Whether a fine-tune changed the stream along a behaviour's vector: the signed cosine with the mean difference, beyond that of
         changes by chance, on a ruler of as many nats as its change at this layer moves the behaviour by. `but`: the change by chance
         that the fine-tune itself holds."""
-        one, at, others = self.steered[name], self.at_items(fine_tune, name), self._others(chance, name, but)
-        value = mixtures.beyond(mixtures.MEAN, self.change(fine_tune, where), others, one, ONE)
+        one, at = self.steered[name], self.at_items(fine_tune, name)
         nats, along = stats.over(at.whole), stats.over(at.along)
+        others = mixtures.mild(self._others(chance, name, but), one, max(nats.value, 0.0))
+        value = mixtures.beyond(mixtures.MEAN, self.change(fine_tune, where), others, one, ONE)
         if nats.low <= 0:
             way = "moves it the other way" if nats.high < 0 else "does not move it"
             return Asked(value, nats, along, None, f"the change at this layer {way}")

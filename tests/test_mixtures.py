@@ -190,3 +190,12 @@ def test_without_takes_out_what_lies_along(g):
     found = mixtures.without(x, v)
     assert np.abs((found * v).sum(-1)).max() < 1e-5
     assert np.allclose(mixtures.without(found, v), found, atol=1e-6)
+
+
+def test_a_value_and_its_ruler_leave_out_the_same_changes_by_chance(g):
+    one, chance = behaviour(g), chances(g, 6)
+    strong = chance[0].pushed(10 * one.gradient)
+    assert mixtures.mild([strong, *chance], one, 5.0) == chance
+    rulers = [mixtures.ruler(mixtures.MEAN, x, one, 5.0, ONE, draws=2) for x in (chance, [*chance, strong])]
+    assert np.array_equal(rulers[0].values, rulers[1].values) and np.array_equal(rulers[0].alone, rulers[1].alone)
+    assert mixtures.level(mixtures.MEAN, [], one, ONE) == 0

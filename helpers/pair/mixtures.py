@@ -193,8 +193,10 @@ def measure(name: str, change: Change, steered: Steered, sizes: Sizes) -> float:
 
 
 def level(name: str, chance: Sequence[Change], steered: Steered, sizes: Sizes) -> float:
-    """The mean of what changes by `chance` have of a measure; 0 for the cause, which is a share already."""
-    return 0.0 if name == CAUSE else float(np.mean([measure(name, x, steered, sizes) for x in chance]))
+    """The mean of what changes by `chance` have of a measure; 0 where there are none, and for the cause, which is a share already."""
+    if name == CAUSE or not chance:
+        return 0.0
+    return float(np.mean([measure(name, x, steered, sizes) for x in chance]))
 
 
 def beyond(name: str, change: Change, chance: Sequence[Change], steered: Steered, sizes: Sizes) -> float:
@@ -208,10 +210,6 @@ SAME, RELATED, NOT_SAME, UNDECIDED = "same", "related", "not the same", "undecid
 VERDICTS = (SAME, RELATED, NOT_SAME, UNDECIDED)
 WRONG = 0.05  # how often a ruler may be wrong where the answer is known
 TAIL = 0.01  # on either side of what mixtures of one rho give
-RULE = (
-    "same: every rho up to 0.5 is excluded; related: 0 is; not the same: 0 is not, and every rho from 0.5 on is; else undecided. A rho is "
-    "excluded if the value lies outside the middle 98 % of what one more change of that rho would give"
-)
 
 
 class Rhos(NamedTuple):
@@ -222,7 +220,7 @@ class Rhos(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """By RULE."""
+        """same: every rho up to 0.5 is excluded; related: 0 is; not the same: 0 is not, and every rho from 0.5 on is; else undecided."""
         if self.low > 0.5:
             return SAME
         if self.low > 0:
@@ -306,6 +304,11 @@ RHOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FEWEST = 4  # changes by chance that a ruler is made of
 
 
+def mild(chance: Sequence[Change], steered: Steered, nats: float) -> list[Change]:
+    """The changes by chance that move the behaviour by no more than half of so many nats themselves, either way."""
+    return [x for x in chance if abs(float(steered.gradient.double() @ x.mean)) <= nats / 2]
+
+
 def ruler(
     name: str,
     chance: Sequence[Change],
@@ -319,27 +322,27 @@ def ruler(
     """The measure `name` of mixtures of a behaviour with each of the changes by `chance`, at shifts of `nats`: `draws` of v and u each.
 
     What is planted is the vector of other pairs (`Steered.resampled`), so that the ruler knows how badly v itself is known. The push
-    makes up what the change by chance leaves of the nats; one that moves the behaviour by more than half of them is left out.
+    makes up what the change by chance leaves of the nats; those that are not `mild` are left out.
     From each mixture what the other changes by chance give is taken off, as it is from a real one. NoRuler where fewer than FEWEST
     changes are left.
     """
     if not steered.steers:
         raise NoRuler("its vector does not steer")
-    own = [float(steered.gradient.double() @ x.mean) for x in chance]
-    used = [i for i, x in enumerate(own) if abs(x) <= nats / 2]
+    used = mild(chance, steered, nats)
     if len(used) < FEWEST:
         raise NoRuler(
             f"{len(used)} changes by chance move the behaviour by less than half of {nats:.3g} nats; {FEWEST} or more are wanted"
         )
     table: list[list[list[float]]] = []
     alone: list[float] = []
-    for i in used:
-        less = level(name, [chance[j] for j in used if j != i], steered, sizes)
-        alone.append(measure(name, chance[i], steered, sizes) - less)
+    for i, background in enumerate(used):
+        less = level(name, [x for x in used if x is not background], steered, sizes)
+        left = nats - float(steered.gradient.double() @ background.mean)
+        alone.append(measure(name, background, steered, sizes) - less)
         table.append([])
         for j, planted in enumerate(steered.resampled(draws, seed + i)):
             u = aside(planted, 1, seed + i * draws + j)[0]
-            mixed = [chance[i].pushed(push(planted, u, rho, nats - own[i])) for rho in rhos]
+            mixed = [background.pushed(push(planted, u, rho, left)) for rho in rhos]
             table[-1].append([measure(name, x, steered, sizes) - less for x in mixed])
     return Ruler(np.asarray(rhos, float), np.asarray(table), np.asarray(alone))
 
