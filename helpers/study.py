@@ -500,18 +500,26 @@ class Single:
 
 
 ONE = Sizes(1, 1)  # the cosine with the mean takes neither components nor latents
-ASKED = "moved at this layer, nats", "of it along v", "cosine beyond chance", "rho, and those not excluded", "verdict"
+ASKED = (
+    "moved at this layer, nats",
+    "of it along v",
+    "rho by that share",
+    "cosine beyond chance",
+    "rho, and those not excluded",
+    "verdict",
+)
 
 
 class Asked(NamedTuple):
     """A fine-tune and a behaviour: the `value` of the measure; how far the change at the layer moves the behaviour, all of it (`nats`) and
-    `along` its vector; the `ruler`, or `why` there is none."""
+    `along` its vector; the `ruler`, or `why` there is none; and `second`, that of the share along the vector, which carries no verdict."""
 
     value: float
     nats: Interval
     along: Interval
     ruler: Ruler | None
     why: str
+    second: Ruler | None = None
 
     @property
     def rhos(self) -> mixtures.Rhos | None:
@@ -522,6 +530,11 @@ class Asked(NamedTuple):
     def rho(self) -> float:
         """The rho that fits the value best; nan without a ruler."""
         return self.ruler.rho(self.value) if self.ruler else float("nan")
+
+    @property
+    def rho_by_share(self) -> float:
+        """The rho that fits the share of the shift along the vector best; nan without a ruler."""
+        return self.second.rho(self.along.value / self.nats.value) if self.second else float("nan")
 
     @property
     def verdict(self) -> str:
@@ -535,9 +548,10 @@ class Asked(NamedTuple):
     def cells(self) -> list[str]:
         """A row of a table under ASKED."""
         rhos = f"{self.rho:+.2f}, {self.rhos.low:.2f} to {self.rhos.high:.2f}" if self.rhos else "-"
+        by_share = f"{self.rho_by_share:+.2f}" if self.second else "-"
         numbers = [f"{x.value:+.1f} [{x.low:+.1f}, {x.high:+.1f}]" for x in (self.nats, self.along)]
         verdict = f"**{self.verdict}**" + (f": {self.why}" if self.why else "")
-        return [*numbers, f"{self.value:+.2f}", rhos, verdict]
+        return [*numbers, by_share, f"{self.value:+.2f}", rhos, verdict]
 
 
 @dataclass(frozen=True, eq=False)
@@ -675,11 +689,15 @@ class Two:
         return banks.on_text(self.before.model, fine_tune, where, self.before.layer, self.limit)
 
     def chance(self, where: banks.Text, seed: int = 0) -> dict[str, Change]:
-        """Changes that other training makes, by name: of a bank the style's, the swapped preferences' and every behaviour's first. Without
+        """Changes that other training makes, by name: of a bank the style's, the swapped preferences' and every behaviour's first, each of
+        which is put to its items while it is loaded. Without
         a bank the unrelated fine-tune's and others like it with a mean drawn at random; without that, drawn like the pair's own."""
         if self.bank:
-            names = [*self.bank.by_chance(), *self.bank.first(self.before.names).values()]
-            return {n: self.change(self.bank.model(n), where) for n in names}
+            found = {a: self.change(self.bank.model(a), where) for a in self.bank.by_chance()}
+            for n, a in self.bank.first(self.before.names).items():
+                found[a] = self.change(self.bank.model(a), where)
+                self.at_items(self.bank.model(a), n)  # kept on disk: `ask` wants it
+            return found
         like = self.change((self.unrelated or self.after).model, where)
         found = {UNRELATED: like} if self.unrelated else {}
         return found | {f"drawn {i}": c for i, c in enumerate(like.redrawn(DRAWN, seed))}
@@ -782,13 +800,15 @@ class Two:
             way = "moves it the other way" if nats.high < 0 else "does not move it"
             return Asked(value, nats, along, None, f"the change at this layer {way}")
         try:
-            ruler = mixtures.ruler(mixtures.MEAN, others, one, nats.value, ONE, draws=draws, seed=seed)
+            ruler, second = (
+                mixtures.ruler(m, others, one, nats.value, ONE, draws=draws, seed=seed) for m in mixtures.QUICK
+            )
         except NoRuler as error:
             return Asked(value, nats, along, None, str(error))
         if not ruler.accepted:
             errs = ", ".join(f"{x:.0%}" for x in ruler.errors)
             return Asked(value, nats, along, None, f"at this shift its ruler errs too often ({errs})")
-        return Asked(value, nats, along, ruler, "")
+        return Asked(value, nats, along, ruler, "", second)
 
     def at_items(self, fine_tune: LM | str, name: str) -> AtItems:
         """What such a fine-tune's change at the layer does to a behaviour's test items: all of it, and along the behaviour's vector."""

@@ -67,6 +67,25 @@ def test_what_a_change_does_to_items_is_what_the_model_does_if_it_is_small(tiny,
     np.testing.assert_allclose(found.along, found.whole, rtol=1e-3, atol=1e-5)  # all of it goes along v
 
 
+def test_a_fine_tune_is_loaded_once_and_the_base_is_read_once(tiny, where, cache, g, monkeypatch):
+    made = {n: with_bias(tiny, LAYER, 0.1 * torch.randn(48, generator=g), n) for n in ("one", "two")}
+    loads, reads = [], []
+    packed = bank.reading.packed
+    monkeypatch.setattr(bank.models, "load", lambda n, *_: loads.append(n) or made[n])
+    monkeypatch.setattr(bank.models, "key", lambda n, *_: made[n].key)
+    monkeypatch.setattr(bank.reading, "packed", lambda lm, *rest: reads.append(lm) or packed(lm, *rest))
+    bank._latest.cache_clear()
+    items, v = behaviors.load_behavior("joy").test[:2], torch.randn(48, generator=g).double()
+    for name in made:
+        by_name = bank.on_text(tiny, name, where, LAYER, float("inf"))
+        bank.at_items(tiny, name, items, v, LAYER, float("inf"))
+        torch.testing.assert_close(
+            by_name.mean, made[name].weights.model.layers[LAYER].mlp.down_proj.bias.double(), atol=1e-5, rtol=1e-4
+        )
+    assert loads == ["one", "two"] and [r is tiny for r in reads].count(True) == 1
+    bank._latest.cache_clear()
+
+
 # --- the folder --------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ one is kept under what it is made of, so that a warm run loads none.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,8 +60,14 @@ def _shorter(residuals: Tensor, limit: float) -> Tensor:
 def on_text(base: LM, fine_tune: LM | str, where: Text, layer: int, limit: float) -> mixtures.Change:
     """What a fine-tune, or one of that name, changes after the layer on the text's kept tokens no longer than `limit`."""
 
+    of_base = {**base.key, "layer": layer, "ids": store.digest(where.ids)}  # read once for any number of fine-tunes
+
+    def read() -> dict[str, Tensor]:
+        return {"rows": reading.packed(base, where.ids, [layer])[layer].cpu()}
+
     def compute() -> dict[str, Tensor]:
-        before, after = (reading.packed(m, where.ids, [layer])[layer] for m in (base, _load(base, fine_tune)))
+        before = store.cached("stream", of_base, read, __name__)["rows"]
+        after = reading.packed(_load(base, fine_tune), where.ids, [layer])[layer]
         kept = where.kept & _shorter(before, limit) & _shorter(after, limit)
         if not kept.any():
             raise ValueError(
@@ -116,8 +122,14 @@ def gradient(base: LM, items: Sequence[Item], layer: int) -> Tensor:
 
 
 def _load(base: LM, given: LM | str) -> LM:
-    lm = models.load(given, base.device.type, base.dtype) if isinstance(given, str) else given
+    lm = _latest(given, base.device.type, base.dtype) if isinstance(given, str) else given
     return lm.read_as(base.tokenizer)
+
+
+@lru_cache(maxsize=1)
+def _latest(name: str, device: str, dtype: torch.dtype) -> LM:
+    """The fine-tune of that name; the last one stays loaded, since it is often asked for twice in a row."""
+    return models.load(name, device, dtype)
 
 
 def _key(base: LM, given: LM | str) -> dict[str, Any]:
