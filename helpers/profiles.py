@@ -98,6 +98,15 @@ class Registered(Part):
     norm_factor: PositiveFloat | None = Field(None, description="its input's scale, where the registry lacks one")
 
 
+class Above(Part):
+    """Dictionaries of the layers above the steered one: trained as its own is, from one pass over less text, or of its release."""
+
+    tokens: PositiveInt = Field(description="tokens to train on")
+    held_out: PositiveInt = Field(description="tokens to measure on, from other documents")
+    samples: PositiveInt | None = Field(None, description="tokens seen in training; as many as the layer's own sees by default")
+    ids: dict[int, str] = Field({}, description="or the SAEs in the release, layer: id")
+
+
 class Sae(Part):
     """The dictionary of the steered model: trained here, or one of sae_lens's registry."""
 
@@ -113,6 +122,7 @@ class Sae(Part):
         None,
         description="its place on Neuronpedia, MODEL/SOURCE, where the registry lacks one; asked only if LABELS says so",
     )
+    above: Above | None = Field(None, description="those of the layers above, for notebook 08")
 
 
 class PairSaes(Part):
@@ -211,6 +221,20 @@ class Profile(Part):
         {}, description="of each notebook from an empty cache: a first estimate of what is left"
     )
 
+    def above(self, layer: int) -> "Profile":
+        """The profile of a layer above, whose SAE is what `sae: above:` says; ProfileError where it says nothing of it."""
+        if not self.sae or not self.sae.above:
+            raise ProfileError(
+                f"profile {self.name} has no section sae: above:; copy the one of notebooks/profiles/smollm2.yaml"
+            )
+        own, how = self.sae, self.sae.above
+        if own.release and layer not in how.ids:
+            raise ProfileError(f"profile {self.name}: sae: above: ids: names no SAE of layer {layer}")
+        harvest = own.harvest.model_copy(update={"tokens": how.tokens, "held_out": how.held_out})
+        train = own.train and own.train.model_copy(update={"samples": how.samples or own.train.samples})
+        sae = own.model_copy(update={"id": how.ids.get(layer), "harvest": harvest, "train": train, "labels": None})
+        return self.model_copy(update={"layer": layer, "sae": sae})
+
     def models(self) -> list[str]:
         """Every model that the profile names, each once."""
         pair = self.pair
@@ -303,7 +327,7 @@ def document() -> str:
         "`$VAR` are expanded.",
         "",
     ]
-    titles: dict[type[Part], str] = {Profile: "the file", Sae: "sae:", Harvest: "sae: harvest:", Training: "sae: train:", Pair: "pair:", PairSaes: "pair: sae:", Registered: "pair: sae: base:, chat:, second:", Diff: "pair: diff:", Known: "known:"}  # fmt: skip
+    titles: dict[type[Part], str] = {Profile: "the file", Sae: "sae:", Harvest: "sae: harvest:", Training: "sae: train:", Above: "sae: above:", Pair: "pair:", PairSaes: "pair: sae:", Registered: "pair: sae: base:, chat:, second:", Diff: "pair: diff:", Known: "known:"}  # fmt: skip
     for section, title in titles.items():
         lines += [f"## {title}", "", (section.__doc__ or "").strip(), "", "| key | needed | what |", "|---|---|---|"]
         for key, field in section.model_fields.items():

@@ -17,8 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache
@@ -176,9 +174,6 @@ def _prompts(lm: LM, prompts: Sequence[Tokens]) -> tuple[DynamicCache, Tensor]:
     return cache, real
 
 
-Kept = Callable[[Tensor], Tensor]
-
-
 class Continuations:
     """Prompts with one or more completions each, ready to be scored under any vector added after block `layer`.
 
@@ -315,95 +310,6 @@ class Continuations:
                 found = torch.autograd.grad(total, shifts)
             parts.append(torch.cat(found, 1).float().cpu())
         return self._table(parts)
-
-    # What is downstream of a vector: "rows" are those of the positions that predict a completion's tokens, from the last prompt
-    # token on, of all prompts one after another (`owners` says whose); a later token changes nothing before it.
-
-    @cached_property
-    def owners(self) -> Tensor:
-        """(rows,) which completion each row predicts a token of: prompt * completions + number of the completion."""
-        parts, chunks = [], self._build()
-        for first, chunk in zip(range(0, len(self.order), self.chunk), chunks, strict=True):
-            own = torch.tensor(self.order[first : first + self.chunk])[:, None] * self.group + torch.arange(self.group)
-            parts.append(own.flatten()[chunk.scored.cpu().nonzero()[:, 0]])
-        return torch.cat(parts)
-
-    def _rows_after(self, layers: Sequence[int], acts_of: Callable[[Tensor], Tensor], kept: Kept) -> dict[int, Tensor]:
-        """layer -> rows (rows, d_model) float32 on the CPU: what `kept` makes of each stream if acts_of(x) leaves block `layer`."""
-        found: dict[int, list[Tensor]] = {k: [] for k in layers}
-        for chunk in self._build():
-
-            def read(module: nn.Module, args: tuple[object, ...], out: hooks.Output, at: int, chosen: Tensor) -> None:
-                found[at].append(kept(hooks.stream(out))[chosen].float().cpu())
-
-            readers = [functools.partial(read, at=k, chosen=chunk.scored) for k in layers]
-            blocks = [hooks.block(self.lm, k) for k in layers]
-            try:
-                with (
-                    torch.no_grad(),
-                    resume_at(self.lm, self.layer, acts_of(chunk.acts)),
-                    hooks.hooked(blocks, readers),
-                    capture(self.lm, [max(layers)], stop=True),
-                ):
-                    self.lm.weights(**chunk.given, past_key_values=chunk.cache, use_cache=True)
-            finally:
-                reading.forget(chunk.cache, chunk.length)
-        return {k: torch.cat(parts) for k, parts in found.items()}
-
-    def rows_after(self, layers: Sequence[int], vector: Tensor, multiplier: float = 1.0) -> dict[int, Tensor]:
-        """layer -> the stream's rows (rows, d_model) float32 after it, if multiplier * vector is added after the steered block."""
-        shift = hooks.checked(multiplier * vector, self.lm.d_model)
-        return self._rows_after(layers, lambda acts: hooks.shifted(acts, shift), lambda x: x)
-
-    def carried(self, layers: Sequence[int], vector: Tensor) -> dict[int, Tensor]:
-        """layer -> the Jacobian of its rows at the unsteered run times `vector`, (rows, d_model) float32: what a small multiple of the
-        vector, added at every response position, arrives as, over that multiple. One forward pass, with tangents."""
-        v = hooks.checked(vector, self.lm.d_model)
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the others have no forward derivative
-            return self._rows_after(
-                layers,
-                lambda acts: forward_ad.make_dual(acts, v.to(acts).expand_as(acts).clone()),
-                lambda x: forward_ad.unpack_dual(x).tangent,
-            )
-
-    def _placed(self, chunk: _Chunk, rows: Tensor) -> Tensor:
-        """A chunk's stream (batch, tokens, d_model) with `rows` (rows of the chunk, d_model) where it predicts."""
-        acts = torch.zeros_like(chunk.acts)
-        acts[chunk.scored] = rows.to(acts)
-        return acts
-
-    def _by_chunk(self, rows: Tensor) -> Iterator[tuple[_Chunk, Tensor]]:
-        chunks = self._build()
-        return zip(chunks, rows.split([int(chunk.scored.sum()) for chunk in chunks]), strict=True)
-
-    def log_probs_from(self, layer: int, rows: Tensor) -> np.ndarray:
-        """log p of each completion, (prompts, completions) float64, if `rows` (rows, d_model) leave block `layer`, which lies at or
-        above the steered one: what is below it is not run."""
-        sums = []
-        for chunk, own in self._by_chunk(rows):
-            try:
-                predicted = above(self.lm, layer, self._placed(chunk, own), chunk.scored, chunk.given, chunk.cache)
-            finally:
-                reading.forget(chunk.cache, chunk.length)
-            exact = exact_logits(self.lm, predicted, chunk.targets)
-            token = token_log_probs(predicted.logits, chunk.targets, exact)
-            sums.append(self._per_completion(chunk, token, mean=False))
-        return self._table(sums).numpy()
-
-    def pulls(self, layer: int, rows: Tensor) -> Tensor:
-        """d log p of its own completion / d each row, (rows, d_model) float32, at a run in which `rows` leave block `layer`."""
-        found = []
-        for chunk, own in self._by_chunk(rows):
-            acts = self._placed(chunk, own).requires_grad_()
-            try:
-                with torch.enable_grad():
-                    logits = above(self.lm, layer, acts, chunk.scored, chunk.given, chunk.cache).logits.float()
-                    total = -cross_entropy(logits, chunk.targets, reduction="sum")
-                    (gradient,) = torch.autograd.grad(total, acts)
-            finally:
-                reading.forget(chunk.cache, chunk.length)
-            found.append(gradient[chunk.scored].float().cpu())
-        return torch.cat(found)
 
     def lengths(self) -> np.ndarray:
         """Number of tokens of each completion: (prompts, completions)."""

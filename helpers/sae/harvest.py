@@ -451,14 +451,17 @@ def _described(profile: Profile, given: Sequence[LM], part: str, fast: bool) -> 
     return source, min(tokens, 6000) if fast else tokens, how.context
 
 
-def of_profile(model: LM, profile: Profile, part: str = "train", fast: bool = False) -> Samples:
-    """The harvest a profile's `sae: harvest:` section describes, at the profile's layer; `fast` takes a few thousand tokens.
+def of_profile(
+    model: LM, profile: Profile, part: str = "train", fast: bool = False, layers: Sequence[int] = ()
+) -> Samples:
+    """The harvest a profile's `sae: harvest:` section describes, at the profile's layer, or at all of `layers` in one pass and then at
+    the first of them; `fast` takes a few thousand tokens.
 
     `source` as in helpers/lm/text.py; with `chats` (a number of new tokens) the answers of every model that the profile names
     to the behaviours' open prompts are among its sources; `tokens` of the part train, `held_out` of the part held-out.
     """
     source, tokens, context = _described(profile, [model], part, fast)
-    return run(model, source, [profile.layer], tokens, context, part)
+    return run(model, source, list(layers) or [profile.layer], tokens, context, part)
 
 
 def pair_of_profile(base: LM, chat: LM, profile: Profile, part: str = "train", fast: bool = False) -> Pair:
