@@ -1,0 +1,223 @@
+"""A model steered at its layer and looked at above it: `of(lab)`, with dictionaries of the later layers, for notebook 08.
+
+    above = later.of(lab); above.layers, above.saes, above.vectors(0.1), above.changed(vectors, random)
+
+Vectors here are made of every other answer pair, so that the rest can say whose a latent is. Knows how the helpers fit together;
+nothing here judges.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers import nulls, stats, store
+from helpers.claims import table
+from helpers.lm import models
+from helpers.lm.downstream import Downstream
+from helpers.pair import matching
+from helpers.sae import decompose, downstream, evaluation, evidence, harvest, latents, train
+from helpers.sae.activations import Samples
+from helpers.sae.downstream import Linear, Parted, Scores
+from helpers.sae.latents import Latent
+from helpers.sae.saes import Loaded
+from helpers.sae.topk import Dictionary
+from helpers.steering import directions, propensity
+from helpers.study import Single
+from IPython.display import Markdown
+
+COUNT = 3  # layers above the steered one, where the profile's sweep has fewer
+FAST_COUNT = 2
+SAE, FROZEN, COMPONENTS, SINGULAR = BASES = (
+    "latents of the SAE",
+    "latents of random rows",
+    "principal components",
+    "singular vectors of the next block",
+)
+
+
+def layers(lab: Single) -> list[int]:
+    """The steered layer and those above it that are looked at: of the profile's sweep, or that a registry's SAEs are named for; evenly
+    spread where these are too few. A fast run has two above."""
+    how, top = lab.session.profile.sae, lab.model.layers - 1
+    wanted = [k for k in (*lab.session.profile.layers, *(how.above.ids if how and how.above else ())) if k > lab.layer]
+    if how and how.release:
+        wanted = [k for k in wanted if how.above and k in how.above.ids]
+    found = sorted({k for k in wanted if k <= top})
+    if len(found) < COUNT and not (how and how.release):
+        found = sorted({*np.linspace(lab.layer, top, COUNT + 1).round().astype(int).tolist()[1:]})
+    return [lab.layer, *(found[-FAST_COUNT:] if lab.session.fast else found)]
+
+
+class Changed(NamedTuple):
+    """What vectors change of every latent, by layer: of the `own` and of `random` ones, (vectors, parts, latents); on two parts of the
+    prompts, neither in the other."""
+
+    own: dict[int, Tensor]
+    random: dict[int, Tensor]
+
+    def scores(self, layer: int, part: int | None = None) -> Scores:
+        """Scores at a layer on one part of the prompts, or on all."""
+        pick = (lambda x: x.mean(1)) if part is None else (lambda x: x[:, part])
+        return downstream.scores(pick(self.own[layer]), pick(self.random[layer]))
+
+    def tops(self, layer: int, n: int, part: int | None = None) -> np.ndarray:
+        """The n latents of largest score of each own vector: (vectors, n), as `downstream.tops`."""
+        return downstream.tops(self.scores(layer, part).own, n)
+
+    def again(self, layer: int, n: int) -> np.ndarray:
+        """The share of each vector's tops on the one part of the prompts (rows) that each vector's tops on the other part hold too
+        (columns), mean of both ways round: (vectors, vectors)."""
+        one, other = (self.tops(layer, n, part) for part in (0, 1))
+        return (downstream.shared(one, other) + downstream.shared(other, one)) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Later:
+    """A Single, the `layers` looked at, the steered one first, and of each its SAE and text: to train on, and held out."""
+
+    lab: Single
+    layers: list[int]
+    saes: dict[int, Loaded]
+    texts: dict[int, tuple[Samples, Samples]]
+
+    @property
+    def above(self) -> list[int]:
+        """The layers above the steered one."""
+        return self.layers[1:]
+
+    @cached_property
+    def _halves(self) -> dict[str, dict[int, tuple[evidence.Sides, evidence.Sides]]]:
+        """By behaviour and layer, the sides of every other pair and of the rest."""
+        known = set(self.layers) <= set(self.lab._read)
+        read = self.lab.halves(layers=None if known else self.layers)
+        return {n: {k: evidence.halved(h.at(k)) for k in self.layers} for n, h in read.items()}
+
+    def vectors(self, length: float) -> Tensor:
+        """The mean difference of every other pair of each behaviour, `length` residual norms long: (behaviours, d_model) float32."""
+        own = torch.stack([directions.mean(*h[self.lab.layer][0]) for h in self._halves.values()])
+        return (own / own.norm(dim=1, keepdim=True) * length * self.lab.residual_norm).float()
+
+    def random(self, length: float, draws: int, seed: int = 0) -> Tensor:
+        """Random vectors as long, with the stream's covariance: (draws, d_model) float32."""
+        return nulls.like_rows(self.vectors(length)[0], self.lab.residuals, draws, seed).float()
+
+    def replies(self, prompts: int, tokens: int) -> Downstream:
+        """The model's own unsteered replies, of so many tokens, to the first open `prompts` of every behaviour."""
+        asked = [q for b in self.lab.data.values() for q in b.open[:prompts]]
+        return Downstream.of(propensity.of_replies(self.lab.model, asked, self.lab.layer, tokens))
+
+    def items(self, count: int) -> dict[str, Downstream]:
+        """Each behaviour's first test items, whose written completions are scored."""
+        return {n: Downstream.of(x) for n, x in self.lab.tested(count).items()}
+
+    def changed(self, where: Downstream, own: Tensor, random: Tensor) -> Changed:
+        """What vectors (n, d_model) change of every latent; every other prompt is the other part."""
+        bases = {str(k): self.saes[k].sae for k in self.layers}
+        at, parts = {str(k): k for k in self.layers}, [i % 2 for i in range(len(where.sequences))]
+        found = store.kept(downstream.changes, where, torch.cat([own, random]), bases, at, parts)
+        split = {int(k): x.split([len(own), len(random)]) for k, x in found.items()}
+        return Changed({k: x[0] for k, x in split.items()}, {k: x[1] for k, x in split.items()})
+
+    def told(self, layer: int) -> np.ndarray:
+        """AUROC of each latent on the pairs of each behaviour that made no vector: (behaviours, latents)."""
+        return np.stack([downstream.told(self.saes[layer].sae, *h[layer][1]) for h in self._halves.values()])
+
+    def belonging(self, changed: Changed, layer: int, n: int, least: float) -> tuple[np.ndarray, np.ndarray]:
+        """The share of the n latents that each vector changes most that belong to each behaviour: of own vectors (behaviours,
+        behaviours), and of random ones (draws, behaviours). See `downstream.belonging`."""
+        found, told = changed.scores(layer), self.told(layer)
+        own, null = (downstream.belonging(downstream.tops(z, n), told, least) for z in found)
+        return own, null
+
+    def fits(self) -> Markdown:
+        """A table of how each layer's SAE fits held-out text."""
+        lines = []
+        for k in self.layers:
+            sae, (fitting, held) = self.saes[k].sae, self.texts[k]
+            fit = evaluation.evaluate(sae, held)
+            many = evaluation.evaluate(self.components(k), held)
+            lines.append(
+                [k, len(fitting), sae.cfg.d_sae, f"{fit.l0:.0f}", f"{fit.dead:.0%}", f"{fit.explained_variance:.2f}",
+                 f"{many.explained_variance:.2f}"]
+            )  # fmt: skip
+        head = ["layer", "rows trained on", "latents", "per token", "never fired", "variance explained"]
+        return table([*head, "by half as many components as the width"], lines)
+
+    def components(self, layer: int, share: float = 0.5) -> Dictionary:
+        """Principal components of a layer's text, a share of as many as the stream is wide."""
+        rows = self.texts[layer][0].sample(20_000)
+        return evaluation.Principal(rows, max(round(share * rows.shape[1]), 1))
+
+    def bases(self, layer: int, seed: int = 0) -> dict[str, Dictionary]:
+        """Other dictionaries in the SAE's place at a layer above, by BASES: as many random rows with a trained encoder, none for an SAE out of a
+        registry; all principal components; what the next block reads most."""
+        s = self.lab.session
+        found: dict[str, Dictionary] = {SAE: self.saes[layer].sae}
+        if not (s.profile.sae and s.profile.sae.release):
+            text = self.texts[layer][0]
+            found[FROZEN] = train.dictionary(s.profile.above(layer), text, s.device, seed, s.fast, frozen=True)[0].sae
+        found[COMPONENTS] = self.components(layer, 1.0)
+        if layer + 1 < self.lab.model.layers:
+            found[SINGULAR] = downstream.read_by(self.lab.model, layer)
+        return found
+
+    def ranked(self, where: Downstream, vectors: Tensor, bases: Mapping[str, Dictionary], layer: int) -> dict[str, Tensor]:
+        """What vectors (n, d_model) change of each element of some bases at a layer, mean of all prompts: (n, elements)."""
+        at, parts = dict.fromkeys(bases, layer), [0] * len(where.sequences)
+        return {n: x[:, 0] for n, x in store.kept(downstream.changes, where, vectors, bases, at, parts).items()}
+
+    def parted(
+        self,
+        items: Mapping[str, Downstream],
+        layer: int,
+        vectors: Tensor,
+        basis: Dictionary,
+        sets: Sequence[Sequence[Tensor]],
+        alone: bool = False,
+        like: Sequence[Tensor] | None = None,
+    ) -> list[Parted]:
+        """`downstream.parted` of every behaviour with its own sets of elements (and its own elements to be `like`)."""
+        each = zip(items.values(), vectors, sets, like or [None] * len(vectors), strict=True)
+        return [store.kept(downstream.parted, x, layer, v, basis, list(own), alone, one) for x, v, own, one in each]
+
+    def linear(self, prompts: int, tokens: int, strengths: Sequence[float], judged: float) -> Linear:
+        """`downstream.linear` of every behaviour's vector, strengths in residual norms, in float32: the layer is as it was chosen."""
+        s = self.lab.session
+        exact = models.load(s.profile.chat, s.device, torch.float32)
+        where = Downstream(exact, self.replies(prompts, tokens).sequences, self.lab.layer)
+        return store.kept(downstream.linear, where, self.vectors(1.0), self.above, list(strengths), judged)
+
+    def followed(self, seed: int = 0) -> dict[int, matching.Match]:
+        """For each layer above, the certified match of its latents with those of the layer looked at below it."""
+        pairs = zip(self.above, self.layers, strict=False)
+        rows = {k: decompose.rows_of(x.sae) for k, x in self.saes.items()}
+        return {k: store.kept(matching.match, rows[k], rows[below], device=self.lab.session.device) for k, below in pairs}
+
+    def contexts(self, layer: int, wanted: Sequence[int], limit: int = 250) -> dict[int, Latent]:
+        """What some latents of a layer respond to, in `limit` rows of its text, and the words they make likelier."""
+        limit = 30 if self.lab.session.fast else limit
+        only = torch.tensor(sorted(set(wanted)))
+        found = store.kept(
+            latents.table, self.lab.model, self.saes[layer].sae, self.texts[layer][0], limit=limit, only=only
+        )
+        return {x.index: x for x in found}
+
+
+def of(lab: Single, seed: int = 0) -> Later:
+    """The layers above a Single's, with SAEs trained from one pass over text, or out of the registry; ProfileError where the profile
+    says nothing of them."""
+    s, at = lab.session, layers(lab)
+    if len(at) < 2:
+        raise ValueError(f"layer {lab.layer} of {lab.model.layers} was given; there is none above it to look at")
+    own = s.profile.above(at[1])
+    parts = [harvest.of_profile(lab.model, own, part, s.fast, at[1:]) for part in ("train", "held-out")]
+    texts = {lab.layer: lab.text} | {k: (parts[0].at(k), parts[1].at(k)) for k in at[1:]}
+    saes = {lab.layer: lab.sae(seed)}
+    for k in at[1:]:
+        saes[k] = train.dictionary(s.profile.above(k), texts[k][0], s.device, seed, s.fast)[0]
+    return Later(lab, at, saes, texts)
