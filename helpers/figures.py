@@ -8,7 +8,7 @@ import json
 import warnings
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import matplotlib as mpl
 import numpy as np
@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.markers import TICKUP
 from scipy import special
+from scipy.optimize import isotonic_regression
 
 from helpers import stats
 from helpers.session import Session
@@ -473,6 +474,72 @@ def ranked(
     axes[-1, 0].legend(loc="upper right", bbox_to_anchor=(1, -0.2), ncols=2)
     axes[-1, 0].set_xlabel(xlabel)
     show(session, name, figure, panels, interactive)
+
+
+class Node(NamedTuple):
+    """A point of `flow`: which column it stands in, how high, what is written beside it, and what a reader who points at it is told."""
+
+    column: int
+    height: float
+    label: str
+    told: str
+
+
+def flow(
+    session: Session,
+    name: str,
+    columns: Sequence[str],
+    nodes: Sequence[Node],
+    links: Sequence[tuple[int, int, float]],
+    *,
+    title: str,
+    ylabel: str,
+) -> None:
+    """Points in columns, and lines (from node, to node, strength from 0 to 1) between them, drawn, saved and shown, with an interactive
+    twin."""
+    from plotly import graph_objects
+
+    figure, axis = plt.subplots(figsize=(11, 6))
+    twin = graph_objects.Figure()
+    for start, end, strength in links:
+        x, y = zip(*((nodes[i].column, nodes[i].height) for i in (start, end)), strict=True)
+        axis.plot(x, y, color=PALETTE[1], linewidth=0.5 + 3 * strength, alpha=0.6)
+        twin.add_scatter(
+            x=list(x),
+            y=list(y),
+            mode="lines",
+            line={"width": 0.5 + 4 * strength, "color": PALETTE[1]},
+            hoverinfo="skip",
+        )
+    x, y = [n.column for n in nodes], [n.height for n in nodes]
+    axis.plot(x, y, "o", color=PALETTE[0], markersize=5)
+    for column in range(len(columns)):
+        own = sorted((n for n in nodes if n.column == column), key=lambda n: n.height)
+        at = spread([n.height for n in own], (max(y) - min(y)) / 28)
+        for node, height in zip(own, at, strict=True):
+            axis.annotate(literal(node.label), (column + 0.03, height), va="center", fontsize=9)
+    twin.add_scatter(
+        x=x,
+        y=y,
+        mode="markers",
+        text=[n.told for n in nodes],
+        hoverinfo="text",
+        marker={"size": 9, "color": PALETTE[0]},
+    )
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set(ylabel=ylabel, title=title, xlim=(-0.2, len(columns) - 0.3))
+    axis.grid(axis="x", visible=False)
+    twin.update_layout(title=title, yaxis_title=ylabel, template="simple_white", showlegend=False)
+    twin.update_xaxes(tickvals=list(range(len(columns))), ticktext=list(columns))
+    show(session, name, figure, {"columns": columns, "nodes": nodes, "links": links}, twin)
+
+
+def spread(heights: Sequence[float], gap: float) -> np.ndarray:
+    """Rising heights moved apart until neighbours are `gap` or more from one another, as little as that takes, so that labels do not
+    lie over one another: least squares, by pooling (isotonic regression)."""
+    steps = gap * np.arange(len(heights))
+    return np.asarray(isotonic_regression(np.asarray(heights, float) - steps).x) + steps
 
 
 def forest_on(

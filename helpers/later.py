@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from IPython.display import Markdown
 from torch import Tensor
 
 from helpers import nulls, stats, store
@@ -28,7 +29,6 @@ from helpers.sae.saes import Loaded
 from helpers.sae.topk import Dictionary
 from helpers.steering import directions, propensity
 from helpers.study import Single
-from IPython.display import Markdown
 
 COUNT = 3  # layers above the steered one, where the profile's sweep has fewer
 FAST_COUNT = 2
@@ -74,6 +74,19 @@ class Changed(NamedTuple):
         (columns), mean of both ways round: (vectors, vectors)."""
         one, other = (self.tops(layer, n, part) for part in (0, 1))
         return (downstream.shared(one, other) + downstream.shared(other, one)) / 2
+
+
+class Alone(NamedTuple):
+    """Single rows beside a whole vector of their length: the `best` latents (n,); by gradient, in nats, what the `vector` does to the
+    behaviour's items, the best rows (n,), and rows drawn at random (n,); and above, of the best and the drawn (2, n), how long what
+    arrives is, as a share of the vector's, and its cosine with that."""
+
+    best: list[int]
+    vector: float
+    of_best: np.ndarray
+    of_drawn: np.ndarray
+    length: np.ndarray
+    cosine: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +179,9 @@ class Later:
             found[SINGULAR] = downstream.read_by(self.lab.model, layer)
         return found
 
-    def ranked(self, where: Downstream, vectors: Tensor, bases: Mapping[str, Dictionary], layer: int) -> dict[str, Tensor]:
+    def ranked(
+        self, where: Downstream, vectors: Tensor, bases: Mapping[str, Dictionary], layer: int
+    ) -> dict[str, Tensor]:
         """What vectors (n, d_model) change of each element of some bases at a layer, mean of all prompts: (n, elements)."""
         at, parts = dict.fromkeys(bases, layer), [0] * len(where.sequences)
         return {n: x[:, 0] for n, x in store.kept(downstream.changes, where, vectors, bases, at, parts).items()}
@@ -196,7 +211,66 @@ class Later:
         """For each layer above, the certified match of its latents with those of the layer looked at below it."""
         pairs = zip(self.above, self.layers, strict=False)
         rows = {k: decompose.rows_of(x.sae) for k, x in self.saes.items()}
-        return {k: store.kept(matching.match, rows[k], rows[below], device=self.lab.session.device) for k, below in pairs}
+        return {
+            k: store.kept(matching.match, rows[k], rows[below], device=self.lab.session.device) for k, below in pairs
+        }
+
+    def met(self, changed: Changed, layer: int, n: int) -> np.ndarray:
+        """The share of the n latents that each vector changes most at a layer above (rows) whose match in the layer looked at below it is
+        among those that each vector changes most there, with the same sign (columns): (vectors, vectors)."""
+        tops, below = changed.tops(layer, n), self.layers[self.layers.index(layer) - 1]
+        partner = self.followed()[layer].B_for_A.cpu().numpy()[np.abs(tops) - 1] + 1  # 0 for one without
+        return downstream.shared(partner * np.sign(tops), changed.tops(below, n))
+
+    def matched(self, least: float, seed: int = 0) -> Markdown:
+        """A table of the matches of `followed`: of how many the cosine is `least` or more, as many where the rows of the layer below are
+        turned at random, and of two seeds of the steered layer's SAE."""
+        rows, seeds = {k: decompose.rows_of(x.sae) for k, x in self.saes.items()}, self.lab.saes((seed, seed + 1))
+
+        def line(what: str, found: matching.Match) -> list[str]:
+            cosine = matching.cosines(found)
+            return [what, f"{cosine.mean():.2f}", f"{(cosine >= least).mean():.1%}"]
+
+        lines = []
+        for (k, found), below in zip(self.followed().items(), self.layers, strict=False):
+            floor = store.kept(matching.references, rows[k], rows[below], seed)["rotated"]
+            lines += [
+                line(f"layer {k} with layer {below}", found),
+                line("the same, rows of the lower turned at random", floor),
+            ]
+        if len(seeds) > 1:
+            two = store.kept(matching.match, *(decompose.rows_of(x.sae) for x in seeds))
+            lines.append(line(f"two seeds of layer {self.lab.layer}", two))
+        return table(["latents matched one to one", "mean cosine", f"at {least:g} or more"], lines)
+
+    def rows_alone(self, where: Downstream, layer: int, n: int, length: float, seed: int = 0) -> dict[str, Alone]:
+        """What single rows of the steered layer's SAE do when they alone are added, as long as the vector: for each behaviour the n that
+        make up most of its vector (signed pursuit), and n that fire on text, drawn at random."""
+        basis, vectors = self.saes[self.lab.layer].sae, self.vectors(length)
+        rows = decompose.unit_rows(decompose.rows_of(basis))[0].cpu() * vectors[0].norm()
+        living = evaluation.evaluate(basis, self.texts[self.lab.layer][1]).order
+        drawn = living[torch.randperm(len(living), generator=torch.Generator().manual_seed(seed))[:n]]
+        codes = decompose.pursuit(rows, vectors, n).codes
+        best = codes.abs().topk(n).indices
+        pushed = [
+            torch.cat([v[None], c[b].sign()[:, None] * rows[b], rows[drawn]])
+            for v, c, b in zip(vectors, codes, best, strict=True)
+        ]
+        every, back = torch.cat(pushed).unique(dim=0, return_inverse=True)
+        shifts = store.kept(downstream.shifts, where, every, layer)[back].split([len(x) for x in pushed])
+        found = {}
+        for name, own, arrived, b in zip(self.lab.names, pushed, shifts, best, strict=True):
+            nats = self.lab.response(name, own, length).mean(1)
+            flat = arrived.flatten(1).double().numpy()
+            long, cosine = np.linalg.norm(flat, axis=1), stats.cosine(flat, flat[:1])
+            found[name] = Alone(
+                b.tolist(),
+                nats[0],
+                nats[1 : n + 1],
+                nats[n + 1 :],
+                *((x / x[0])[1:].reshape(2, n) for x in (long, cosine)),
+            )
+        return found
 
     def contexts(self, layer: int, wanted: Sequence[int], limit: int = 250) -> dict[int, Latent]:
         """What some latents of a layer respond to, in `limit` rows of its text, and the words they make likelier."""

@@ -103,7 +103,9 @@ class Above(Part):
 
     tokens: PositiveInt = Field(description="tokens to train on")
     held_out: PositiveInt = Field(description="tokens to measure on, from other documents")
-    samples: PositiveInt | None = Field(None, description="tokens seen in training; as many as the layer's own sees by default")
+    samples: PositiveInt | None = Field(
+        None, description="tokens seen in training; as many as the layer's own sees by default"
+    )
     ids: dict[int, str] = Field({}, description="or the SAEs in the release, layer: id")
 
 

@@ -157,6 +157,12 @@ def told(basis: Dictionary, pos: Tensor, neg: Tensor) -> np.ndarray:
     return stats.auroc(*(decompose.pre_codes(basis, side).cpu().numpy() for side in (pos, neg)))
 
 
+def shifts(where: Downstream, vectors: Tensor, layer: int) -> Tensor:
+    """What each of `vectors` (n, d_model) changes of the stream after a layer: (n, rows, d_model) float32."""
+    plain = where.rows([layer], torch.zeros_like(vectors[0]))[layer]
+    return torch.stack([where.rows([layer], v)[layer] - plain for v in tqdm(vectors, desc="steer", leave=False)])
+
+
 # --- how much is linear --------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +181,9 @@ class Linear(NamedTuple):
     crossed: np.ndarray
 
 
-def linear(where: Downstream, units: Tensor, layers: Sequence[int], strengths: Sequence[float], judged: float) -> Linear:
+def linear(
+    where: Downstream, units: Tensor, layers: Sequence[int], strengths: Sequence[float], judged: float
+) -> Linear:
     """`Linear` of each of `units` (n, d_model) at every one of `strengths`, multiples of it, `judged` among them."""
     plain = where.rows(layers, torch.zeros_like(units[0]))
     jacobian = [where.carried(layers, u) for u in tqdm(units, desc="Jacobian", leave=False)]
