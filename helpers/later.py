@@ -16,7 +16,7 @@ import torch
 from IPython.display import Markdown
 from torch import Tensor
 
-from helpers import nulls, stats, store
+from helpers import figures, nulls, stats, store
 from helpers.claims import table
 from helpers.lm import models
 from helpers.lm.downstream import Downstream
@@ -76,6 +76,16 @@ class Changed(NamedTuple):
         return (downstream.shared(one, other) + downstream.shared(other, one)) / 2
 
 
+ALONE = [
+    "the vector, nats",
+    *(
+        f"{who}: {what}"
+        for who in ("its rows", "random rows")
+        for what in ("best", "mean", "length above", "cosine above")
+    ),
+]
+
+
 class Alone(NamedTuple):
     """Single rows beside a whole vector of their length: the `best` latents (n,); by gradient, in nats, what the `vector` does to the
     behaviour's items, the best rows (n,), and rows drawn at random (n,); and above, of the best and the drawn (2, n), how long what
@@ -87,6 +97,21 @@ class Alone(NamedTuple):
     of_drawn: np.ndarray
     length: np.ndarray
     cosine: np.ndarray
+
+    def cells(self) -> list[str]:
+        """A row of a table under ALONE."""
+        shares = [x / self.vector for x in (self.of_best, self.of_drawn)]
+        words = [f"{self.vector:+.2f}"]
+        for share, long, cosine in zip(shares, self.length, self.cosine, strict=True):
+            words += [f"{share.max():.0%}", f"{share.mean():.0%}", f"{long.mean():.0%}", f"{cosine.mean():+.2f}"]
+        return words
+
+
+class Flow(NamedTuple):
+    """What `figures.flow` draws."""
+
+    nodes: list[figures.Node]
+    links: list[tuple[int, int, float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +239,50 @@ class Later:
         return {
             k: store.kept(matching.match, rows[k], rows[below], device=self.lab.session.device) for k, below in pairs
         }
+
+    def counted(self, changed: Changed, q: float) -> Markdown:
+        """A table of how many latents change more than by chance at each layer: by behaviours' vectors, and by random ones."""
+        lines = []
+        for k in self.layers:
+            own, null = (x.sum(1) for x in downstream.discovered(changed.scores(k), q))
+            share = f"{np.mean(own) / self.saes[k].sae.cfg.d_sae:.0%}"
+            lines.append(
+                [k, f"{np.mean(own):.0f} ({own.min()} to {own.max()})", share, f"{null.mean():.1f}", null.max()]
+            )
+        head = ["by behaviours' vectors (range)", "of all latents", "by random vectors", "most by one of them"]
+        return table(["layer", *head], lines)
+
+    def listed(self, changed: Changed, name: str, n: int, words: Mapping[int, Mapping[int, Latent]]) -> Markdown:
+        """A table of the n latents that a behaviour's vector changes most at each layer above: score beside random vectors, and beside the
+        other behaviours' vectors; AUROC on the pairs that made no vector; where they fire, by layer of `words`."""
+        i, lines = self.lab.names.index(name), []
+        for k in self.above:
+            own = changed.own[k].mean(1)
+            others = own[[j for j in range(len(own)) if j != i]]
+            beside = downstream.scores(own[[i]], others).own[0] if len(others) > 2 else np.full(own.shape[1], np.nan)
+            score, told = changed.scores(k).own[i], self.told(k)[i]
+            for latent in np.abs(changed.tops(k, n)[i]) - 1:
+                number = [f"{score[latent]:+.0f}", f"{beside[latent]:+.1f}", f"{told[latent]:.2f}"]
+                lines.append([k, latent, *number, *latents.cells(words[k][latent])])
+        head = ["score, random", "score, other behaviours", "AUROC", "fires most on", "makes likelier"]
+        return table(["layer", "latent", *head], lines)
+
+    def flow(self, changed: Changed, name: str, n: int, words: Mapping[int, Mapping[int, Latent]]) -> Flow:
+        """The n latents that a behaviour's vector changes most at each layer, and which of them are matched."""
+        i, nodes, place, links = self.lab.names.index(name), [], {}, []
+        for column, k in enumerate(self.layers):
+            score = changed.scores(k).own[i]
+            for latent in (np.abs(changed.tops(k, n)[i]) - 1).tolist():
+                place[k, latent] = len(nodes)
+                told = "<br>".join(f"{a}: {b}" for a, b in latents.facts(words[k][latent]).items())
+                label = f"{latent} {latents.words(words[k][latent], 1)}"
+                nodes.append(figures.Node(column, float(score[latent]), label, told))
+        for (k, found), below in zip(self.followed().items(), self.layers, strict=False):
+            for j in [j for layer, j in place if layer == k]:
+                partner = below, int(found.B_for_A[j])
+                if partner in place:
+                    links.append((place[partner], place[k, j], float(found.score[j].clamp(0, 1))))
+        return Flow(nodes, links)
 
     def met(self, changed: Changed, layer: int, n: int) -> np.ndarray:
         """The share of the n latents that each vector changes most at a layer above (rows) whose match in the layer looked at below it is

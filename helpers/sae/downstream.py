@@ -279,7 +279,19 @@ def parted(
     return Parted(found.effect, np.stack(back), np.stack(come), np.array(length))
 
 
-def largest(change: Tensor, basis: Dictionary, n: int) -> Tensor:
-    """The n elements (n,) whose change (elements,) is longest, |change| |row|; those alone that change at all."""
+def largest(change: Tensor, basis: Dictionary, n: int = 0) -> Tensor:
+    """The n elements (n,) whose change (elements,) is longest, |change| |row|; 0: all that change at all."""
     size = change.abs() * decompose.rows_of(basis).norm(dim=1).cpu()
-    return size.topk(min(n, int((size > 0).sum()))).indices
+    some = int((size > 0).sum())
+    return size.topk(min(n or some, some)).indices
+
+
+def any_of(change: Tensor, n: int, draws: int, seed: int = 0) -> list[Tensor]:
+    """`draws` times n elements (n,) out of all that change at all, (elements,), drawn without repeats."""
+    living, g = (change != 0).nonzero()[:, 0], torch.Generator().manual_seed(seed)
+    return [living[torch.randperm(len(living), generator=g)[:n]] for _ in range(draws)]
+
+
+def signs(units: int, draws: int, seed: int = 0) -> np.ndarray:
+    """Random signs (draws, units): the null of a difference between two ways that could as well be called by each other's name."""
+    return np.random.default_rng(seed).choice([-1.0, 1.0], (draws, units))
