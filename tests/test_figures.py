@@ -105,3 +105,21 @@ def test_panels_side_by_side_and_heat_maps_save_what_they_show(monkeypatch, tmp_
     twice = {unit: {"v": [Interval(1, 0, 2)] * 2, "null": [Interval(0, 0, 0)] * 2} for unit in ("nats", "words")}
     figures.beside(s, "doses", [-0.1, 0.1], twice, title="t", xlabel="x", grey=["null"])
     assert json.loads((s.figures / "00_doses.json").read_text())["panels"]["words"]["v"][1] == [1, 0, 2]
+
+
+def test_a_flow_has_its_points_lines_and_labels_that_do_not_lie_over_one_another(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "display", lambda bundle, raw: shown.append(bundle))
+    session_like = SimpleNamespace(notebook="99_a", figures=tmp_path)
+    nodes = [figures.Node(0, 1.0, "a $1", "all of a"), figures.Node(1, 2.0, "b", "b"), figures.Node(1, 2.1, "c", "c")]
+    figures.flow(session_like, "f", ["one", "two"], nodes, [(0, 1, 0.5)], title="T", ylabel="y")
+    told = json.loads((tmp_path / "99_f.json").read_text())
+    assert told["links"] == [[0, 1, 0.5]] and len(told["nodes"]) == 3
+    twin = shown[0]["application/vnd.plotly.v1+json"]
+    assert len(twin["data"]) == 2 and twin["data"][1]["text"][0] == "all of a"
+
+
+def test_heights_are_moved_apart_as_little_as_it_takes():
+    assert figures.spread([0.0, 5.0], 1.0).tolist() == [0, 5]
+    assert figures.spread([1.0, 1.0, 9.0], 2.0).tolist() == [0, 2, 9]
+    assert figures.spread([], 1.0).tolist() == []

@@ -63,6 +63,22 @@ def test_a_diff_says_what_differs_and_what_is_wrong_in_both_is_said_once():
     assert str(error.value).count("tokens = 0") == 1 and "diff: harvest: context = 1" in str(error.value)
 
 
+def test_the_sae_of_a_layer_above_is_trained_on_less_or_named():
+    above = {"tokens": 50, "held_out": 5, "samples": 70}
+    found = a_profile(layer=3, sae={"harvest": HARVEST, "train": TRAIN, "above": above}).above(5)
+    assert (found.layer, found.sae.harvest.tokens, found.sae.harvest.held_out, found.sae.train.samples) == (5, 50, 5, 70)
+    assert found.sae.harvest.source == ("packaged:wiki",) and found.sae.train.k == TRAIN["k"]
+    del above["samples"]
+    found = a_profile(sae={"harvest": HARVEST, "train": TRAIN, "above": above}).above(5)
+    assert found.sae.train.samples == TRAIN["samples"]
+    named = a_profile(sae={"harvest": HARVEST, "release": "r", "id": "a", "above": above | {"ids": {5: "b"}}})
+    assert (named.above(5).sae.release, named.above(5).sae.id) == ("r", "b")
+    with pytest.raises(ProfileError, match="sae: above: ids: names no SAE of layer 6"):
+        named.above(6)
+    with pytest.raises(ProfileError, match="profile p has no section sae: above:"):
+        a_profile(sae={"harvest": HARVEST, "train": TRAIN}).above(5)
+
+
 def test_numbers_may_be_written_as_yaml_reads_them():
     given = yaml.safe_load("{layer: '14', sae: {train: {expansion: 8, k: 32, samples: 1e6, lr: 2e-3}}}")
     given["sae"]["harvest"] = HARVEST
