@@ -44,12 +44,12 @@ def layers(lab: Single) -> list[int]:
     """The steered layer and those above it that are looked at: of the profile's sweep, or that a registry's SAEs are named for; evenly
     spread where these are too few. A fast run has two above."""
     how, top = lab.session.profile.sae, lab.model.layers - 1
-    wanted = [k for k in (*lab.session.profile.layers, *(how.above.ids if how and how.above else ())) if k > lab.layer]
-    if how and how.release:
-        wanted = [k for k in wanted if how.above and k in how.above.ids]
-    found = sorted({k for k in wanted if k <= top})
-    if len(found) < COUNT and not (how and how.release):
-        found = sorted({*np.linspace(lab.layer, top, COUNT + 1).round().astype(int).tolist()[1:]})
+    named = bool(how and how.release)
+    found = sorted(
+        {k for k in (how.ids_above if how and named else lab.session.profile.layers) if lab.layer < k <= top}
+    )
+    if len(found) < COUNT and not named:
+        found = sorted(set(np.linspace(lab.layer, top, COUNT + 1).round().astype(int).tolist()[1:]) - {lab.layer})
     return [lab.layer, *(found[-FAST_COUNT:] if lab.session.fast else found)]
 
 
@@ -352,8 +352,8 @@ class Later:
 
 
 def of(lab: Single, seed: int = 0) -> Later:
-    """The layers above a Single's, with SAEs trained from one pass over text, or out of the registry; ProfileError where the profile
-    says nothing of them."""
+    """The layers above a Single's, with SAEs trained from one pass over text, or out of the registry. ProfileError where the profile
+    does not say which, ValueError where no layer lies above."""
     s, at = lab.session, layers(lab)
     if len(at) < 2:
         raise ValueError(f"layer {lab.layer} of {lab.model.layers} was given; there is none above it to look at")

@@ -124,7 +124,14 @@ class Sae(Part):
         None,
         description="its place on Neuronpedia, MODEL/SOURCE, where the registry lacks one; asked only if LABELS says so",
     )
-    above: Above | None = Field(None, description="those of the layers above, for notebook 08")
+    above: Above | None = Field(
+        None, description="those of the layers above, for notebook 08; trained alike by default"
+    )
+
+    @property
+    def ids_above(self) -> dict[int, str]:
+        """The SAEs of the release for layers above, layer: id."""
+        return self.above.ids if self.above else {}
 
 
 class PairSaes(Part):
@@ -223,19 +230,27 @@ class Profile(Part):
         {}, description="of each notebook from an empty cache: a first estimate of what is left"
     )
 
+    @property
+    def has_above(self) -> bool:
+        """Whether dictionaries of the layers above are to be had: trained, or named."""
+        return bool(self.sae and (self.sae.ids_above if self.sae.release else self.sae.train))
+
     def above(self, layer: int) -> "Profile":
-        """The profile of a layer above, whose SAE is what `sae: above:` says; ProfileError where it says nothing of it."""
-        if not self.sae or not self.sae.above:
+        """The profile of a layer above: its SAE is what `sae: above:` says, without that one trained as the layer's own is.
+        ProfileError where it is out of a registry and has no name."""
+        if not self.sae:
             raise ProfileError(
-                f"profile {self.name} has no section sae: above:; copy the one of notebooks/profiles/smollm2.yaml"
+                f"profile {self.name} has no section sae:; copy the one of notebooks/profiles/smollm2.yaml"
             )
         own, how = self.sae, self.sae.above
-        if own.release and layer not in how.ids:
+        if own.release and layer not in own.ids_above:
             raise ProfileError(f"profile {self.name}: sae: above: ids: names no SAE of layer {layer}")
-        harvest = own.harvest.model_copy(update={"tokens": how.tokens, "held_out": how.held_out})
-        train = own.train and own.train.model_copy(update={"samples": how.samples or own.train.samples})
-        sae = own.model_copy(update={"id": how.ids.get(layer), "harvest": harvest, "train": train, "labels": None})
-        return self.model_copy(update={"layer": layer, "sae": sae})
+        changed: dict[str, Any] = {"id": own.ids_above.get(layer), "labels": None, "neuronpedia": None}
+        if how:
+            changed["harvest"] = own.harvest.model_copy(update={"tokens": how.tokens, "held_out": how.held_out})
+        if how and how.samples and own.train:
+            changed["train"] = own.train.model_copy(update={"samples": how.samples})
+        return self.model_copy(update={"layer": layer, "sae": own.model_copy(update=changed)})
 
     def models(self) -> list[str]:
         """Every model that the profile names, each once."""

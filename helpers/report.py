@@ -85,18 +85,20 @@ def notebooks(only: str = "") -> list[Path]:
 
 
 def fitting(paths: list[Path], profile: Profile) -> list[Path]:
-    """The notebooks of `paths` that a profile runs unasked: those its `notebooks:` lists, and of those that compare two models (their
-    metadata say so) none where it names no pair. What is left out is said."""
+    """The notebooks of `paths` that a profile runs unasked: those its `notebooks:` lists, and of those that compare two models, or
+    look at SAEs of several layers (their metadata say so), none where it names no pair, or no such SAEs. What is left out is said."""
     out = []
     for path in paths:
         listed, number = profile.notebooks, int(path.stem[:2])
-        compares = nbformat.read(path, as_version=4).metadata.get("needs") == "pair"
+        needs = nbformat.read(path, as_version=4).metadata.get("needs")
         if listed is not None and number not in listed:
             print(
                 f"{path.stem}: left out, profile {profile.name} lists notebooks {', '.join(f'{n:02d}' for n in listed)}"
             )
-        elif compares and not (profile.pair or profile.base):
+        elif needs == "pair" and not (profile.pair or profile.base):
             print(f"{path.stem}: left out, it compares two models: set BASE_MODEL beside CHAT_MODEL in .env")
+        elif needs == "above" and profile.sae and not profile.has_above:
+            print(f"{path.stem}: left out, profile {profile.name} names no SAEs of layers above (sae: above: ids:)")
         else:
             out.append(path)
     return out

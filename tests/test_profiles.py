@@ -308,3 +308,62 @@ def test_notebook_05_runs_unchanged_on_a_profile_of_two_models(name, packaged, t
     assert [i for i in asked if by_id[i]["verdict"] == "not run"] == ([] if passed else asked)
     assert by_id["05.8"]["verdict"] == "not run" or (passed and name != "gemma-2b")  # which has no second seed
     assert by_id["05.7"]["verdict"] == "not run"  # nothing says that registry SAEs share a seed
+
+
+# --- an SAE at every layer -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.notebooks
+def test_notebook_08_runs_unchanged_on_a_profile_of_saes_at_every_layer(packaged, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    settings, hub = session.load_profile("gemma-3-270m"), tmp_path / "hub"
+    assert [path.stem[:2] for path in listed("gemma-3-270m")] == ["08"]
+    monkeypatch.setenv("CACHE_DIR", str(packaged))
+    real = [text.fetch(name) for name in ("text", "pairs")]
+    tokenizer = small_tokenizer()
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=WIDTH // 4, query_pre_attn_scalar=WIDTH // 4, num_hidden_layers=18,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    weights = AutoModelForCausalLM.from_config(config)
+    for parameter in weights.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model = snapshot(hub, settings.chat)
+    weights.save_pretrained(model), tokenizer.save_pretrained(model)
+    streams = weights.eval()(torch.randint(len(tokenizer), (8, 32)), output_hidden_states=True).hidden_states
+    release, folders = settings.sae.release, {}
+    for layer, sae_id in {settings.layer: settings.sae.id, **settings.sae.ids_above}.items():
+        repository, path = registry.get_repo_id_and_folder_name(release, sae_id)
+        folder = folders.get(repository) or folders.setdefault(repository, snapshot(hub, repository))
+        scale = float(streams[layer + 1].square().mean(-1).sqrt().median())
+        write_pair_sae(folder, path, scale, layer, layer, True)
+
+    def shapes(repo_id, filename, **_):
+        return {k: list(v.shape) for k, v in load_file(folders[repo_id] / filename).items()}
+
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", shapes)  # it asks the hub for a range of bytes
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "cache" / "assets").mkdir(parents=True)
+    for asset in real:
+        (tmp_path / "cache" / "assets" / asset.name).symlink_to(asset.resolve())
+    for key, value in (
+        ("CACHE_DIR", str(tmp_path / "cache")),
+        ("DEVICE", "cpu"),
+        ("DTYPE", "float32"),
+        ("REPORT_DIR", str(tmp_path / "out")),
+    ):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(figures, "display", lambda *_, **__: None)
+    matplotlib.use("Agg")
+    run(listed("gemma-3-270m")[0], profile="gemma-3-270m", fast=True)
+    matplotlib.pyplot.close("all")
+    result = json.loads((tmp_path / "out" / "results" / "08_downstream.json").read_text())
+    by_id = {c["id"]: c for c in result["claims"]}
+    assert all(c["verdict"] in claims.VERDICTS for c in by_id.values())
+    assert by_id["08.9"]["verdict"] == "not run"  # a registry has no SAE of random rows
+    assert {by_id[f"08.{i}"]["verdict"] for i in (1, 2, 3)} <= {"holds", "fails", "undecided"}

@@ -15,7 +15,7 @@ from contextlib import redirect_stdout, suppress
 import nbformat
 import papermill
 import pytest
-from conftest import a_profile
+from conftest import HARVEST, a_profile
 from nbformat import v4
 
 from helpers import report
@@ -106,7 +106,7 @@ def stand_in(monkeypatch, folder):
 
 
 def test_a_profile_runs_the_notebooks_it_lists_and_none_that_compares_two_models_where_it_has_one(workshop, capsys):
-    for name, needs in (("00_base", None), ("05_map", "pair")):
+    for name, needs in (("00_base", None), ("05_map", "pair"), ("08_down", "above")):
         notebook(workshop, name, GOOD)
         made = nbformat.read(workshop / f"{name}.ipynb", 4)
         if needs:
@@ -115,9 +115,14 @@ def test_a_profile_runs_the_notebooks_it_lists_and_none_that_compares_two_models
     paths = report.notebooks()
 
     def stems(**profile):
-        return [p.stem for p in report.fitting(paths, a_profile(**profile))]
+        return [p.stem for p in report.fitting(paths, a_profile(sae=registered, **profile))]
 
+    registered = {"harvest": HARVEST, "release": "r", "id": "a"}
+    above = {"tokens": 50, "held_out": 5, "ids": {3: "b"}}
+    found = report.fitting(paths, a_profile(sae={**registered, "above": above}))
+    assert [p.stem for p in found] == ["00_base", "08_down"]
     assert stems(base="b") == stems(pair={"base": "b", "chat": "c"}) == ["00_base", "05_map"]
+    assert "08_down: left out, profile p names no SAEs" in capsys.readouterr().out
     assert stems(base=None) == ["00_base"] and "05_map: left out" in capsys.readouterr().out
     assert stems(base="b", notebooks=(5,)) == ["05_map"] and "lists notebooks 05" in capsys.readouterr().out
     assert report.strip(nbformat.read(paths[1], 4)).metadata["needs"] == "pair"  # survives a report

@@ -66,7 +66,12 @@ def test_a_diff_says_what_differs_and_what_is_wrong_in_both_is_said_once():
 def test_the_sae_of_a_layer_above_is_trained_on_less_or_named():
     above = {"tokens": 50, "held_out": 5, "samples": 70}
     found = a_profile(layer=3, sae={"harvest": HARVEST, "train": TRAIN, "above": above}).above(5)
-    assert (found.layer, found.sae.harvest.tokens, found.sae.harvest.held_out, found.sae.train.samples) == (5, 50, 5, 70)
+    assert (found.layer, found.sae.harvest.tokens, found.sae.harvest.held_out, found.sae.train.samples) == (
+        5,
+        50,
+        5,
+        70,
+    )
     assert found.sae.harvest.source == ("packaged:wiki",) and found.sae.train.k == TRAIN["k"]
     del above["samples"]
     found = a_profile(sae={"harvest": HARVEST, "train": TRAIN, "above": above}).above(5)
@@ -75,8 +80,11 @@ def test_the_sae_of_a_layer_above_is_trained_on_less_or_named():
     assert (named.above(5).sae.release, named.above(5).sae.id) == ("r", "b")
     with pytest.raises(ProfileError, match="sae: above: ids: names no SAE of layer 6"):
         named.above(6)
-    with pytest.raises(ProfileError, match="profile p has no section sae: above:"):
-        a_profile(sae={"harvest": HARVEST, "train": TRAIN}).above(5)
+    assert named.has_above and not a_profile(sae={"harvest": HARVEST, "release": "r", "id": "a"}).has_above
+    alike = a_profile(sae={"harvest": HARVEST, "train": TRAIN})
+    assert alike.has_above and alike.above(5).sae == alike.sae and alike.above(5).layer == 5
+    with pytest.raises(ProfileError, match="profile p has no section sae:"):
+        a_profile().above(5)
 
 
 def test_numbers_may_be_written_as_yaml_reads_them():
