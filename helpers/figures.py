@@ -502,11 +502,11 @@ def flow(
     figure, axis = plt.subplots(figsize=(11, 6))
     twin = graph_objects.Figure()
     for start, end, strength in links:
-        x, y = zip(*((nodes[i].column, nodes[i].height) for i in (start, end)), strict=True)
-        axis.plot(x, y, color=PALETTE[1], linewidth=0.5 + 3 * strength, alpha=0.6)
+        across, up = [nodes[i].column for i in (start, end)], [nodes[i].height for i in (start, end)]
+        axis.plot(across, up, color=PALETTE[1], linewidth=0.5 + 3 * strength, alpha=0.6)
         twin.add_scatter(
-            x=list(x),
-            y=list(y),
+            x=across,
+            y=up,
             mode="lines",
             line={"width": 0.5 + 4 * strength, "color": PALETTE[1]},
             hoverinfo="skip",
@@ -517,7 +517,8 @@ def flow(
         own = sorted((n for n in nodes if n.column == column), key=lambda n: n.height)
         at = spread([n.height for n in own], (max(y) - min(y)) / 28)
         for node, height in zip(own, at, strict=True):
-            axis.annotate(literal(node.label), (column + 0.03, height), va="center", fontsize=9)
+            box = {"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
+            axis.annotate(literal(node.label), (column + 0.03, height), va="center", fontsize=9, bbox=box)
     twin.add_scatter(
         x=x,
         y=y,

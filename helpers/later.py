@@ -9,7 +9,7 @@ nothing here judges.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -189,7 +189,7 @@ class Later:
     def components(self, layer: int, share: float = 0.5) -> Dictionary:
         """Principal components of a layer's text, a share of as many as the stream is wide."""
         rows = self.texts[layer][0].sample(20_000)
-        return evaluation.Principal(rows, max(round(share * rows.shape[1]), 1))
+        return cast(Dictionary, evaluation.Principal(rows, max(round(share * rows.shape[1]), 1)))
 
     def bases(self, layer: int, seed: int = 0) -> dict[str, Dictionary]:
         """Other dictionaries in the SAE's place at a layer above, by BASES: as many random rows with a trained encoder, none for an SAE out of a
@@ -201,7 +201,7 @@ class Later:
             found[FROZEN] = train.dictionary(s.profile.above(layer), text, s.device, seed, s.fast, frozen=True)[0].sae
         found[COMPONENTS] = self.components(layer, 1.0)
         if layer + 1 < self.lab.model.layers:
-            found[SINGULAR] = downstream.read_by(self.lab.model, layer)
+            found[SINGULAR] = cast(Dictionary, downstream.read_by(self.lab.model, layer))
         return found
 
     def ranked(
@@ -222,7 +222,8 @@ class Later:
         like: Sequence[Tensor] | None = None,
     ) -> list[Parted]:
         """`downstream.parted` of every behaviour with its own sets of elements (and its own elements to be `like`)."""
-        each = zip(items.values(), vectors, sets, like or [None] * len(vectors), strict=True)
+        rulers: Sequence[Tensor | None] = like or [None] * len(vectors)
+        each = zip(items.values(), vectors, sets, rulers, strict=True)
         return [store.kept(downstream.parted, x, layer, v, basis, list(own), alone, one) for x, v, own, one in each]
 
     def linear(self, prompts: int, tokens: int, strengths: Sequence[float], judged: float) -> Linear:
@@ -269,7 +270,8 @@ class Later:
 
     def flow(self, changed: Changed, name: str, n: int, words: Mapping[int, Mapping[int, Latent]]) -> Flow:
         """The n latents that a behaviour's vector changes most at each layer, and which of them are matched."""
-        i, nodes, place, links = self.lab.names.index(name), [], {}, []
+        i, place = self.lab.names.index(name), dict[tuple[int, int], int]()
+        nodes, links = list[figures.Node](), list[tuple[int, int, float]]()
         for column, k in enumerate(self.layers):
             score = changed.scores(k).own[i]
             for latent in (np.abs(changed.tops(k, n)[i]) - 1).tolist():
@@ -308,7 +310,8 @@ class Later:
                 line("the same, rows of the lower turned at random", floor),
             ]
         if len(seeds) > 1:
-            two = store.kept(matching.match, *(decompose.rows_of(x.sae) for x in seeds))
+            one, other = (decompose.rows_of(x.sae) for x in seeds)
+            two = store.kept(matching.match, one, other)
             lines.append(line(f"two seeds of layer {self.lab.layer}", two))
         return table(["latents matched one to one", "mean cosine", f"at {least:g} or more"], lines)
 
