@@ -178,18 +178,18 @@ class Later:
         for k in self.layers:
             sae, (fitting, held) = self.saes[k].sae, self.texts[k]
             fit = evaluation.evaluate(sae, held)
-            many = evaluation.evaluate(self.components(k), held)
+            many = evaluation.evaluate(self.components(k, max(round(fit.l0), 1)), held)
             lines.append(
                 [k, len(fitting), sae.cfg.d_sae, f"{fit.l0:.0f}", f"{fit.dead:.0%}", f"{fit.explained_variance:.2f}",
                  f"{many.explained_variance:.2f}"]
             )  # fmt: skip
-        head = ["layer", "rows trained on", "latents", "per token", "never fired", "variance explained"]
-        return table([*head, "by half as many components as the width"], lines)
+        head = ["layer", "rows trained on", "latents", "per token", "never fired", "variance explained (held-out)"]
+        return table([*head, "by as many components"], lines)
 
-    def components(self, layer: int, share: float = 0.5) -> Dictionary:
-        """Principal components of a layer's text, a share of as many as the stream is wide."""
+    def components(self, layer: int, count: int = 0) -> Dictionary:
+        """The first principal components of a layer's text, so many or (0) all."""
         rows = self.texts[layer][0].sample(20_000)
-        return cast(Dictionary, evaluation.Principal(rows, max(round(share * rows.shape[1]), 1)))
+        return cast(Dictionary, evaluation.Principal(rows, count or rows.shape[1]))
 
     def bases(self, layer: int, seed: int = 0) -> dict[str, Dictionary]:
         """Other dictionaries in the SAE's place at a layer above, by BASES: as many random rows with a trained encoder, none for an SAE out of a
@@ -199,7 +199,7 @@ class Later:
         if not (s.profile.sae and s.profile.sae.release):
             text = self.texts[layer][0]
             found[FROZEN] = train.dictionary(s.profile.above(layer), text, s.device, seed, s.fast, frozen=True)[0].sae
-        found[COMPONENTS] = self.components(layer, 1.0)
+        found[COMPONENTS] = self.components(layer)
         if layer + 1 < self.lab.model.layers:
             found[SINGULAR] = cast(Dictionary, downstream.read_by(self.lab.model, layer))
         return found

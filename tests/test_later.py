@@ -98,7 +98,7 @@ def test_a_latent_is_met_below_if_the_dictionary_continues_and_not_if_it_is_turn
 
 def test_elements_are_put_back_for_each_behaviour_with_its_own_sets(above, lab):
     v, items = above.vectors(0.5), above.items(2)
-    basis = above.components(3, 1.0)
+    basis = above.components(3)
     sets = [[torch.tensor([i]), torch.arange(48)] for i in range(4)]
     found = above.parted(items, 3, v, basis, sets, True)
     assert len(found) == 4
