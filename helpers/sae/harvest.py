@@ -461,7 +461,8 @@ def of_profile(
     to the behaviours' open prompts are among its sources; `tokens` of the part train, `held_out` of the part held-out.
     """
     source, tokens, context = _described(profile, [model], part, fast)
-    return run(model, source, list(layers) or [profile.layer], tokens, context, part)
+    at = list(layers) or [profile.layer]
+    return run(model, source, at, tokens, context, part, max(SHARD_ROWS // len(at), 1))  # shards of one size on disk
 
 
 def pair_of_profile(base: LM, chat: LM, profile: Profile, part: str = "train", fast: bool = False) -> Pair:
