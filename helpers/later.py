@@ -169,7 +169,7 @@ class Later:
         """The share of the n latents that each vector changes most that belong to each behaviour: of own vectors (behaviours,
         behaviours), and of random ones (draws, behaviours). See `downstream.belonging`."""
         found, told = changed.scores(layer), self.told(layer)
-        own, null = (downstream.belonging(downstream.tops(z, n), told, least) for z in found)
+        own, null = (downstream.belonging(downstream.tops(z, n), told, least) for z in (found.own, found.null))
         return own, null
 
     def fits(self) -> Markdown:

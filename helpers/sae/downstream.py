@@ -90,11 +90,12 @@ def changes(
 
 
 class Scores(NamedTuple):
-    """Changes in units of the spread over random vectors: of the vectors asked about, `own` (n, elements), and of every random one
-    beside the other random ones, `null` (draws, elements); float64."""
+    """Changes in units of the `spread` over random vectors (elements,): of the vectors asked about, `own` (n, elements), and of every
+    random one beside the other random ones, `null` (draws, elements); float64."""
 
     own: np.ndarray
     null: np.ndarray
+    spread: np.ndarray
 
 
 def scores(own: Tensor, random: Tensor) -> Scores:
@@ -116,20 +117,23 @@ def scores(own: Tensor, random: Tensor) -> Scores:
     typical = float(np.median(var[var > 0])) if (var > 0).any() else 0.0
     out = (n * mean - r) / (n - 1)  # without each draw in turn
     out_var = ((n - 1) * var - n / (n - 1) * (r - mean) ** 2).clip(0) / (n - 2)
-    return Scores(scored(x, mean, var, n), scored(r, out, out_var, n - 1))
+    return Scores(scored(x, mean, var, n), scored(r, out, out_var, n - 1), np.sqrt(var))
 
 
-def discovered(found: Scores, q: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
+def discovered(found: Scores, q: float = 0.05, strata: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """Which elements change more than by chance, with at most a share `q` of false ones among them (Benjamini & Hochberg 1995):
-    (n, elements) bool of the vectors asked about, and (draws, elements) of the random ones. Two-sided p-values against all
-    scores of all random vectors."""
-    pool = np.sort(np.abs(found.null).ravel())
+    (n, elements) bool of the vectors asked about, and (draws, elements) of the random ones.
 
-    def of(z: np.ndarray) -> np.ndarray:
-        p = (1 + len(pool) - np.searchsorted(pool, np.abs(z))) / (1 + len(pool))
-        return np.stack([false_discovery_control(row) <= q for row in p])
-
-    return of(found.own), of(found.null)
+    Two-sided p-values against the scores of all random vectors, pooled over elements of like spread, in so many `strata`: what
+    few vectors change at all has longer tails. A p-value cannot fall below 1 / (1 + draws elements / strata).
+    """
+    p = [np.ones_like(x) for x in (found.own, found.null)]
+    for part in np.array_split(np.argsort(found.spread, kind="stable"), strata):
+        pool = np.sort(np.abs(found.null[:, part]).ravel())
+        for own, z in zip(p, (found.own, found.null), strict=True):
+            own[:, part] = (1 + len(pool) - np.searchsorted(pool, np.abs(z[:, part]))) / (1 + len(pool))
+    own, null = (np.stack([false_discovery_control(row) <= q for row in x]) for x in p)
+    return own, null
 
 
 def tops(z: np.ndarray, n: int) -> np.ndarray:
