@@ -32,6 +32,7 @@ from helpers.study import Single
 
 COUNT = 3  # layers above the steered one, where the profile's sweep has fewer
 FAST_COUNT = 2
+AT_ONCE = 25  # vectors whose changes are kept together
 SAE, FROZEN, COMPONENTS, SINGULAR = BASES = (
     "latents of the SAE",
     "latents of random rows",
@@ -157,9 +158,10 @@ class Later:
         """What vectors (n, d_model) change of every latent; every other prompt is the other part."""
         bases = {str(k): self.saes[k].sae for k in self.layers}
         at, parts = {str(k): k for k in self.layers}, [i % 2 for i in range(len(where.sequences))]
-        found = store.kept(downstream.changes, where, torch.cat([own, random]), bases, at, parts)
-        split = {int(k): x.split([len(own), len(random)]) for k, x in found.items()}
-        return Changed({k: x[0] for k, x in split.items()}, {k: x[1] for k, x in split.items()})
+        pieces = [own, *random.split(AT_ONCE)]  # each kept as soon as it is there
+        found = [store.kept(downstream.changes, where, part, bases, at, parts) for part in pieces]
+        joined = {k: torch.cat([part[str(k)] for part in found[1:]]) for k in self.layers}
+        return Changed({k: found[0][str(k)] for k in self.layers}, joined)
 
     def told(self, layer: int) -> np.ndarray:
         """AUROC of each latent on the pairs of each behaviour that made no vector: (behaviours, latents)."""
