@@ -366,6 +366,8 @@ def of(lab: Single, seed: int = 0) -> Later:
     parts = [harvest.of_profile(lab.model, own, part, s.fast, at[1:]) for part in ("train", "held-out")]
     texts = {lab.layer: lab.text} | {k: (parts[0].at(k), parts[1].at(k)) for k in at[1:]}
     saes = {lab.layer: lab.sae(seed)}
-    for k in at[1:]:
-        saes[k] = train.dictionary(s.profile.above(k), texts[k][0], s.device, seed, s.fast)[0]
+    for i, k in enumerate(
+        at[1:], 1
+    ):  # each from a start of its own: like starts make like latents, whatever the layers have in common
+        saes[k] = train.dictionary(s.profile.above(k), texts[k][0], s.device, seed + i, s.fast)[0]
     return Later(lab, at, saes, texts)
