@@ -191,7 +191,8 @@ class Later:
     def components(self, layer: int, count: int = 0) -> Dictionary:
         """The first principal components of a layer's text, so many or (0) all."""
         rows = self.texts[layer][0].sample(20_000)
-        return cast(Dictionary, evaluation.Principal(rows, count or rows.shape[1]))
+        width = rows.shape[1]
+        return cast(Dictionary, evaluation.Principal(rows, min(count or width, width)))
 
     def bases(self, layer: int, seed: int = 0) -> dict[str, Dictionary]:
         """Other dictionaries in the SAE's place at a layer above, by BASES: as many random rows with a trained encoder, none for an SAE out of a
