@@ -83,6 +83,10 @@ def test_a_fine_tune_is_loaded_once_and_the_base_is_read_once(tiny, where, cache
             by_name.mean, made[name].weights.model.layers[LAYER].mlp.down_proj.bias.double(), atol=1e-5, rtol=1e-4
         )
     assert loads == ["one", "two"] and [r is tiny for r in reads].count(True) == 1
+    made["two"] = with_bias(tiny, LAYER, torch.ones(48), "two, trained anew")
+    again = bank.on_text(tiny, "two", where, LAYER, float("inf"))
+    torch.testing.assert_close(again.mean, torch.ones(48).double(), atol=1e-5, rtol=1e-4)
+    assert loads == ["one", "two", "two"]
     bank._latest.cache_clear()
 
 

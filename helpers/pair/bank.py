@@ -122,13 +122,18 @@ def gradient(base: LM, items: Sequence[Item], layer: int) -> Tensor:
 
 
 def _load(base: LM, given: LM | str) -> LM:
-    lm = _latest(given, base.device.type, base.dtype) if isinstance(given, str) else given
+    lm = (
+        _latest(given, base.device.type, base.dtype, _key(base, given)["fine-tune"]["model"])
+        if isinstance(given, str)
+        else given
+    )
     return lm.read_as(base.tokenizer)
 
 
 @lru_cache(maxsize=1)
-def _latest(name: str, device: str, dtype: torch.dtype) -> LM:
-    """The fine-tune of that name; the last one stays loaded, since it is often asked for twice in a row."""
+def _latest(name: str, device: str, dtype: torch.dtype, identity: str) -> LM:
+    """The fine-tune of that name; the last one stays loaded, since it is often asked for twice in a row. `identity`: of what the name
+    stands for now, so that one that was trained anew is loaded anew."""
     return models.load(name, device, dtype)
 
 
