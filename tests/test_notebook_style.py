@@ -37,8 +37,14 @@ def imported_or_defined(tree):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_code_cells_are_short(path):
-    lengths = [len(cell.splitlines()) for cell in code(path) if not cell.startswith("profile = ")]  # the parameters
+    lengths = [len(cell.splitlines()) for cell in code(path)]
     assert max(lengths) <= LONGEST and statistics.median(lengths) <= MEDIAN
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_words_stand_after_every_three_code_cells(path):
+    kinds = "".join(c["cell_type"][0] for c in json.loads(path.read_text(encoding="utf-8"))["cells"])
+    assert "cccc" not in kinds
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
