@@ -689,9 +689,9 @@ class Two:
         return banks.on_text(self.before.model, fine_tune, where, self.before.layer, self.limit)
 
     def chance(self, where: banks.Text, seed: int = 0) -> dict[str, Change]:
-        """Changes that other training makes, by name: of a bank the style's, the swapped preferences' and every behaviour's first, each of
-        which is put to its items while it is loaded. Without
-        a bank the unrelated fine-tune's and others like it with a mean drawn at random; without that, drawn like the pair's own."""
+        """Changes that other training makes, by name: of a bank the style's, the swapped preferences' and every behaviour's first, which
+        are put to their items while they are loaded. Without a bank the unrelated fine-tune's and others like it with a mean drawn at
+        random; without that, drawn like the pair's own."""
         if self.bank:
             found = {a: self.change(self.bank.model(a), where) for a in self.bank.by_chance()}
             for n, a in self.bank.first(self.before.names).items():

@@ -260,6 +260,29 @@ def write_pair_sae(folder: Path, path: str, scale: float, seed: int, layer: int,
     (folder / path / "cfg.json").write_text(json.dumps(cfg))
 
 
+def offline(monkeypatch, tmp_path, hub, folders, assets):
+    """A run finds its models and SAEs (repository: folder) in `hub`, the packaged assets in a cache of its own, and asks nobody."""
+
+    def shapes(repo_id, filename, **_):
+        return {k: list(v.shape) for k, v in load_file(folders[repo_id] / filename).items()}
+
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", shapes)  # it asks the hub for a range of bytes
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "cache" / "assets").mkdir(parents=True)
+    for asset in assets:
+        (tmp_path / "cache" / "assets" / asset.name).symlink_to(asset.resolve())
+    for key, value in (
+        ("CACHE_DIR", str(tmp_path / "cache")),
+        ("DEVICE", "cpu"),
+        ("DTYPE", "float32"),
+        ("REPORT_DIR", str(tmp_path / "out")),
+    ):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(figures, "display", lambda *_, **__: None)
+    matplotlib.use("Agg")
+
+
 @pytest.mark.notebooks
 @pytest.mark.parametrize("name", PAIRS)
 def test_notebook_05_runs_unchanged_on_a_profile_of_two_models(name, packaged, tmp_path, monkeypatch):
@@ -277,23 +300,7 @@ def test_notebook_05_runs_unchanged_on_a_profile_of_two_models(name, packaged, t
         if name == "gemma-2b":
             monkeypatch.setattr(registry.get_pretrained_saes_directory()[release], "config_overrides", {"d_in": WIDTH})
 
-    def shapes(repo_id, filename, **_):
-        return {k: list(v.shape) for k, v in load_file(repositories[repo_id] / filename).items()}
-
-    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", shapes)  # it asks the hub for a range of bytes
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    (tmp_path / "cache" / "assets").mkdir(parents=True)
-    (tmp_path / "cache" / "assets" / real.name).symlink_to(real.resolve())
-    for key, value in (
-        ("CACHE_DIR", str(tmp_path / "cache")),
-        ("DEVICE", "cpu"),
-        ("DTYPE", "float32"),
-        ("REPORT_DIR", str(tmp_path / "out")),
-    ):
-        monkeypatch.setenv(key, value)
-    monkeypatch.setattr(figures, "display", lambda *_, **__: None)
-    matplotlib.use("Agg")
+    offline(monkeypatch, tmp_path, hub, repositories, [real])
     notebook = listed(name)[0]
     run(notebook, profile=name, fast=True)
     matplotlib.pyplot.close("all")
@@ -342,24 +349,7 @@ def test_notebook_08_runs_unchanged_on_a_profile_of_saes_at_every_layer(packaged
         scale = float(streams[layer + 1].square().mean(-1).sqrt().median())
         write_pair_sae(folder, path, scale, layer, layer, True)
 
-    def shapes(repo_id, filename, **_):
-        return {k: list(v.shape) for k, v in load_file(folders[repo_id] / filename).items()}
-
-    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", shapes)  # it asks the hub for a range of bytes
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    (tmp_path / "cache" / "assets").mkdir(parents=True)
-    for asset in real:
-        (tmp_path / "cache" / "assets" / asset.name).symlink_to(asset.resolve())
-    for key, value in (
-        ("CACHE_DIR", str(tmp_path / "cache")),
-        ("DEVICE", "cpu"),
-        ("DTYPE", "float32"),
-        ("REPORT_DIR", str(tmp_path / "out")),
-    ):
-        monkeypatch.setenv(key, value)
-    monkeypatch.setattr(figures, "display", lambda *_, **__: None)
-    matplotlib.use("Agg")
+    offline(monkeypatch, tmp_path, hub, folders, real)
     run(listed("gemma-3-270m")[0], profile="gemma-3-270m", fast=True)
     matplotlib.pyplot.close("all")
     result = json.loads((tmp_path / "out" / "results" / "08_downstream.json").read_text())
