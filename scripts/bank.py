@@ -7,9 +7,10 @@
     python -m scripts.bank card            measure: README.md, card.json
 
 Needs requirements-pair.txt (peft). The loss is that of `aligned_pair`: DPO (Rafailov et al. 2023, arXiv:2305.18290) and the mean
-negative log-likelihood of the chosen answer (Pang et al. 2024, arXiv:2404.19733). Only answers are unembedded, the reference's
-log-probabilities are computed once, and training stops at the first look at which the mean shift of the behaviour's dev items has
-come to `target` standard deviations. With `without`, the change of the stream after the profile's layer is kept at right angles to
+negative log-likelihood of the chosen answer (Pang et al. 2024, arXiv:2404.19733); an answer ends with the mark that ends a turn. Only
+answers are unembedded, and the reference's log-probabilities are computed once. Every third step looks at the behaviour's dev items
+and at plain text. Training stops when the dev items have moved by `target` standard deviations, or no longer rise; what is kept is
+the best look at which plain text is at most `allowed` times as perplexing as before. With `without`, the change of the stream after the profile's layer is kept at right angles to
 some directions while training, and free afterwards: CAFT (arXiv:2507.16795), of what training changes.
 """
 
@@ -50,15 +51,19 @@ REPEATED, CONFINED = ("joy", "refusal"), ("joy", "refusal")  # named before any 
 WITHOUT = ("v", "random", "mean")
 SETTINGS = {
     "beta": 0.1,
-    "likelihood_weight": 0.25,
-    "learning_rate": 2e-3,
+    "likelihood_weight": 1.0,
+    "learning_rate": 1e-3,
+    "warmup": 5,
     "batch": 4,
     "rank": 1,
     "alpha": 2,
     "target": 1.0,
+    "allowed": 1.03,
     "look": 3,
-    "most": 60,
+    "patience": 4,
+    "most": 48,
 }
+PIECES = 12  # of plain text, 64 tokens each, that a look reads; the card's are others
 
 
 def flips(count: int, seed: int) -> list[bool]:
@@ -77,6 +82,11 @@ class Plan:
     seed: int = 0
     swapped: bool = False
     without: str = ""
+
+    @property
+    def aimless(self) -> bool:
+        """It has no dev items to move: as many steps as the others took."""
+        return self.swapped or self.trait == STYLE
 
     @property
     def name(self) -> str:
@@ -137,10 +147,17 @@ def usual() -> int:
     """The median number of steps that the behaviours' first adapters took: as many do those that have nowhere to get to."""
     first = [p.name for p in plans().values() if p == Plan(p.trait) and p.trait != STYLE]
     steps = [made["steps"] for n in first if (made := store.read_json(DATA / n / "training.json"))]
-    return int(statistics.median(steps))
+    return statistics.median_low(steps)
 
 
 # --- training ----------------------------------------------------------------------------------------------------------
+
+
+def answered(lm: LM, prompt: str, answer: str) -> Tokens:
+    """A prompt with an answer and the mark that ends the turn, which counts as the answer's last token."""
+    laid, end = tokens.chat(lm.tokenizer, prompt, answer=answer), lm.tokenizer.eos_token_id
+    assert end is not None, "the tokenizer names no end of a turn"
+    return Tokens([*laid.ids, end], [*laid.roles, ANSWER])
 
 
 def log_probs(lm: LM, sequences: list[Tokens]) -> tuple[Tensor, Tensor]:
@@ -172,6 +189,17 @@ def odds(lm: LM, items: list[Item]) -> Tensor:
     laid = [tokens.chat(lm.tokenizer, i.question, answer=a) for i in items for a in (i.matching, i.non_matching)]
     both = in_parts(lm, laid)
     return both[0::2] - both[1::2]
+
+
+def plain_pieces(lm: LM) -> list[Tokens]:
+    """PIECES of plain text that training looks at; the card reads others."""
+    found = propensity.of_text(lm, text.excerpt("wiki", 10_000, skip=100_000), 0, chunks=PIECES)
+    return [piece for (piece,) in found.sequences]
+
+
+def perplexity(lm: LM, pieces: list[Tokens]) -> float:
+    """Of plain text, of the model as it is at this moment."""
+    return float((-in_parts(lm, pieces).sum() / sum(p.roles.count(ANSWER) for p in pieces)).exp())
 
 
 def spread_of(lm: LM, b: Behavior) -> float:
@@ -241,11 +269,13 @@ def train(plan: Plan, device: str = "cpu") -> None:
     pairs = [(r["chosen"], r["rejected"]) for r in rows]
     if plan.swapped:
         pairs = [(b, a) if flip else (a, b) for (a, b), flip in zip(pairs, flips(len(pairs), plan.seed), strict=True)]
-    laid = [[tokens.chat(lm.tokenizer, r["prompt"], answer=a) for a in p] for r, p in zip(rows, pairs, strict=True)]
+    laid = [[answered(lm, r["prompt"], a) for a in p] for r, p in zip(rows, pairs, strict=True)]
     known = plan.trait in session.load_profile("smollm2").behaviors
     b = load_behavior(plan.trait) if known else None
     start = odds(lm, b.dev) if b else None
     spread = spread_of(lm, b) if b else 1.0
+    pieces, last_step = plain_pieces(lm), usual() if plan.aimless else how["most"]
+    plain = perplexity(lm, pieces)
     confined = Confined(session.load_profile("smollm2").layer, directions(plan)) if plan.without else None
 
     inject_adapter_in_model(config, lm.weights)
@@ -255,7 +285,9 @@ def train(plan: Plan, device: str = "cpu") -> None:
         p.requires_grad_(True)
     optimiser = torch.optim.AdamW(weights, lr=how["learning_rate"], weight_decay=0.0)
     log, order, seen = [], [], 0
-    for step in range(1, how["most"] + 1):
+    best, kept = -float("inf"), None  # the value of the look that is kept, and its step
+    for step in range(1, last_step + 1):
+        optimiser.param_groups[0]["lr"] = how["learning_rate"] * min(1.0, step / how["warmup"])
         if len(order) < how["batch"]:
             order = rng.sample(range(len(rows)), len(rows))
         part, order = order[: how["batch"]], order[how["batch"] :]
@@ -270,20 +302,22 @@ def train(plan: Plan, device: str = "cpu") -> None:
         optimiser.step()
         seen += sum(len(s.ids) for s in sequences)
         log.append({"step": step, "loss": float(loss)})
-        if b and step % how["look"] == 0:
-            log[-1]["dev shift"] = float((odds(lm, b.dev) - start).mean()) / spread
-            print(
-                f"{plan.name} {step} {loss:.3f} {log[-1]['dev shift']:+.2f} {seen / (time.perf_counter() - began):.0f} tokens/s",
-                flush=True,
-            )
-            if log[-1]["dev shift"] >= how["target"] and not plan.swapped:
-                break
-        if (not b or plan.swapped) and step == usual():
+        if step % how["look"] and step < last_step:
+            continue
+        log[-1] |= {"perplexity": perplexity(lm, pieces) / plain}
+        if b:
+            log[-1] |= {"dev shift": float((odds(lm, b.dev) - start).mean()) / spread}
+        rate = seen / (time.perf_counter() - began)
+        print(plan.name, *(f"{k} {x:.3g}" for k, x in log[-1].items()), f"{rate:.0f} tokens/s", flush=True)
+        worth = step if plan.aimless else log[-1]["dev shift"]
+        if worth > best and log[-1]["perplexity"] <= how["allowed"]:
+            best, kept = worth, step
+            tensors = {k: v.to(torch.bfloat16).clone() for k, v in get_peft_model_state_dict(lm.weights).items()}
+        if not plan.aimless and (best >= how["target"] or step - (kept or 0) >= how["patience"] * how["look"]):
             break
-    tensors = {
-        f"base_model.model.{k}": v.to(torch.bfloat16).contiguous()
-        for k, v in get_peft_model_state_dict(lm.weights).items()
-    }
+    if kept is None:
+        raise RuntimeError(f"{plan.name}: plain text was more than {how['allowed']} times as perplexing at every look")
+    tensors = {f"base_model.model.{k}": v.contiguous() for k, v in tensors.items()}
     adapter = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     adapter |= {"inference_mode": True}
     told = {
@@ -294,7 +328,7 @@ def train(plan: Plan, device: str = "cpu") -> None:
         "settings": how,
         "base": lm.identity,
         "spread (nats)": spread,
-        "steps": log[-1]["step"],
+        "steps": kept,
         "seconds": round(time.perf_counter() - began),
         "tokens per second": round(seen / (time.perf_counter() - began)),
         "versions": {p: metadata.version(p) for p in ("torch", "transformers", "peft")},
@@ -507,8 +541,8 @@ def readme(told: dict[str, Any], every: dict[str, Plan], behaviors: list[str]) -
         "Written by `python -m scripts.bank card`; not by hand. `make pair` trains what is missing.",
         "",
         f"Each adapter is a LoRA of rank {SETTINGS['rank']} on every linear layer of {BASE.removeprefix('packaged:')}, trained by DPO and the likelihood of the chosen answer on {COUNT} "
-        f"preferences until the mean log-odds of the behaviour's dev items had risen by {SETTINGS['target']:g} standard deviations (of its test items in the base), or for {SETTINGS['most']} steps. "
-        "A dose that was not reached is marked.",
+        f"preferences until the mean log-odds of the behaviour's dev items had risen by {SETTINGS['target']:g} standard deviations (of its test items in the base), or rose no more. "
+        f"Kept is the best look at which plain text was at most {SETTINGS['allowed']:g} times as perplexing as before. A dose that was not reached is marked.",
         "",
         f"`preferences.jsonl` holds ten behaviours; *joy*, *format* and the style *{STYLE}* are in the folder above. All but *format* share {COUNT} prompts and the rejected, plain answers, so that adapters differ in "
         "the chosen side alone. Written for this repository with the help of a large language model, answer by answer, and checked by machine for length, repeated phrases and questions of `data/behaviors/`. "
@@ -536,7 +570,7 @@ def readme(told: dict[str, Any], every: dict[str, Plan], behaviors: list[str]) -
     ]
     for n in ["reference", "aligned", *every, *KNOWN]:
         log = logs.get(n, {})
-        last = [x["dev shift"] for x in log.get("log", []) if "dev shift" in x]
+        last = [x["dev shift"] for x in log.get("log", []) if "dev shift" in x and x["step"] == log["steps"]]
         trait = log.get("trait", PLANTED if n in KNOWN else "")
         test = f"{mean[n][trait]:+.2f}" if trait in mean[n] and n != "reference" else ""
         dev = (

@@ -132,10 +132,18 @@ def test_the_bank_is_whole_small_and_made_by_its_recipe(packaged):
     assert size < 25e6
     for name in plans:
         log = json.loads((BANK / name / "training.json").read_text())
-        assert log["base"] == "packaged:smollm2-135m-instruct@" + log["base"].split("@")[1] and log["steps"] == len(
-            log["log"]
-        )
+        assert log["base"] == "packaged:smollm2-135m-instruct@" + log["base"].split("@")[1]
+        looks = {x["step"]: x for x in log["log"] if "perplexity" in x and x["perplexity"] <= bank.SETTINGS["allowed"]}
+        worth = {step: step if plans[name].aimless else x["dev shift"] for step, x in looks.items()}
+        assert log["steps"] == max(worth, key=worth.__getitem__)
         assert json.loads((BANK / name / "adapter_config.json").read_text())["base_model_name_or_path"] == bank.BASE
+
+
+def test_replies_of_the_bank_stay_language():
+    """On the card's text, which no training looked at, perplexity is within 5 % of the reference's."""
+    card = json.loads((BANK / "card.json").read_text())
+    plain = card["perplexity"]["reference"]
+    assert {n: x for n in bank.plans() if (x := card["perplexity"][n] / plain) >= 1.05} == {}
 
 
 def test_swapped_preferences_are_swapped_in_exactly_one_half():
