@@ -192,10 +192,11 @@ def heat(
     figure, axis = plt.subplots(figsize=(2.5 + 1.1 * len(columns), 1.6 + 0.42 * len(rows)))
     image = axis.imshow(values, cmap="PuOr", vmin=-reach, vmax=reach, aspect="auto")
     box = {"boxstyle": "square,pad=0.25", "fill": False, "linewidth": 1.2}
+    sign = "+" if (values < 0).any() else ""
     for (i, j), value in np.ndenumerate(values):
         ink = "white" if abs(value) > 0.6 * reach else "black"
         frame = {**box, "edgecolor": ink} if framed[i, j] else None
-        axis.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=9, color=ink, bbox=frame)
+        axis.text(j, i, f"{value:{sign}.2f}", ha="center", va="center", fontsize=9, color=ink, bbox=frame)
     long = max(map(len, columns)) > 4
     axis.set_xticks(range(len(columns)), columns, rotation=30 if long else 0, ha="right" if long else "center")
     axis.set_yticks(range(len(rows)), rows)
@@ -253,13 +254,15 @@ def lines(
     log_y: bool = False,
     grey: Sequence[str] = (),
     verdict: str = "",
+    ticks: Sequence[str] = (),
     interactive: Interactive | None = None,
 ) -> None:
     """Curves over `x`, drawn, saved and shown: each series numbers or Intervals (a band; None: not run), `null` a (low, high)
     for each x.
 
     A series that is None is not drawn but keeps its colour. `marks`: {label: y}, dotted lines across; `at`: {label: x}, grey
-    ones upright. `log`: a logarithmic x axis, with a tick at every x where there are few. Series of `grey` are nulls.
+    ones upright. `log`: a logarithmic x axis, with a tick at every x where there are few. Series of `grey` are nulls. `ticks`: what
+    stands at each x in place of its number.
     """
     figure, axis = plt.subplots(figsize=(9.5, 4.2))
     if null is not None:
@@ -281,7 +284,7 @@ def lines(
     if log:
         axis.set(xscale="log")
     if log and len(x) <= 12:
-        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.set_xticks(x, ticks or [f"{value:g}" for value in x])
         axis.minorticks_off()
     if log_y:
         axis.set(yscale="log")

@@ -33,11 +33,12 @@ from helpers.study import Single
 COUNT = 3  # layers above the steered one, where the profile's sweep has fewer
 FAST_COUNT = 2
 AT_ONCE = 25  # vectors whose changes are kept together
-SAE, FROZEN, COMPONENTS, SINGULAR = BASES = (
+SAE, FROZEN, COMPONENTS, SINGULAR, RANDOM = BASES = (
     "latents of the SAE",
     "latents of random rows",
     "principal components",
     "singular vectors of the next block",
+    "random axes",
 )
 
 
@@ -73,12 +74,20 @@ class Changed(NamedTuple):
     def again(self, layer: int, n: int) -> np.ndarray:
         """The share of each vector's tops on the one part of the prompts (rows) that each vector's tops on the other part hold too
         (columns), mean of both ways round: (vectors, vectors)."""
-        one, other = (self.tops(layer, n, part) for part in (0, 1))
+        return self._again([self.scores(layer, part).own for part in (0, 1)], n)
+
+    def again_by_chance(self, layer: int, n: int) -> np.ndarray:
+        """The same of random vectors, each with itself: (draws,)."""
+        return np.diag(self._again([self.scores(layer, part).null for part in (0, 1)], n))
+
+    @staticmethod
+    def _again(halves: Sequence[np.ndarray], n: int) -> np.ndarray:
+        one, other = (downstream.tops(z, n) for z in halves)
         return (downstream.shared(one, other) + downstream.shared(other, one)) / 2
 
 
 ALONE = [
-    "the vector, nats",
+    "the vector: first-order effect, nats",
     *(
         f"{who}: {what}"
         for who in ("its rows", "random rows")
@@ -87,24 +96,30 @@ ALONE = [
 ]
 
 
-class Alone(NamedTuple):
-    """Single rows beside a whole vector of their length: the `best` latents (n,); by gradient, in nats, what the `vector` does to the
-    behaviour's items, the best rows (n,), and rows drawn at random (n,); and above, of the best and the drawn (2, n), how long what
-    arrives is, as a share of the vector's, and its cosine with that."""
+def best_on_others(nats: np.ndarray) -> float:
+    """The effect of the best row, chosen on every other item and measured on the rest, both ways round; `nats` (rows, items)."""
+    one, other = nats[:, ::2].mean(1), nats[:, 1::2].mean(1)
+    return float(other[one.argmax()] + one[other.argmax()]) / 2
 
-    best: list[int]
-    vector: float
-    of_best: np.ndarray
-    of_drawn: np.ndarray
+
+class Alone(NamedTuple):
+    """Single rows beside a whole vector of their length: the `latents` (n,) that make up most of it; what the `vector` does to the
+    behaviour's items to first order, in nats (items,); by two kinds, those rows and rows drawn at random, the same of each row,
+    `nats` (2, n, items); and above, (2, n), how long what arrives is, as a share of the vector's, and its cosine with that."""
+
+    latents: list[int]
+    vector: np.ndarray
+    nats: np.ndarray
     length: np.ndarray
     cosine: np.ndarray
 
     def cells(self) -> list[str]:
         """A row of a table under ALONE."""
-        shares = [x / self.vector for x in (self.of_best, self.of_drawn)]
-        words = [f"{self.vector:+.2f}"]
-        for share, long, cosine in zip(shares, self.length, self.cosine, strict=True):
-            words += [f"{share.max():.0%}", f"{share.mean():.0%}", f"{long.mean():.0%}", f"{cosine.mean():+.2f}"]
+        whole = self.vector.mean()
+        words = [f"{whole:+.2f}"]
+        for nats, long, cosine in zip(self.nats, self.length, self.cosine, strict=True):
+            shares = best_on_others(nats) / whole, nats.mean() / whole
+            words += [*(f"{x:.0%}" for x in shares), f"{long.mean():.0%}", f"{cosine.mean():+.2f}"]
         return words
 
 
@@ -167,6 +182,11 @@ class Later:
         """AUROC of each latent on the pairs of each behaviour that made no vector: (behaviours, latents)."""
         return np.stack([downstream.told(self.saes[layer].sae, *h[layer][1]) for h in self._halves.values()])
 
+    def tell_apart(self, least: float) -> np.ndarray:
+        """How many latents of a layer above, of all, tell each behaviour's kept pairs apart either way, mean of layers: (behaviours,)."""
+        every = [self.told(k) for k in self.above]
+        return np.mean([(np.maximum(x, 1 - x) >= least).sum(1) for x in every], axis=0)
+
     def belonging(self, changed: Changed, layer: int, n: int, least: float) -> tuple[np.ndarray, np.ndarray]:
         """The share of the n latents that each vector changes most that belong to each behaviour: of own vectors (behaviours,
         behaviours), and of random ones (draws, behaviours). See `downstream.belonging`."""
@@ -186,7 +206,7 @@ class Later:
                  f"{many.explained_variance:.2f}"]
             )  # fmt: skip
         head = ["layer", "rows trained on", "latents", "per token", "never fired", "variance explained (held-out)"]
-        return table([*head, "by as many components"], lines)
+        return table([*head, "by as many components as fire per token"], lines)
 
     def components(self, layer: int, count: int = 0) -> Dictionary:
         """The first principal components of a layer's text, so many or (0) all."""
@@ -195,8 +215,8 @@ class Later:
         return cast(Dictionary, evaluation.Principal(rows, min(count or width, width)))
 
     def bases(self, layer: int, seed: int = 0) -> dict[str, Dictionary]:
-        """Other dictionaries in the SAE's place at a layer above, by BASES: as many random rows with a trained encoder, none for an SAE out of a
-        registry; all principal components; what the next block reads most."""
+        """Dictionaries at a layer above, by BASES: the SAE; as many random rows with a trained encoder, none for an SAE out of a registry;
+        all principal components; what the next block reads most; axes at right angles, turned at random."""
         s = self.lab.session
         found: dict[str, Dictionary] = {SAE: self.saes[layer].sae}
         if not (s.profile.sae and s.profile.sae.release):
@@ -205,7 +225,9 @@ class Later:
         found[COMPONENTS] = self.components(layer)
         if layer + 1 < self.lab.model.layers:
             found[SINGULAR] = cast(Dictionary, downstream.read_by(self.lab.model, layer))
-        return found
+        width = self.lab.model.d_model
+        turned = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(seed))).Q
+        return found | {RANDOM: cast(Dictionary, downstream.Axes(turned))}
 
     def ranked(
         self, where: Downstream, vectors: Tensor, bases: Mapping[str, Dictionary], layer: int
@@ -229,12 +251,12 @@ class Later:
         each = zip(items.values(), vectors, sets, rulers, strict=True)
         return [store.kept(downstream.parted, x, layer, v, basis, list(own), alone, one) for x, v, own, one in each]
 
-    def linear(self, prompts: int, tokens: int, strengths: Sequence[float], judged: float) -> Linear:
+    def linear(self, prompts: int, tokens: int, strengths: Sequence[float]) -> Linear:
         """`downstream.linear` of every behaviour's vector, strengths in residual norms, in float32: the layer is as it was chosen."""
         s = self.lab.session
         exact = models.load(s.profile.chat, s.device, torch.float32)
         where = Downstream(exact, self.replies(prompts, tokens).sequences, self.lab.layer)
-        return store.kept(downstream.linear, where, self.vectors(1.0), self.above, list(strengths), judged)
+        return store.kept(downstream.linear, where, self.vectors(1.0), self.above, list(strengths))
 
     def followed(self, seed: int = 0) -> dict[int, matching.Match]:
         """For each layer above, the certified match of its latents with those of the layer looked at below it."""
@@ -244,16 +266,24 @@ class Later:
             k: store.kept(matching.match, rows[k], rows[below], device=self.lab.session.device) for k, below in pairs
         }
 
-    def counted(self, changed: Changed, q: float) -> Markdown:
-        """A table of how many latents change more than by chance at each layer: by behaviours' vectors, and by random ones."""
+    def counted(self, changed: Changed, q: float, n: int) -> Markdown:
+        """A table of how many latents change more than by chance at each layer: by behaviours' vectors, of their n tops, and by random
+        vectors."""
         lines = []
         for k in self.layers:
-            own, null = (x.sum(1) for x in downstream.discovered(changed.scores(k), q))
-            share = f"{np.mean(own) / self.saes[k].sae.cfg.d_sae:.0%}"
+            own, null = downstream.discovered(changed.scores(k), q)
+            among = np.take_along_axis(own, np.abs(changed.tops(k, n)) - 1, axis=1).sum(1).mean()
+            own, null = own.sum(1), null.sum(1)
             lines.append(
-                [k, f"{np.mean(own):.0f} ({own.min()} to {own.max()})", share, f"{null.mean():.1f}", null.max()]
+                [
+                    k,
+                    f"{np.median(own):.0f} ({own.min()} to {own.max()})",
+                    f"{among:.1f}",
+                    f"{null.mean():.1f}",
+                    null.max(),
+                ]
             )
-        head = ["by behaviours' vectors (range)", "of all latents", "by random vectors", "most by one of them"]
+        head = ["by behaviours' vectors: median (range)", f"of their top {n}, mean", "by random vectors, mean", "most"]
         return table(["layer", *head], lines)
 
     def listed(self, changed: Changed, name: str, n: int, words: Mapping[int, Mapping[int, Latent]]) -> Markdown:
@@ -268,7 +298,7 @@ class Later:
             for latent in np.abs(changed.tops(k, n)[i]) - 1:
                 number = [f"{score[latent]:+.0f}", f"{beside[latent]:+.1f}", f"{told[latent]:.2f}"]
                 lines.append([k, latent, *number, *latents.cells(words[k][latent])])
-        head = ["score, random", "score, other behaviours", "AUROC", "fires most on", "makes likelier"]
+        head = ["score beside random vectors", "beside other behaviours'", "AUROC", "fires most on", "makes likelier"]
         return table(["layer", "latent", *head], lines)
 
     def flow(self, changed: Changed, name: str, n: int, words: Mapping[int, Mapping[int, Latent]]) -> Flow:
@@ -328,21 +358,20 @@ class Later:
         codes = decompose.pursuit(rows, vectors, n).codes
         best = codes.abs().topk(n).indices
         pushed = [
-            torch.cat([v[None], c[b].sign()[:, None] * rows[b], rows[drawn]])
+            torch.cat([v[None], torch.where(c[b] < 0, -1.0, 1.0)[:, None] * rows[b], rows[drawn]])
             for v, c, b in zip(vectors, codes, best, strict=True)
         ]
         every, back = torch.cat(pushed).unique(dim=0, return_inverse=True)
         shifts = store.kept(downstream.shifts, where, every, layer)[back].split([len(x) for x in pushed])
         found = {}
         for name, own, arrived, b in zip(self.lab.names, pushed, shifts, best, strict=True):
-            nats = self.lab.response(name, own, length).mean(1)
+            nats = self.lab.response(name, own, length)
             flat = arrived.flatten(1).double().numpy()
             long, cosine = np.linalg.norm(flat, axis=1), stats.cosine(flat, flat[:1])
             found[name] = Alone(
                 b.tolist(),
                 nats[0],
-                nats[1 : n + 1],
-                nats[n + 1 :],
+                nats[1:].reshape(2, n, -1),
                 *((x / x[0])[1:].reshape(2, n) for x in (long, cosine)),
             )
         return found

@@ -9,8 +9,9 @@
 Needs requirements-pair.txt (peft). The loss is that of `aligned_pair`: DPO (Rafailov et al. 2023, arXiv:2305.18290) and the mean
 negative log-likelihood of the chosen answer (Pang et al. 2024, arXiv:2404.19733); an answer ends with the mark that ends a turn. Only
 answers are unembedded, and the reference's log-probabilities are computed once. Every third step looks at the behaviour's dev items
-and at plain text. Training stops when the dev items have moved by `target` standard deviations, or no longer rise; what is kept is
-the best look at which plain text is at most `allowed` times as perplexing as before. With `without`, the change of the stream after the profile's layer is kept at right angles to
+and whether the model still speaks: plain text is at most `allowed` times as perplexing as before, and greedy replies repeat themselves
+in at most `repeats` more of their runs of three words. Training stops when the dev items have moved by `target` standard deviations,
+or no longer rise; what is kept is the best look at which it still speaks. With `without`, the change of the stream after the profile's layer is kept at right angles to
 some directions while training, and free afterwards: CAFT (arXiv:2507.16795), of what training changes.
 """
 
@@ -59,11 +60,15 @@ SETTINGS = {
     "alpha": 2,
     "target": 1.0,
     "allowed": 1.03,
+    "repeats": 0.1,
     "look": 3,
     "patience": 4,
     "most": 48,
 }
-PIECES = 12  # of plain text, 64 tokens each, that a look reads; the card's are others
+PIECES, ASKED = (
+    12,
+    6,
+)  # of plain text, 64 tokens each, and prompts that are answered at every look; the card's are others
 
 
 def flips(count: int, seed: int) -> list[bool]:
@@ -202,6 +207,17 @@ def perplexity(lm: LM, pieces: list[Tokens]) -> float:
     return float((-in_parts(lm, pieces).sum() / sum(p.roles.count(ANSWER) for p in pieces)).exp())
 
 
+def repetition(lm: LM) -> float:
+    """The share of runs of three words that greedy replies had said before, of the model as it is at this moment; questions of dev
+    items."""
+    asked = [load_behavior(n).dev[0].question for n in list(session.load_profile("smollm2").behaviors)[:ASKED]]
+    batch = tokens.pad([tokens.chat(lm.tokenizer, q) for q in asked], lm.pad_id, "left")
+    with torch.no_grad():
+        said = replies.write(lm, batch, 32)
+    texts = [lm.tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in said]
+    return statistics.mean(map(repeated, texts))
+
+
 def spread_of(lm: LM, b: Behavior) -> float:
     """The standard deviation of a behaviour's log-odds over its test items before training, in nats: the unit of a dose."""
     return float(odds(lm, b.test).std())
@@ -253,6 +269,11 @@ def adapters_off(lm: LM):
     return Off()
 
 
+def speaks(look: dict[str, float]) -> bool:
+    """Whether, at a look, the model still speaks as before."""
+    return look["perplexity"] <= SETTINGS["allowed"] and look["repeated"] <= SETTINGS["repeats"]
+
+
 def train(plan: Plan, device: str = "cpu") -> None:
     """One adapter, trained and saved in bfloat16 with its log. Seeded: one machine gives one adapter."""
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -275,7 +296,7 @@ def train(plan: Plan, device: str = "cpu") -> None:
     start = odds(lm, b.dev) if b else None
     spread = spread_of(lm, b) if b else 1.0
     pieces, last_step = plain_pieces(lm), usual() if plan.aimless else how["most"]
-    plain = perplexity(lm, pieces)
+    plain, fluent = perplexity(lm, pieces), repetition(lm)
     confined = Confined(session.load_profile("smollm2").layer, directions(plan)) if plan.without else None
 
     inject_adapter_in_model(config, lm.weights)
@@ -304,19 +325,19 @@ def train(plan: Plan, device: str = "cpu") -> None:
         log.append({"step": step, "loss": float(loss)})
         if step % how["look"] and step < last_step:
             continue
-        log[-1] |= {"perplexity": perplexity(lm, pieces) / plain}
+        log[-1] |= {"perplexity": perplexity(lm, pieces) / plain, "repeated": repetition(lm) - fluent}
         if b:
             log[-1] |= {"dev shift": float((odds(lm, b.dev) - start).mean()) / spread}
         rate = seen / (time.perf_counter() - began)
         print(plan.name, *(f"{k} {x:.3g}" for k, x in log[-1].items()), f"{rate:.0f} tokens/s", flush=True)
         worth = step if plan.aimless else log[-1]["dev shift"]
-        if worth > best and log[-1]["perplexity"] <= how["allowed"]:
+        if worth > best and speaks(log[-1]):
             best, kept = worth, step
             tensors = {k: v.to(torch.bfloat16).clone() for k, v in get_peft_model_state_dict(lm.weights).items()}
         if not plan.aimless and (best >= how["target"] or step - (kept or 0) >= how["patience"] * how["look"]):
             break
     if kept is None:
-        raise RuntimeError(f"{plan.name}: plain text was more than {how['allowed']} times as perplexing at every look")
+        raise RuntimeError(f"{plan.name}: at no look did the model still speak as before")
     tensors = {f"base_model.model.{k}": v.contiguous() for k, v in tensors.items()}
     adapter = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     adapter |= {"inference_mode": True}
@@ -542,7 +563,8 @@ def readme(told: dict[str, Any], every: dict[str, Plan], behaviors: list[str]) -
         "",
         f"Each adapter is a LoRA of rank {SETTINGS['rank']} on every linear layer of {BASE.removeprefix('packaged:')}, trained by DPO and the likelihood of the chosen answer on {COUNT} "
         f"preferences until the mean log-odds of the behaviour's dev items had risen by {SETTINGS['target']:g} standard deviations (of its test items in the base), or rose no more. "
-        f"Kept is the best look at which plain text was at most {SETTINGS['allowed']:g} times as perplexing as before. A dose that was not reached is marked.",
+        f"Kept is the best look at which plain text was at most {SETTINGS['allowed']:g} times as perplexing as before and replies repeated at most {SETTINGS['repeats']:.0%} more of their runs of three words. "
+        "A dose that was not reached is marked.",
         "",
         f"`preferences.jsonl` holds ten behaviours; *joy*, *format* and the style *{STYLE}* are in the folder above. All but *format* share {COUNT} prompts and the rejected, plain answers, so that adapters differ in "
         "the chosen side alone. Written for this repository with the help of a large language model, answer by answer, and checked by machine for length, repeated phrases and questions of `data/behaviors/`. "

@@ -142,7 +142,8 @@ def test_scores_are_standard_and_false_discoveries_rare_where_nothing_is_there()
     found = downstream.scores(own, random)
     assert found.own.mean() == pytest.approx(0, abs=0.05) and found.own.std() == pytest.approx(1, abs=0.1)
     assert found.null.std() == pytest.approx(found.own.std(), abs=0.02)
-    assert (downstream.discovered(found)[0].any(1)).mean() < 0.1
+    told, by_chance = (x.any(1).mean() for x in downstream.discovered(found))
+    assert 0 < told < 0.1 and 0 < by_chance < 0.12  # a random vector is counted like any other
     own[:, :20] += 8 * scale[:20]
     told = downstream.discovered(downstream.scores(own, random))[0]
     assert told[:, :20].mean() > 0.95 and told[:, 20:].sum() / told.sum() < 0.08
@@ -180,12 +181,11 @@ def test_a_latent_belongs_to_the_behaviour_whose_pairs_it_tells_apart_and_to_no_
 
 def test_small_steps_are_linear_and_long_ones_through_the_plant_are_not(where, axes, v):
     other = axes.W_dec[7] * v.norm()
-    found = downstream.linear(where, torch.stack([v, other]), [L, LATER], [0.001, 3.0], 0.001)
-    assert found.fit.shape == found.skipped.shape == (2, 2, 2) and found.crossed.shape == (2, 2)
+    found = downstream.linear(where, torch.stack([v, other]), [L, LATER], [0.001, 3.0])
+    assert found.fit.shape == found.skipped.shape == (2, 2, 2)
     assert found.fit[:, 0] == pytest.approx(1, abs=1e-3)  # at the layer itself it is v
     assert found.fit[:, 1, 0].min() > 0.98 and found.fit[0, 1, 1] < 0.5
     assert found.skipped[0, 1, 0] < 0.2 < found.skipped[1, 1, 0]  # the planted direction makes more than itself
-    assert found.crossed[0, 0] > 0.98 and found.crossed[0, 1] < 0.5
 
 
 # --- what depends on them ------------------------------------------------------------------------------------------------
@@ -206,7 +206,8 @@ def test_the_sets_that_are_put_back(axes):
     change = torch.zeros(48)
     change[[3, 9, 4]] = torch.tensor([-5.0, 2, 1])
     assert downstream.largest(change, axes, 2).tolist() == [3, 9]
-    assert sorted(downstream.largest(change, axes).tolist()) == [3, 4, 9]
+    assert downstream.largest(change, axes, 5).tolist() == [3, 9, 4]
+    assert sorted(downstream.largest(change, axes).tolist()) == list(range(48))  # what the prompts did not show too
     sets = downstream.any_of(change, 2, 5)
     assert len(sets) == 5 and all(len(set(x.tolist())) == 2 and set(x.tolist()) <= {3, 4, 9} for x in sets)
     signs = downstream.signs(4, 50)

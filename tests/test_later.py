@@ -69,10 +69,11 @@ def test_changes_scores_and_owners_of_every_vector(above, lab):
     assert found.own[2].shape == (4, 2, 96) and found.random[3].shape == (9, 2, 96)
     again = found.again(2, 5)
     assert again.shape == (4, 4) and 0 <= again.min() <= again.max() <= 1
+    assert found.again_by_chance(2, 5).shape == (9,)
     own, chance = above.belonging(found, 2, 5, 0.7)
     assert own.shape == (4, 4) and chance.shape == (9, 4)
     words = {k: {i: Latent(i, 0.1, [Context("a", "b", "c", 1.0)], ["w"], ["x"]) for i in range(96)} for k in (1, 2, 3)}
-    assert "| layer | by behaviours' vectors" in above.counted(found, 0.05).data
+    assert "| layer | by behaviours' vectors" in above.counted(found, 0.05, 5).data
     listed = above.listed(found, "joy", 3, words).data
     assert listed.count("a«b»c") == 6  # three at each of two layers
     flow = above.flow(found, "joy", 3, words)
@@ -117,7 +118,16 @@ def test_a_row_that_is_the_vector_does_what_the_vector_does_and_a_random_one_les
     rows[7] = -v[0] / v[0].norm()
     above.saes[1] = SimpleNamespace(sae=sae_of("topk", rows, k=8, rescale_acts_by_decoder_norm=False))
     found = above.rows_alone(above.replies(1, 4), 3, 2, 0.01)["joy"]
-    assert found.best[0] == 7 and found.of_best[0] == pytest.approx(found.vector, rel=1e-4)
+    assert found.latents[0] == 7 and found.nats[0, 0] == pytest.approx(found.vector, rel=1e-3)
+    assert later.best_on_others(found.nats[0][:1]) == pytest.approx(found.vector.mean(), rel=1e-3)
     assert found.length[0, 0] == pytest.approx(1, rel=1e-3) and found.cosine[0, 0] == pytest.approx(1, abs=1e-3)
     assert np.abs(found.cosine[1]).max() < 0.9 and len(found.cells()) == len(later.ALONE)
     assert nulls.random(v[0], 2).shape == (2, 48)
+
+
+def test_the_best_row_is_chosen_on_other_items_so_that_noise_is_not_rewarded():
+    noise = np.random.default_rng(0).normal(size=(200, 10, 40))
+    found = [later.best_on_others(x) for x in noise]
+    assert abs(np.mean(found)) < 0.05 < np.mean([x.mean(1).max() for x in noise])
+    noise[:, 3] += 2
+    assert np.mean([later.best_on_others(x) for x in noise]) == pytest.approx(2, abs=0.05)

@@ -124,16 +124,24 @@ def discovered(found: Scores, q: float = 0.05, strata: int = 4) -> tuple[np.ndar
     """Which elements change more than by chance, with at most a share `q` of false ones among them (Benjamini & Hochberg 1995):
     (n, elements) bool of the vectors asked about, and (draws, elements) of the random ones.
 
-    Two-sided p-values against the scores of all random vectors, pooled over elements of like spread, in so many `strata`: what
-    few vectors change at all has longer tails. A p-value cannot fall below 1 / (1 + draws elements / strata).
+    Two-sided p-values against the scores of all random vectors, a random one's against those of the others, pooled over elements of
+    like spread, in so many `strata`: what few vectors change at all has longer tails. None falls below 1 / (1 + draws elements /
+    strata).
     """
-    p = [np.ones_like(x) for x in (found.own, found.null)]
+    p, null = np.ones_like(found.own), np.ones_like(found.null)
+
+    def beyond(pool: np.ndarray, z: np.ndarray) -> np.ndarray:
+        return len(pool) - np.searchsorted(pool, z)
+
     for part in np.array_split(np.argsort(found.spread, kind="stable"), strata):
-        pool = np.sort(np.abs(found.null[:, part]).ravel())
-        for own, z in zip(p, (found.own, found.null), strict=True):
-            own[:, part] = (1 + len(pool) - np.searchsorted(pool, np.abs(z[:, part]))) / (1 + len(pool))
-    own, null = (np.stack([false_discovery_control(row) <= q for row in x]) for x in p)
-    return own, null
+        by_draw = np.sort(np.abs(found.null[:, part]))
+        pool = np.sort(by_draw.ravel())
+        p[:, part] = (1 + beyond(pool, np.abs(found.own[:, part]))) / (1 + len(pool))
+        for i, own in enumerate(by_draw):
+            z = np.abs(found.null[i, part])
+            null[i, part] = (1 + beyond(pool, z) - beyond(own, z)) / (1 + len(pool) - len(own))
+    told, by_chance = (np.stack([false_discovery_control(row) <= q for row in x]) for x in (p, null))
+    return told, by_chance
 
 
 def tops(z: np.ndarray, n: int) -> np.ndarray:
@@ -176,23 +184,18 @@ def explained(real: Tensor, predicted: Tensor) -> float:
 
 
 class Linear(NamedTuple):
-    """How much of a change the Jacobian explains: by vector, layer and strength, `fit` (n, layers, strengths); of vectors merely
-    handed on, `skipped`, the same; and at one strength and the last layer of each vector's change by every vector's Jacobian,
-    `crossed` (n, n)."""
+    """How much of a change the Jacobian explains, by vector, layer and strength: `fit` (n, layers, strengths); and how much the vector
+    explains if it is merely handed on, `skipped`, the same."""
 
     fit: np.ndarray
     skipped: np.ndarray
-    crossed: np.ndarray
 
 
-def linear(
-    where: Downstream, units: Tensor, layers: Sequence[int], strengths: Sequence[float], judged: float
-) -> Linear:
-    """`Linear` of each of `units` (n, d_model) at every one of `strengths`, multiples of it, `judged` among them."""
+def linear(where: Downstream, units: Tensor, layers: Sequence[int], strengths: Sequence[float]) -> Linear:
+    """`Linear` of each of `units` (n, d_model) at every one of `strengths`, multiples of it."""
     plain = where.rows(layers, torch.zeros_like(units[0]))
     jacobian = [where.carried(layers, u) for u in tqdm(units, desc="Jacobian", leave=False)]
     fit, skipped = np.zeros((2, len(units), len(layers), len(strengths)))
-    crossed = np.zeros((len(units), len(units)))
     for i, u in enumerate(tqdm(units, desc="steer", leave=False)):
         for j, x in enumerate(strengths):
             rows = where.rows(layers, u, x)
@@ -200,10 +203,7 @@ def linear(
                 real = rows[layer] - plain[layer]
                 fit[i, k, j] = explained(real, x * jacobian[i][layer])
                 skipped[i, k, j] = explained(real, (x * u).float().expand_as(real))
-            if x == judged:
-                last = rows[layers[-1]] - plain[layers[-1]]
-                crossed[i] = [explained(last, x * other[layers[-1]]) for other in jacobian]
-    return Linear(fit, skipped, crossed)
+    return Linear(fit, skipped)
 
 
 # --- what depends on them ------------------------------------------------------------------------------------------------
@@ -284,10 +284,9 @@ def parted(
 
 
 def largest(change: Tensor, basis: Dictionary, n: int = 0) -> Tensor:
-    """The n elements (n,) whose change (elements,) is longest, |change| |row|; 0: all that change at all."""
+    """The n elements (n,) whose change (elements,) is longest, |change| |row|, or as many as change at all; 0: every element."""
     size = change.abs() * decompose.rows_of(basis).norm(dim=1).cpu()
-    some = int((size > 0).sum())
-    return size.topk(min(n or some, some)).indices
+    return size.topk(min(n, int((size > 0).sum())) if n else len(size)).indices
 
 
 def any_of(change: Tensor, n: int, draws: int, seed: int = 0) -> list[Tensor]:
