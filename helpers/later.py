@@ -296,7 +296,8 @@ class Later:
             beside = downstream.scores(own[[i]], others).own[0] if len(others) > 2 else np.full(own.shape[1], np.nan)
             score, told = changed.scores(k).own[i], self.told(k)[i]
             for latent in np.abs(changed.tops(k, n)[i]) - 1:
-                number = [f"{score[latent]:+.0f}", f"{beside[latent]:+.1f}", f"{told[latent]:.2f}"]
+                other = f"{beside[latent]:+.1f}" if np.isfinite(beside[latent]) else "-"
+                number = [f"{score[latent]:+.0f}", other, f"{told[latent]:.2f}"]
                 lines.append([k, latent, *number, *latents.cells(words[k][latent])])
         head = ["score beside random vectors", "beside other behaviours'", "AUROC", "fires most on", "makes likelier"]
         return table(["layer", "latent", *head], lines)

@@ -8,10 +8,10 @@
 
 Needs requirements-pair.txt (peft). The loss is that of `aligned_pair`: DPO (Rafailov et al. 2023, arXiv:2305.18290) and the mean
 negative log-likelihood of the chosen answer (Pang et al. 2024, arXiv:2404.19733); an answer ends with the mark that ends a turn. Only
-answers are unembedded, and the reference's log-probabilities are computed once. Every third step looks at the behaviour's dev items
+answers are unembedded, and the reference's log-probabilities are computed once. Every sixth step looks at the behaviour's dev items
 and whether the model still speaks: plain text is at most `allowed` times as perplexing as before, and greedy replies repeat themselves
 in at most `repeats` more of their runs of three words. Training stops when the dev items have moved by `target` standard deviations,
-or no longer rise; what is kept is the best look at which it still speaks. With `without`, the change of the stream after the profile's layer is kept at right angles to
+or after `most` steps; what is kept is the best look at which it still speaks. With `without`, the change of the stream after the profile's layer is kept at right angles to
 some directions while training, and free afterwards: CAFT (arXiv:2507.16795), of what training changes.
 """
 
@@ -51,7 +51,7 @@ COUNT = 112  # preferences a trait: the prompts that all traits but format share
 REPEATED, CONFINED = ("joy", "refusal"), ("joy", "refusal")  # named before any adapter was trained
 WITHOUT = ("v", "random", "mean")
 SETTINGS = {
-    "beta": 0.1,
+    "beta": 0.5,
     "likelihood_weight": 1.0,
     "learning_rate": 1e-3,
     "warmup": 5,
@@ -61,9 +61,9 @@ SETTINGS = {
     "target": 1.0,
     "allowed": 1.03,
     "repeats": 0.1,
-    "look": 3,
-    "patience": 4,
-    "most": 48,
+    "decay": 14,
+    "look": 6,
+    "most": 42,
 }
 PIECES, ASKED = (
     12,
@@ -308,7 +308,8 @@ def train(plan: Plan, device: str = "cpu") -> None:
     log, order, seen = [], [], 0
     best, kept = -float("inf"), None  # the value of the look that is kept, and its step
     for step in range(1, last_step + 1):
-        optimiser.param_groups[0]["lr"] = how["learning_rate"] * min(1.0, step / how["warmup"])
+        slower = min(1.0, step / how["warmup"], (last_step + 1 - step) / how["decay"])
+        optimiser.param_groups[0]["lr"] = how["learning_rate"] * slower
         if len(order) < how["batch"]:
             order = rng.sample(range(len(rows)), len(rows))
         part, order = order[: how["batch"]], order[how["batch"] :]
@@ -334,7 +335,7 @@ def train(plan: Plan, device: str = "cpu") -> None:
         if worth > best and speaks(log[-1]):
             best, kept = worth, step
             tensors = {k: v.to(torch.bfloat16).clone() for k, v in get_peft_model_state_dict(lm.weights).items()}
-        if not plan.aimless and (best >= how["target"] or step - (kept or 0) >= how["patience"] * how["look"]):
+        if not plan.aimless and best >= how["target"]:
             break
     if kept is None:
         raise RuntimeError(f"{plan.name}: at no look did the model still speak as before")
@@ -562,7 +563,7 @@ def readme(told: dict[str, Any], every: dict[str, Plan], behaviors: list[str]) -
         "Written by `python -m scripts.bank card`; not by hand. `make pair` trains what is missing.",
         "",
         f"Each adapter is a LoRA of rank {SETTINGS['rank']} on every linear layer of {BASE.removeprefix('packaged:')}, trained by DPO and the likelihood of the chosen answer on {COUNT} "
-        f"preferences until the mean log-odds of the behaviour's dev items had risen by {SETTINGS['target']:g} standard deviations (of its test items in the base), or rose no more. "
+        f"preferences until the mean log-odds of the behaviour's dev items had risen by {SETTINGS['target']:g} standard deviations (of its test items in the base), or for {SETTINGS['most']} steps. "
         f"Kept is the best look at which plain text was at most {SETTINGS['allowed']:g} times as perplexing as before and replies repeated at most {SETTINGS['repeats']:.0%} more of their runs of three words. "
         "A dose that was not reached is marked.",
         "",
