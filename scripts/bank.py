@@ -60,7 +60,7 @@ SETTINGS = {
     "alpha": 2,
     "target": 1.0,
     "allowed": 1.03,
-    "repeats": 0.1,
+    "repeats": 0.25,
     "decay": 14,
     "look": 6,
     "most": 42,

@@ -392,6 +392,17 @@ def test_moves_are_shifts_in_standard_deviations_less_the_unrelated_fine_tunes(c
     assert not any(x.any() for x in both.beyond().values())
 
 
+def test_a_slow_machine_is_told_its_hours_before(changed, monkeypatch):
+    clock = iter([0.0, 1.0, 0.0, 60.0])
+    monkeypatch.setattr(study.time, "perf_counter", lambda: next(clock))
+    quick, slow = changed.forecast(3), changed.forecast(300)
+    assert quick.startswith("3 questions to fine-tunes at") and quick.split(": ")[1].startswith("about 0.")
+    assert "minutes" in quick and "hours" in slow
+    laid = [t for x in changed.before.tested().values() for g in x.sequences for t in g]
+    assert len(laid) == 16  # all of them were timed, so that one pass over a behaviour takes half a minute
+    assert slow.split("about ")[1].startswith(f"{300 * 5 * 30 / 3600:.1f} hours")
+
+
 def test_behaviours_whose_dev_items_moved_stand_for_the_trained_ones(changed, monkeypatch):
     shifts = {"joy": np.array([1.0, 1.1, 0.9, 1.0]), "format": np.array([1.0, -1.0, 2.0, -2.0])}
     monkeypatch.setattr(study.Two, "shifts", lambda self, part: {"after": shifts})
