@@ -13,7 +13,7 @@ import torch
 from IPython.display import Markdown
 from torch import Tensor
 
-from helpers import figures, nulls, pages, store
+from helpers import figures, pages, store
 from helpers.claims import table
 from helpers.figures import Interactive
 from helpers.pair import matching
@@ -29,6 +29,7 @@ from helpers.study import Single
 
 # From a Gram matrix, words and a width to a number for each tree.
 Measure = Callable[[np.ndarray, Words, int], np.ndarray]
+Mixed = Callable[[Words, int], Words]  # a hierarchy and a seed to another one of the same words
 CAUSAL, PLAIN, STREAM, STREAM_CAUSAL = SPACES = (
     "unembedding, causal product",
     "unembedding, Euclidean product",
@@ -37,9 +38,8 @@ CAUSAL, PLAIN, STREAM, STREAM_CAUSAL = SPACES = (
 )
 CHILD, PARENT, BEYOND = KINDS = ("child", "parent", "child less parent")
 SHOWN = 6  # words in a table's cell
-PAGE = "features.html"
 MOST = 6000  # latents that are clustered at once: their distances are all held
-ROTATIONS = 5  # of a dictionary, whose mean is what is kept by chance
+ROTATIONS, FEW = 20, 4  # turns of the smallest and the widest dictionary, and of those between
 CONTEXTS, BEFORE, AFTER = 2, 40, 20  # of a latent on the page, and letters of each
 
 
@@ -83,10 +83,12 @@ class Concepts:
         """A measure of each tree (trees,)."""
         return measure(self.grams[space], self.words, self.lab.model.d_model)
 
-    def chance(self, measure: Measure, space: str, draws: int, seed: int = 0, dealt: bool = False) -> np.ndarray:
-        """The same of random word sets of equal sizes, or of branches `dealt` out among trees, (draws, trees)."""
-        mixed = [self.words.dealt(seed + i) if dealt else self.words.shuffled(seed + i) for i in range(draws)]
-        return np.stack([measure(self.grams[space], words, self.lab.model.d_model) for words in mixed])
+    def chance(
+        self, measure: Measure, space: str, draws: int, seed: int = 0, mixed: Mixed = Words.shuffled
+    ) -> np.ndarray:
+        """The same of a hierarchy `mixed` up so many times, (draws, trees): by default of random word sets of equal sizes."""
+        every = [mixed(self.words, seed + i) for i in range(draws)]
+        return np.stack([measure(self.grams[space], words, self.lab.model.d_model) for words in every])
 
     def vectors(self, kind: str, words: Words | None = None) -> Tensor:
         """Vectors of one of KINDS for each branch, one residual norm long: (branches, d_model) float32; of category vectors in the stream."""
@@ -303,7 +305,7 @@ def can_train(lab: Single) -> bool:
 class Split(NamedTuple):
     """What dictionaries of other widths keep of the families of small ones: by small one and width (smalls, widths), the smallest width
     first, which is another seed's; `thinned`, the same of as many latents as a small one has, drawn at random from each; `chance` (draws,
-    smalls, widths), of the whole ones turned at random; and how many `heirs` the latents of the first small one have by width, (widths,
+    smalls, widths), of the whole ones turned at random, NaN where these are fewer; and how many `heirs` the latents of the first small one have by width, (widths,
     latents)."""
 
     kept: np.ndarray
@@ -314,14 +316,14 @@ class Split(NamedTuple):
     def shares(self, thinned: bool = False) -> np.ndarray:
         """What is kept beyond chance, as a share of what another seed of the smallest width keeps beyond chance: (smalls, widths). What
         `thinned` dictionaries keep by chance is what one of the smallest width does."""
-        chance = self.chance.mean(0)
+        chance = np.nanmean(self.chance, 0)
         beyond = self.kept - chance
         return (self.thinned - chance[:, :1] if thinned else beyond) / beyond[:, :1]
 
     def by_chance(self) -> np.ndarray:
-        """The same of each turn at random (draws, smalls, widths), less the mean of all."""
-        beyond = self.kept - self.chance.mean(0)
-        return (self.chance - self.chance.mean(0)) / beyond[:, :1]
+        """The same of each turn at random (draws, smalls, widths), less the mean of all; NaN where there are fewer turns."""
+        chance = np.nanmean(self.chance, 0)
+        return (self.chance - chance) / (self.kept - chance)[:, :1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,18 +340,17 @@ class Grown:
         rows = [decompose.rows_of(x.sae).cpu() for x in self.smalls]
         wide = [decompose.rows_of(x.sae).cpu() for x in self.wide.values()]
         kept, thinned = np.zeros((2, len(rows), 1 + len(wide)))
-        chance = np.zeros((ROTATIONS, *kept.shape))
+        chance = np.full((ROTATIONS, *kept.shape), np.nan)
         g = torch.Generator().manual_seed(self.seed)
-        turns = list(nulls.rotations(rows[0].shape[1], ROTATIONS, self.seed))
         for i, own in enumerate(rows):
             labels = store.kept(families.by_decoder, own, len(own) // size)
             for j, other in enumerate([rows[(i + 1) % len(rows)], *wide]):
                 kept[i, j] = families.kept_subspaces(own, labels, other, rank, least).mean()
                 some = other[torch.randperm(len(other), generator=g)[: len(own)]]
                 thinned[i, j] = families.kept_subspaces(own, labels, some, rank, least).mean()
-                for d, turn in enumerate(turns):
-                    turned = other @ turn.to(other)
-                    chance[d, i, j] = families.kept_subspaces(own, labels, turned, rank, least).mean()
+                draws, start = ROTATIONS if j in (0, len(wide)) else FEW, self.seed + 100 * i + j
+                turned = store.kept(families.kept_by_chance, own, labels, other, rank, least, draws, start)
+                chance[:draws, i, j] = turned
         return Split(kept, thinned, chance, np.stack([families.shares(rows[0], x) for x in [rows[1], *wide]]))
 
 
@@ -403,9 +404,9 @@ def write_page(s: Session, found: Map) -> str:
         ]
         for (x, y), f, one in zip(found.at, found.family, found.words, strict=True)
     ]  # fmt: skip
-    path = s.results.parent / PAGE
+    path = s.results.parent / pages.MAP
     title = f"Latents of {s.model} after layer {s.profile.layer}"
-    write_file(path, pages.page(PAGE, title=title, data={"latents": cut, "near": found.near}))
+    write_file(path, pages.page(pages.MAP, title=title, data={"latents": cut, "near": found.near}))
     return "/".join(path.parts[-2:])
 
 

@@ -467,7 +467,7 @@ def chart(
     `stars` {label: (x, y)} on them; drawn, saved and shown. The numbers are the stars' and how many points there are."""
     figure, axis = plt.subplots(figsize=(9.5, 7))
     area = 2 + 120 * np.sqrt(np.asarray(size, float))
-    axis.scatter(*at.T, s=area, c=[PALETTE[g % 6] for g in group], alpha=0.5, linewidth=0)
+    axis.scatter(at[:, 0], at[:, 1], s=area, c=[PALETTE[g % 6] for g in group], alpha=0.5, linewidth=0)
     for (label, (x, y)), marker in zip(stars.items(), MARKERS * 3, strict=False):
         axis.plot(x, y, marker, color="black", markersize=7, markerfacecolor="white", label=label)
     axis.set(xticks=[], yticks=[], title=title)

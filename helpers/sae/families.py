@@ -139,6 +139,17 @@ def kept_subspaces(rows: Tensor, labels: np.ndarray, other: Tensor, rank: int, l
     return np.array(found)
 
 
+def kept_by_chance(
+    rows: Tensor, labels: np.ndarray, other: Tensor, rank: int, least: int, draws: int, seed: int = 0
+) -> np.ndarray:
+    """The mean of `kept_subspaces` of another dictionary that is turned at random, (draws,)."""
+    g, found = torch.Generator().manual_seed(seed), []
+    for _ in range(draws):
+        turn = torch.linalg.qr(torch.randn(rows.shape[1], rows.shape[1], generator=g)).Q
+        found.append(float(kept_subspaces(rows, labels, other @ turn.to(other), rank, least).mean()))
+    return np.array(found)
+
+
 def shares(rows: Tensor, other: Tensor) -> np.ndarray:
     """How many heirs each row has in another dictionary (n,)."""
     return np.bincount(heirs(rows, other).numpy(), minlength=len(rows))

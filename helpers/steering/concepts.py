@@ -103,6 +103,15 @@ class Words(NamedTuple):
         order = np.random.default_rng(seed).permutation(len(self.words))
         return self._replace(tree=self.tree[order], branch=self.branch[order], held=self.held[order])
 
+    def exchanged(self, seed: int) -> "Words":
+        """The same trees, the words of each exchanged among its branches at random, held-out ones among themselves."""
+        rng, branch = np.random.default_rng(seed), self.branch.copy()
+        for t in range(self.tree.max() + 1):
+            for held in (False, True):
+                at = np.flatnonzero((self.tree == t) & (self.held == held))
+                branch[at] = rng.permutation(branch[at])
+        return self._replace(branch=branch)
+
     def dealt(self, seed: int) -> "Words":
         """The same branches, dealt out among the trees at random: a shuffled hierarchy."""
         of = self.parents()
@@ -112,11 +121,10 @@ class Words(NamedTuple):
         """The tree of each branch (branches,)."""
         return np.array([self.tree[self.branch == b][0] for b in range(self.branch.max() + 1)])
 
-    def sets(self, held: bool = False) -> list[np.ndarray]:
-        """The places of the words that make, or that are `held` out of, each tree and then each branch."""
-        own = self.held == held
-        trees = [np.flatnonzero(own & (self.tree == t)) for t in range(self.tree.max() + 1)]
-        return trees + [np.flatnonzero(own & (self.branch == b)) for b in range(self.branch.max() + 1)]
+    def sets(self) -> list[np.ndarray]:
+        """The places of the words that make each tree and then each branch."""
+        trees = [np.flatnonzero(~self.held & (self.tree == t)) for t in range(self.tree.max() + 1)]
+        return trees + [np.flatnonzero(~self.held & (self.branch == b)) for b in range(self.branch.max() + 1)]
 
 
 def of_trees(trees: Sequence[Tree], known: Sequence[str] = ()) -> Words:
@@ -137,8 +145,8 @@ def of_trees(trees: Sequence[Tree], known: Sequence[str] = ()) -> Words:
         trees_left += 1
     if trees_left < 3:
         raise ConceptError(f"{trees_left} trees have words that are one token of this model; three or more are needed")
-    words, tree, branch, out = zip(*rows, strict=True)
-    return Words(list(words), np.array(tree), np.array(branch), np.array(out))
+    numbers = np.array([row[1:] for row in rows])
+    return Words([row[0] for row in rows], numbers[:, 0], numbers[:, 1], numbers[:, 2].astype(bool))
 
 
 def single_tokens(lm: LM, words: Sequence[str]) -> dict[str, int]:
@@ -220,15 +228,11 @@ def coefficients(gram: np.ndarray, sets: Sequence[np.ndarray], width: int) -> np
     return out
 
 
-def right_angles(gram: np.ndarray, words: Words, width: int, apart: bool = False) -> np.ndarray:
-    """1 - |cosine of a parent's vector with child less parent|, mean over a tree's branches, (trees,): 1 is a right angle.
-
-    `apart`: the parent that is asked about is made of held-out words, so that it shares none with the difference.
-    """
+def right_angles(gram: np.ndarray, words: Words, width: int) -> np.ndarray:
+    """1 - |cosine of a parent's vector with child less parent|, mean over a tree's branches, (trees,): 1 is a right angle."""
     c = coefficients(gram, words.sets(), width)
     parents, children = c[: words.tree.max() + 1][words.parents()], c[words.tree.max() + 1 :]
-    asked = coefficients(gram, words.sets(True)[: words.tree.max() + 1], width)[words.parents()] if apart else parents
-    return _by_tree(1 - np.abs(_cosines(gram, asked, children - parents)), words)
+    return _by_tree(1 - np.abs(_cosines(gram, parents, children - parents)), words)
 
 
 def strangers(gram: np.ndarray, words: Words, width: int, seed: int = 0) -> np.ndarray:
@@ -269,9 +273,21 @@ def separation(gram: np.ndarray, words: Words, width: int, among: str = "all") -
     return _by_tree(np.array(found), words)
 
 
-def held_out_angles(gram: np.ndarray, words: Words, width: int) -> np.ndarray:
-    """`right_angles` of a parent made of held-out words (trees,)."""
-    return right_angles(gram, words, width, apart=True)
+def unequal(gram: np.ndarray, words: Words, width: int) -> np.ndarray:
+    """By how much children differ in how much of their parent they hold, (trees,): the variance of their shares over the squared mean
+    share; 0 where child less parent is at right angles to the parent, whatever the noise.
+
+    A share is the mean of a child's words along an axis, the mean of the tree's held-out words, all words' mean taken off. Shares by
+    every other word and by the rest are multiplied, so that what words differ by on their own is 0 on average. `width` is not used.
+    """
+    centred = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
+    parents, found = words.parents(), []
+    for t in range(words.tree.max() + 1):
+        along = centred[:, words.held & (words.tree == t)].mean(1)
+        own = [np.flatnonzero(~words.held & (words.branch == b)) for b in np.flatnonzero(parents == t)]
+        one, other = (np.array([along[x[i::2]].mean() for x in own]) for i in (0, 1))
+        found.append(float(np.cov(one, other)[0, 1] / (np.concatenate([one, other]).mean() ** 2)))
+    return np.array(found)
 
 
 def among_siblings(gram: np.ndarray, words: Words, width: int) -> np.ndarray:
