@@ -177,14 +177,15 @@ def concepts_of(lab: Single) -> Concepts:
 
 @dataclass(frozen=True, eq=False)
 class Families:
-    """Families of an SAE's latents, those that fire on `least` tokens of either half of held-out text or more, `size` to a family on
-    average; and partner SAEs that differ in their seed."""
+    """Families of an SAE's `count` most used latents, of those that fire on `least` tokens of either half of held-out text or more, `size`
+    to a family on average; and partner SAEs that differ in their seed."""
 
     lab: Single
     own: Loaded
     partners: list[Loaded]
     size: int
     least: int
+    count: int
 
     @cached_property
     def _halves(self) -> list[tuple[Fired, Fired]]:
@@ -196,7 +197,7 @@ class Families:
 
     def _alive(self, which: int) -> np.ndarray:
         fewest = np.minimum(*(x.counts() for x in self._halves[which]))
-        most = np.sort(np.argsort(-fewest, kind="stable")[:MOST])
+        most = np.sort(np.argsort(-fewest, kind="stable")[: self.count])
         return most[fewest[most] >= self.least]
 
     def _clustered(self, found: Fired, chosen: np.ndarray) -> np.ndarray:
@@ -286,11 +287,13 @@ def _near(latent: Latent) -> str:
     return f"{c.before[-18:]}«{c.token}»{c.after[:8]}"
 
 
-def families_of(lab: Single, partners: Sequence[int], size: int, least: int, seed: int = 0) -> Families | None:
+def families_of(
+    lab: Single, partners: Sequence[int], size: int, least: int, count: int = 2000, seed: int = 0
+) -> Families | None:
     """Families of the SAE of a seed, with partner SAEs of other seeds; None for an SAE out of a registry, which has no others."""
     if not can_train(lab):
         return None
-    return Families(lab, lab.sae(seed), [lab.sae(x) for x in partners], size, least)
+    return Families(lab, lab.sae(seed), [lab.sae(x) for x in partners], size, least, count)
 
 
 def can_train(lab: Single) -> bool:

@@ -94,6 +94,13 @@ def test_random_partners_have_the_cosines_that_were_asked_for():
 # --- splitting -----------------------------------------------------------------------------------------------------------
 
 
+def test_axes_are_the_right_singular_vectors():
+    rows = torch.randn(12, 30, generator=torch.Generator().manual_seed(8))
+    found, expected = families.axes(rows, 3), torch.linalg.svd(unit(rows), full_matrices=False).Vh[:3].double()
+    torch.testing.assert_close((found @ expected.T).abs(), torch.eye(3).double(), atol=1e-5, rtol=0)
+    assert len(families.axes(rows[:2], 3)) == 2
+
+
 def test_heirs_are_nearest_by_cosine():
     g = torch.Generator().manual_seed(4)
     rows, other = torch.randn(9, 8, generator=g), 3 * torch.randn(31, 8, generator=g)
