@@ -249,6 +249,18 @@ class Families:
             found.append(families.agreement(self.firing[some], self.again[some]) if some.any() else 0.0)
         return np.array(found)
 
+    def by_match(self, levels: Sequence[float]) -> Markdown:
+        """A table of both, mean of partners, among pairs whose cosine is at least each of `levels`, and how many these are."""
+        lines = []
+        for level in levels:
+            own, other = self.over_halves(level).mean(), self.over_seeds(cosine=level).mean()
+            pairs = [
+                int(((x >= 0) & (matching.cosines(m) >= level)).sum())
+                for x, m in zip(self._theirs, self.matches, strict=True)
+            ]
+            lines.append([f"{level:g}", f"{np.mean(pairs):.0f}", f"{other:.2f}", f"{own:.2f}"])
+        return table(["cosine of a pair, at least", "pairs", "another seed", "the same SAE"], lines)
+
     def shuffled(self, draws: int, seed: int = 0) -> np.ndarray:
         """`over_seeds` of families of shuffled codes, (draws, partners)."""
         first, alive = self._halves[0][0], self._alive(0)

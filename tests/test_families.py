@@ -1,6 +1,7 @@
 """Families of latents: against plain computations; a planted hierarchy is found, over seeds and widths, and noise is not."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,35 @@ def test_random_partners_have_the_cosines_that_were_asked_for():
     np.testing.assert_allclose(other.norm(dim=1), 1, rtol=1e-5)
 
 
+class Partner:
+    """What `features` reads of an SAE."""
+
+    def __init__(self, rows):
+        self.sae = sae_of("topk", rows, k=4, rescale_acts_by_decoder_norm=False)
+
+
+def test_partners_are_asked_by_their_match_on_other_text_and_rare_latents_are_left_out(monkeypatch, cache):
+    """Three SAEs with the same planted features, in other orders and slightly turned."""
+    order = [torch.arange(72), *(torch.randperm(72, generator=torch.Generator().manual_seed(i)) for i in range(3))]
+    planted = [families.planted(12, 5, 6000, width=96, seed=i) for i in range(2)]
+    rows = unit(planted[0].rows + 0.5 * torch.eye(72, 96))
+    partners = [Partner(unit(rows[o] + 0.01 * torch.randn(72, 96))) for o in order]
+    halves = [tuple(p.fired.only(o.numpy()) for p in planted) for o in order]
+    lab = SimpleNamespace(session=SimpleNamespace(device="cpu"))
+    made = features.Families(lab, partners[0], partners[1:], 6, 20, 60)
+    made.__dict__["_halves"] = halves
+    for match, o in zip(made.matches, order[1:], strict=True):
+        assert torch.equal(o[match.B_for_A], torch.arange(72))
+    assert (made.firing < 0).sum() == 12 and made.over_halves().min() > 0.6
+    np.testing.assert_allclose(made.over_seeds(), made.over_halves(), atol=0.25)
+    assert np.abs(made.shuffled(5)).max() < 0.2 and made.shuffled(5).shape == (5, 3)
+    own, chance = made.of_decoders()
+    assert own.min() > 0.6 and chance.shape == (3,)
+    assert made.by_match([-1, 0.999999]).data.count("\n") == 3
+    words = [Latent(i, 0.1, [Context("a", "b", "c", 1.0)], [], []) for i in range(72)]
+    assert "a«b»c" in made.listed(words, 2).data
+
+
 # --- splitting -----------------------------------------------------------------------------------------------------------
 
 
@@ -128,18 +158,11 @@ def test_a_family_is_kept_by_itself_and_by_what_its_latents_split_into_and_not_b
     assert families.kept_subspaces(rows, labels, rows[:6], 3, 4)[1:].max() == 0  # no heirs
 
 
-class Small:
-    """What `features.Grown` reads of an SAE."""
-
-    def __init__(self, rows):
-        self.sae = sae_of("topk", rows, k=4, rescale_acts_by_decoder_norm=False)
-
-
 def test_the_rule_of_growth_passes_dictionaries_that_split_and_refuses_others(cache):
     rows = families.planted(8, 5, 10, width=96, seed=6).rows
-    smalls = [Small(grown_from(rows, 1, 0.3, i)) for i in range(3)]
+    smalls = [Partner(grown_from(rows, 1, 0.3, i)) for i in range(3)]
     for wide, wanted in ((grown_from(rows, 4, 0.3, 9), "holds"), (unit(torch.randn(192, 96)), "fails")):
-        split = features.Grown(smalls, {4: Small(wide)}, 0).split(6, 2, 3)
+        split = features.Grown(smalls, {4: Partner(wide)}, 0).split(6, 2, 3)
         np.testing.assert_allclose(split.shares()[:, 0], 1)
         assert split.kept.shape == split.thinned.shape == (3, 2) and split.chance.shape == (features.ROTATIONS, 3, 2)
         null = split.by_chance()[:, :, -1].mean(1)
