@@ -39,6 +39,7 @@ CAUSAL, PLAIN, STREAM, STREAM_CAUSAL = SPACES = (
 CHILD, PARENT, BEYOND = KINDS = ("child", "parent", "child less parent")
 SHOWN = 6  # words in a table's cell
 MOST = 6000  # latents that are clustered at once: their distances are all held
+FEWEST = 30  # pairs of latents on which agreement is told
 ROTATIONS, FEW = 20, 4  # turns of the smallest and the widest dictionary, and of those between
 CONTEXTS, BEFORE, AFTER = 2, 40, 20  # of a latent on the page, and letters of each
 
@@ -258,7 +259,9 @@ class Families:
                 int(((x >= 0) & (matching.cosines(m) >= level)).sum())
                 for x, m in zip(self._theirs, self.matches, strict=True)
             ]
-            lines.append([f"{level:g}", f"{np.mean(pairs):.0f}", f"{other:.2f}", f"{own:.2f}"])
+            enough = min(pairs) >= FEWEST
+            said = [f"{other:.2f}", f"{own:.2f}"] if enough else ["-", "-"]
+            lines.append([f"{level:g}", f"{np.mean(pairs):.0f}", *said])
         return table(["cosine of a pair, at least", "pairs", "another seed", "the same SAE"], lines)
 
     def shuffled(self, draws: int, seed: int = 0) -> np.ndarray:
@@ -327,6 +330,10 @@ class Split(NamedTuple):
     thinned: np.ndarray
     chance: np.ndarray
     heirs: np.ndarray
+
+    def ceiling(self) -> np.ndarray:
+        """What another seed of the smallest width keeps beyond chance (smalls,)."""
+        return self.kept[:, 0] - self.chance[:, :, 0].mean(0)
 
     def shares(self, thinned: bool = False) -> np.ndarray:
         """What is kept beyond chance, as a share of what another seed of the smallest width keeps beyond chance: (smalls, widths). What

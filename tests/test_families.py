@@ -116,7 +116,8 @@ def test_partners_are_asked_by_their_match_on_other_text_and_rare_latents_are_le
     assert np.abs(made.shuffled(5)).max() < 0.2 and made.shuffled(5).shape == (5, 3)
     own, chance = made.of_decoders()
     assert own.min() > 0.6 and chance.shape == (3,)
-    assert made.by_match([-1, 0.999999]).data.count("\n") == 3
+    every, none = made.by_match([-1, 0.999999]).data.split("\n")[2:]
+    assert every.startswith("| -1 | 60 | 0.") or every.startswith("| -1 | 5") and none.endswith("| 0 | - | - |")
     words = [Latent(i, 0.1, [Context("a", "b", "c", 1.0)], [], []) for i in range(72)]
     assert "a«b»c" in made.listed(words, 2).data
 
