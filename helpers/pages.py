@@ -13,6 +13,7 @@ from PIL import Image
 
 from helpers.session import ROOT
 
+MAP = "features.html"  # the map of latents, a page beside the report and the name of its template
 TEMPLATES = ROOT / "helpers" / "templates"
 _PAGES = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
 _PAGES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}

@@ -293,6 +293,7 @@ def index(out: Path, profile: str, runs: dict[str, Any], run: Progress) -> str:
         claims=sorted(rows, key=lambda c: not c["main"]),
         counts={verdict: sum(c["verdict"] == verdict for c in rows) for verdict in claims.VERDICTS},
         marked=marked,
+        map=pages.MAP if (out / pages.MAP).exists() else "",
         times=[_times(stem, run.timeline[stem]) for stem in ended if stem in run.timeline],
     )
 

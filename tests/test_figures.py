@@ -119,6 +119,16 @@ def test_a_flow_has_its_points_lines_and_labels_that_do_not_lie_over_one_another
     assert len(twin["data"]) == 2 and twin["data"][1]["text"][0] == "all of a"
 
 
+def test_a_chart_has_its_points_and_stars(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "display", lambda bundle, raw: shown.append(bundle))
+    session_like = SimpleNamespace(notebook="99_a", figures=tmp_path)
+    at, stars = np.arange(6.0).reshape(3, 2), {"joy": np.array([[1.0], [2.0]])}
+    figures.chart(session_like, "c", at, np.array([0, 7, 3]), [0.1, 0.0, 0.5], stars, title="T")
+    assert json.loads((tmp_path / "99_c.json").read_text()) == {"points": 3, "stars": {"joy": [[1.0], [2.0]]}}
+    assert "image/png" in shown[0]
+
+
 def test_heights_are_moved_apart_as_little_as_it_takes():
     assert figures.spread([0.0, 5.0], 1.0).tolist() == [0, 5]
     assert figures.spread([1.0, 1.0, 9.0], 2.0).tolist() == [0, 2, 9]

@@ -84,6 +84,10 @@ def folder(tmp_path_factory):
     (out / "made.html").write_text(render.render(a_study(), "01_made"), encoding="utf-8")
     latents = [[7, 0.01, [["before ", "word", " after" * 30, 3.0]], ["up"], ["down"]]]
     (out / "latents.html").write_text(pages.page("latents.html", title="Latents", data=latents), encoding="utf-8")
+    near = {"joy": [1], "anger": []}
+    points = [[0, 0, 1, 0.02, 3, [["a ", "word", " <b>"]], ["up"]], [5, 2, 2, 0.001, 8, [], ["down", "words"]]]
+    made = pages.page(pages.MAP, title="Latents", data={"latents": points, "near": near})
+    (out / pages.MAP).write_text(made, encoding="utf-8")
     return out
 
 
@@ -130,6 +134,16 @@ def test_no_page_names_anything_to_fetch(folder):
         page = re.sub(r"<script>.*?</script>|<pre.*?</pre>", "", path.read_text(), flags=re.DOTALL)
         assert not fetched.search(page), path.name
         assert path.stem == "latents" or "default-src 'none'" in page
+
+
+def test_a_map_of_thousands_of_latents_is_small_and_the_index_leads_to_one_that_is_there(folder, tmp_path):
+    context = ["w" * 40, "token", "w" * 20]
+    latents = [[1.25, -30.5, i, 0.0123, i, [context, context], ["likelier"] * 3] for i in range(4608)]
+    assert len(pages.page(pages.MAP, title="t", data={"latents": latents, "near": {}})) < 2e6
+    bare = report.index(tmp_path, "p", {}, Progress([], {}, {}, lambda: None))
+    (tmp_path / pages.MAP).write_text("")
+    assert pages.MAP not in bare
+    assert f'href="{pages.MAP}"' in report.index(tmp_path, "p", {}, Progress([], {}, {}, lambda: None))
 
 
 # --- what a browser shows ----------------------------------------------------------------------------------------------
@@ -192,7 +206,7 @@ FITS = """[...document.querySelectorAll("img, table.claims td, pre, .wide, math,
 
 
 @pytest.mark.parametrize("width", (DESK, PHONE))
-@pytest.mark.parametrize("stem", ["index", "made", "latents", *(path.stem for path in STUDIES)])
+@pytest.mark.parametrize("stem", ["index", "made", "latents", "features", *(path.stem for path in STUDIES)])
 def test_a_page_asks_for_nothing_logs_no_error_and_fits_its_width(folder, browser, stem, width):
     asked, errors = opened(browser, folder / f"{stem}.html", width)
     assert not asked and not errors
@@ -251,6 +265,28 @@ def test_code_is_folded_opens_at_a_click_in_full_and_all_of_it_by_one_switch(fol
         click(browser, "#all")
         assert ask(browser, is_open) == [expected] * n
         assert ask(browser, "document.getElementById('all').textContent") == says
+
+
+def test_the_map_of_latents_is_searched_by_word_and_number_and_tells_what_is_pointed_at(folder, browser):
+    opened(browser, folder / pages.MAP, DESK)
+    count, told = (f"document.getElementById('{name}').textContent" for name in ("count", "told"))
+    assert ask(browser, count) == "2 latents"
+    field = browser.find_element("id", "word")
+    for typed, found in (("WORD", "2 of 2"), ("words", "1 of 2"), ("nothing", "0 of 2"), ("#8", "1 of 2")):
+        field.clear()
+        field.send_keys(typed)
+        assert ask(browser, count) == found
+    assert "latent 8" in ask(browser, told) and "near the vector of joy" in ask(browser, told)
+    field.clear()
+    field.send_keys("up")
+    point = "new PointerEvent('pointermove', {clientX: x, clientY: y})"
+    at = "(c => [c.left + place(all[0])[0], c.top + place(all[0])[1]])(canvas.getBoundingClientRect())"
+    browser.execute_script(f"const [x, y] = {at}; canvas.dispatchEvent({point})")
+    assert (
+        "latent 3" in ask(browser, told) and ask(browser, "document.querySelector('#told mark').textContent") == "word"
+    )
+    browser.find_element("css selector", "#behaviour option[value=joy]").click()
+    assert ask(browser, "[...near]") == [1] and not any(logs(browser))
 
 
 ROWS = "[...document.querySelectorAll('table.claims tbody tr')].filter(r => r.getClientRects().length)"
