@@ -464,14 +464,15 @@ def chart(
     interactive: Interactive | None = None,
 ) -> None:
     """Points on a plane (points, 2) without axes, coloured by the number of their `group`, larger by the root of their `size`, and
-    `stars` {label: (x, y)} on them; drawn, saved and shown. The numbers are the stars' and how many points there are."""
+    `stars` {label: (x, y)} on them, named; drawn, saved and shown. The numbers are the stars' and how many points there are."""
     figure, axis = plt.subplots(figsize=(9.5, 7))
     area = 2 + 120 * np.sqrt(np.asarray(size, float))
     axis.scatter(at[:, 0], at[:, 1], s=area, c=[PALETTE[g % 6] for g in group], alpha=0.5, linewidth=0)
-    for (label, (x, y)), marker in zip(stars.items(), MARKERS * 3, strict=False):
-        axis.plot(x, y, marker, color="black", markersize=7, markerfacecolor="white", label=label)
+    for label, (xs, ys) in stars.items():
+        axis.plot(xs, ys, "*", color="black", markersize=9, markerfacecolor="white")
+        for x, y in zip(xs, ys, strict=True):
+            axis.annotate(label, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
     axis.set(xticks=[], yticks=[], title=title)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     show(session, name, figure, {"points": len(at), "stars": stars}, interactive)
 
 
