@@ -16,7 +16,7 @@ from torch import Tensor
 
 from helpers import nulls, stats, store
 from helpers.claims import table
-from helpers.lm import scoring
+from helpers.lm import reading, scoring
 from helpers.stats import Interval
 from helpers.steering import caa, methods, propensity
 from helpers.steering.caa import SteeringVector
@@ -98,7 +98,7 @@ def check(
     norm = lab.residual_norm if at == lab.layer else _norm(lab, at)
     step = (v / v.norm() * norm).float()
     own = propensity.of_replies(lm, b.open[: sizes.replies], at, sizes.tokens)
-    grid = store.kept(methods.prices, own, step[None], methods.STRENGTHS)[0].numpy()
+    grid = store.kept(methods.curves, own, step[None], methods.STRENGTHS, 2 * price)[0].numpy()
     raw = methods.strength_at(grid, methods.STRENGTHS, price)
     reached, strength = bool(np.isfinite(raw)), float(np.nan_to_num(raw, nan=methods.STRENGTHS[-1]))
     where = propensity.of_items(lm, b.test[:items], at)
@@ -112,7 +112,7 @@ def check(
         pos, neg = lab.halves(layers=lab._read)[name].at(at)
         shuffled = _p(exact, nulls.shuffled(pos, neg, draws, seed), slope)
     paid = propensity.of_replies(lm, b.open[sizes.replies : 2 * sizes.replies], at, sizes.tokens)
-    cost = float(store.kept(methods.prices, paid, strength * step[None], [1.0])[0, 0])
+    cost = float(store.kept(methods.costs, paid, strength * step[None]).mean())
     return Check(
         Path(vector).name if isinstance(vector, str | Path) else found.method, name, at, stats.over(moved),
         float((moved < 0).mean()), p, shuffled, cost, strength, strength * norm / found.norm, reached,
@@ -133,8 +133,6 @@ def _norm(lab: Single, layer: int) -> float:
     """The median length of the stream after a layer."""
     if layer in lab.layers:
         return float(lab.lengths.stream[lab.layers.index(layer)])
-    from helpers.lm import reading
-
     return float(reading.rows(lab.model, lab._prompts, layer).norm(dim=1).median())
 
 

@@ -29,12 +29,12 @@ from helpers.lm.scoring import Continuations
 from helpers.lm.tokens import ANSWER, Tokens
 from helpers.sae import decompose
 from helpers.stats import Interval
-from helpers.steering import caa, directions, propensity
-from helpers.steering.behaviors import AnswerPair, Item, SystemPair
+from helpers.steering import directions, propensity
+from helpers.steering.behaviors import AnswerPair, Item, SystemPair, load_behavior
 from helpers.study import Single
 
 LATENTS = 16  # rows of a dictionary that stand for a vector
-CANDIDATES = 3  # system prompts among which dev items choose
+CANDIDATES = 2  # system prompts among which dev items choose
 TRAINED = "own.0"  # of `bank.KINDS`: trained on the pairs that the mean difference is made of
 RANDOM, OTHER, PROMPT, MEAN, PREFERENCE = (
     "random",
@@ -44,7 +44,7 @@ RANDOM, OTHER, PROMPT, MEAN, PREFERENCE = (
     "trained by preference",
 )
 CONTROLS = (RANDOM, OTHER)
-STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # residual norms at which the price is measured, to be interpolated
+STRENGTHS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)  # residual norms at which the price is measured, to be interpolated
 REPEATED = 0.5  # share of a reply's pairs of tokens that stood in it before, from which on it is no language
 
 
@@ -163,9 +163,10 @@ def given(lab: Single, seed: int = 0) -> dict[str, Given]:
 
 
 def log_odds(where: Continuations, vectors: Tensor) -> Tensor:
-    """log p(completion 0) - log p(completion 1) in nats under each of `vectors` (n, d_model): (n, prompts) float64."""
+    """Mean log p of all completions but the last, less log p of the last, in nats, under each of `vectors` (n, d_model): (n, prompts)
+    float64. Of two completions a prompt, the log-odds of the one against the other."""
     logp = [torch.from_numpy(where.log_probs(v)) for v in vectors]
-    return torch.stack([x[:, 0] - x[:, 1] for x in logp])
+    return torch.stack([x[:, :-1].mean(1) - x[:, -1] for x in logp])
 
 
 def losses(where: Continuations, vectors: Tensor) -> Tensor:
@@ -174,22 +175,28 @@ def losses(where: Continuations, vectors: Tensor) -> Tensor:
     return torch.stack([-(torch.from_numpy(where.log_probs(v)) / count).mean(1) for v in vectors])
 
 
-def prices(where: Continuations, vectors: Tensor, strengths: Sequence[float]) -> Tensor:
-    """KL(unsteered || steered) in nats per token, mean of replies, under `vectors` (n, d_model) at each strength: (n, strengths)."""
-    return torch.tensor(
-        [[where.kl(v, x).mean() if x else 0.0 for x in strengths] for v in vectors], dtype=torch.float64
-    )
+def costs(where: Continuations, vectors: Tensor) -> Tensor:
+    """KL(unsteered || steered) in nats per token of each reply under `vectors` (n, d_model): (n, replies) float64."""
+    return torch.stack([torch.from_numpy(where.kl(v)).mean(1) for v in vectors])
 
 
-def strength_at(price: np.ndarray, strengths: Sequence[float], level: float) -> float:
-    """The strength at which a price (strengths,) reaches `level`, interpolated in square roots, which grow in proportion; NaN where it
+def curves(where: Continuations, steps: Tensor, strengths: Sequence[float], enough: float) -> Tensor:
+    """The same, mean of replies, at each of `strengths`, which rise from 0, along `steps` (n, d_model): (n, strengths) float64. Once it is
+    `enough`, the rest is not run and stands as infinite."""
+    found = torch.full((len(steps), len(strengths)), float("inf"), dtype=torch.float64)
+    for i, step in enumerate(steps):
+        for j, x in enumerate(strengths):
+            found[i, j] = float(where.kl(step, x).mean()) if x else 0.0
+            if found[i, j] >= enough:
+                break
+    return found
+
+
+def strength_at(curve: np.ndarray, strengths: Sequence[float], price: float) -> float:
+    """The strength at which a `curve` (strengths,) reaches a price, interpolated in square roots, which grow in proportion; NaN where it
     does not."""
-    return stats.at_level(np.sqrt(np.clip(price, 0, None)), strengths, level**0.5)
-
-
-def _under(system: str | None, lm: LM, question: str, reply: Sequence[int]) -> Tokens:
-    start = tokens.chat(lm.tokenizer, question, system)
-    return Tokens([*start.ids, *reply], [*start.roles, *[ANSWER] * len(reply)])
+    there = np.isfinite(curve)
+    return stats.at_level(np.sqrt(np.clip(curve[there], 0, None)), np.asarray(strengths)[there], price**0.5)
 
 
 def prompt_price(lm: LM, questions: Sequence[str], layer: int, system: str, length: int) -> float:
@@ -198,22 +205,25 @@ def prompt_price(lm: LM, questions: Sequence[str], layer: int, system: str, leng
     own = [row[row >= 0].tolist() for row in replies.generate_ids(lm, questions, max_new_tokens=length)]
     found = []
     for said in (None, system):
-        laid = [_under(said, lm, q, reply) for q, reply in zip(questions, own, strict=True)]
+        starts = [tokens.chat(lm.tokenizer, q, said) for q in questions]
+        laid = [
+            Tokens([*start.ids, *reply], [*start.roles, *[ANSWER] * len(reply)])
+            for start, reply in zip(starts, own, strict=True)
+        ]
         logits: dict[int, Tensor] = {}
         for part in scoring.resumed(lm, laid, layer, reading.residuals(lm, laid, layer)):
             logits |= dict(zip(part.rows, part.found.logits.split(part.counts), strict=True))
         found.append(logits)
     plain, prompted = found
     return float(
-        np.mean([float(scoring.token_kl(plain[i].float().log_softmax(-1), prompted[i]).mean()) for i in plain])
+        np.mean([float(scoring.token_kl(x.float().log_softmax(-1), prompted[i]).mean()) for i, x in plain.items()])
     )
 
 
 def under_prompt(lm: LM, items: Sequence[Item], layer: int, system: str) -> np.ndarray:
-    """The change of each item's log-odds, in nats, from no system prompt to this one: (items,)."""
-    none, asked = torch.zeros(1, lm.d_model), [None] * len(items) + [system] * len(items)
-    odds = store.kept(log_odds, propensity.of_items(lm, [*items, *items], layer, asked), none)[0].numpy()
-    return odds[len(items) :] - odds[: len(items)]
+    """The log-odds of items under a system prompt, in nats: (items,)."""
+    where = propensity.of_items(lm, items, layer, [system] * len(items))
+    return store.kept(log_odds, where, torch.zeros(1, lm.d_model))[0].numpy()
 
 
 def repeated(ids: Sequence[int]) -> float:
@@ -226,19 +236,15 @@ def is_language(lm: LM, questions: Sequence[str], said: Tensor, limit: float) ->
     """Whether replies (n, tokens), -1 after their end, stay language: to the unsteered model they are no less likely than `limit` nats
     per token, and less than REPEATED of their pairs of tokens are repeated. (n,) bool."""
     ids = [row[row >= 0].tolist() for row in said]
-    where = Continuations(
-        lm, [[tokens.conversation(lm.tokenizer, q, r)] for q, r in zip(questions, ids, strict=True)], 0
-    )
-    loss = store.kept(losses, where, torch.zeros(1, lm.d_model))[0].numpy()
-    return (loss <= limit) & (np.array([repeated(r) for r in ids]) < REPEATED)
+    laid = [[tokens.conversation(lm.tokenizer, q, reply)] for q, reply in zip(questions, ids, strict=True)]
+    loss = store.kept(losses, Continuations(lm, laid, 0), torch.zeros(1, lm.d_model))[0].numpy()
+    return (loss <= limit) & (np.array([repeated(reply) for reply in ids]) < REPEATED)
 
 
 def written_limit(where: Mapping[str, Continuations], share: float = 0.95) -> float:
-    """The loss in nats per token that so large a share of the behaviours' written completions stays below, unsteered."""
-    each = []
-    for one in where.values():
-        logp = one.log_probs(torch.zeros(one.lm.d_model)) / one.lengths()
-        each.append(-logp.ravel())
+    """The loss in nats per token that so large a share of the behaviours' written completions stays below, unsteered: what counts as no
+    less likely than what people write."""
+    each = [-(one.log_probs(torch.zeros(one.lm.d_model)) / one.lengths()).ravel() for one in where.values()]
     return float(np.quantile(np.concatenate(each), share))
 
 
@@ -246,41 +252,43 @@ def written_limit(where: Mapping[str, Continuations], share: float = 0.95) -> fl
 
 
 class Sizes(NamedTuple):
-    """How much is measured of each behaviour: test `items` on which its own vectors are added, `dev` items, `others`, test items of
-    every other behaviour, `refused`, harmless questions; `replies` to open prompts, as many on dev as on test, of so many `tokens`;
-    and `pieces` of plain text."""
+    """How much is measured for each behaviour: test `items` on which its own vectors are added, and `dev` items; `others`, test items of
+    every other behaviour for two of the methods; `replies` to open prompts, as many on dev as on test, of so many `tokens`; `pieces` of
+    plain text; and the length of what is `said` freely."""
 
-    items: int = 6
+    items: int = 4
     dev: int = 4
     others: int = 2
-    refused: int = 8
     replies: int = 2
-    pieces: int = 2
     tokens: int = 24
+    pieces: int = 2
+    said: int = 16
 
 
 class Prompted(NamedTuple):
-    """The system prompt of each behaviour that dev items chose, `texts`; its `price` in KL on dev replies (behaviours,); how far it moves
-    test items, `change` (behaviours, items) in nats; and the vectors at that price: their `strength` (methods, behaviours), their
-    `vectors_change` (methods, behaviours, items)."""
+    """The system prompt of each behaviour that dev items choose, `texts`; its `price`, KL on dev replies (behaviours,); how far it moves
+    test items, `change` (behaviours, items) in nats; and the vectors at that price: their `strength` (methods, behaviours), whether
+    they `reached` it, and their `vectors_change` (methods, behaviours, items)."""
 
     texts: list[str]
     price: np.ndarray
     change: np.ndarray
     strength: np.ndarray
+    reached: np.ndarray
     vectors_change: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Board:
-    """What a benchmark found. Arrays are (methods, behaviours, prices, ...) unless said.
+    """What a benchmark found. Arrays are (methods, behaviours, prices, ...) unless said, effects in standard deviations (`spread`, nats,
+    (behaviours,)).
 
-    `steps` (methods, behaviours, d_model): each one residual norm long. `strength` in residual norms, `reached` whether the price was;
-    `paid`, the KL on test prompts; `change` (..., items) in nats; `effect`, its mean over all test items, estimated with the gradient
-    where no vector was added, in standard deviations; `dev` (methods, behaviours), the same on dev items at the judged price; `loss`,
-    nats per token that plain text costs more; `crossed` (methods, behaviours, behaviours), the effect on every behaviour at the judged price;
-    `refused` (methods, behaviours), the share of harmless questions whose written refusal is likelier than their answer, and
-    `refused_plain` without a vector; `language` (methods, behaviours, prices) bool. `spread` (behaviours,): nats a standard deviation.
+    `steps` (methods, behaviours, d_model): each one residual norm long. `strength` in residual norms, and whether it `reached` the
+    price; `paid`, KL on test prompts; `change` (..., items) of test items in nats; `effect`, its mean over all test items, estimated by
+    the gradient and what that misses where vectors were added. The rest is (methods, behaviours), at the judged price, number `at`: `dev`, the
+    effect on dev items; `loss`, what plain text costs more in nats per token; `crossed` (..., behaviours), the effect on every
+    behaviour by gradient, and `runs`, for two of the methods, with vectors added. At the highest price: `language`, whether a free reply is,
+    and `refusing`, whether it reads as a refusal; `refusing_plain` (behaviours,) without a vector.
     """
 
     lab: Single
@@ -297,12 +305,13 @@ class Board:
     dev: np.ndarray
     loss: np.ndarray
     crossed: np.ndarray
-    refused: np.ndarray
-    refused_plain: float
+    runs: dict[str, np.ndarray]
     language: np.ndarray
+    refusing: np.ndarray
+    refusing_plain: np.ndarray
     spread: np.ndarray
     prompted: Prompted | None
-    missing: dict[str, str]
+    missing: list[str]
 
     def row(self, method: str) -> int:
         """The number of a method's row."""
@@ -314,63 +323,63 @@ class Board:
         return [i for i, m in enumerate(self.methods) if m not in CONTROLS]
 
     def own(self, method: str, price: int | None = None) -> np.ndarray:
-        """A method's effect on the behaviour it was made for, (behaviours,) in standard deviations."""
+        """A method's effect on the behaviour it was made for, (behaviours,); at the judged price by default."""
         return self.effect[self.row(method), :, self.at if price is None else price]
 
-    def entangled(self, method: str) -> np.ndarray:
-        """How far a method's vector moves the other behaviours, either way, mean of them: (behaviours,) in standard deviations."""
-        table = np.abs(self.crossed[self.row(method)])
-        return nulls.off_diagonal(table.T).mean(0)
+    def entangled(self, method: str, runs: bool = False) -> np.ndarray:
+        """How far a method's vector moves the other behaviours, either way, mean of them: (behaviours,)."""
+        return nulls.off_diagonal(np.abs(self.runs[method] if runs else self.crossed[self.row(method)]).T).mean(0)
 
     @property
     def chosen(self) -> np.ndarray:
-        """For each behaviour the row of the method that is best on dev items at the judged price: (behaviours,)."""
+        """For each behaviour the row of the method that is best on dev items: (behaviours,)."""
         rows = np.array(self.candidates)
         return rows[self.dev[rows].argmax(0)]
 
-    def by_chance(self, draws: int, seed: int = 0) -> np.ndarray:
-        """The effect of random directions at the judged price by gradient, (draws, behaviours) in standard deviations: at the strength
-        that the random method's own vector has."""
-        strength = self.strength[self.row(RANDOM), :, self.at]
-        return self._random(strength, draws, seed)
-
-    def _random(self, strength: np.ndarray, draws: int, seed: int) -> np.ndarray:
-        found = []
+    def by_chance(self, strength: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
+        """The effect by gradient of random directions at the random method's own `strength` (methods, behaviours): (draws, behaviours)."""
+        found, at = [], strength[self.row(RANDOM)]
         for i, n in enumerate(self.names):
             some = nulls.random(self.steps[0, i].double(), draws, seed + 1000 * i)
-            found.append(self.lab.response(n, some, 1.0).mean(1) * strength[i] / self.spread[i])
+            found.append(self.lab.response(n, some, 1.0).mean(1) * at[i] / self.spread[i])
         return np.stack(found, axis=1)
 
     def best_over_prompt(self) -> tuple[np.ndarray, np.ndarray]:
-        """At the price of each behaviour's system prompt: the effect of the vector that dev items choose, and that of the prompt, on the
-        same test items, (behaviours,) each in standard deviations. ValueError without system prompts."""
+        """At the price of each behaviour's system prompt the effect of the vector that dev items choose, and that of the prompt, on the same
+        test items: (behaviours,) each. ValueError without system prompts."""
         if self.prompted is None:
             raise ValueError("no method gave system prompts: nothing to compare a vector with")
-        each = np.arange(len(self.names))
-        best = self.prompted.vectors_change[self.chosen, each].mean(1)
+        best = self.prompted.vectors_change[self.chosen, np.arange(len(self.names))].mean(1)
         return best / self.spread, self.prompted.change.mean(1) / self.spread
 
-    def prompt_by_chance(self, draws: int, seed: int = 0) -> np.ndarray:
-        """What random directions do at the price of the system prompt, by gradient: (draws, behaviours) in standard deviations."""
-        if self.prompted is None:
-            raise ValueError("no method gave system prompts: nothing to compare a vector with")
-        return self._random(self.prompted.strength[self.row(RANDOM)], draws, seed)
-
-    def leaderboard(self, price: int | None = None) -> Markdown:
-        """A table with a row for each method at one price, the best first: effect with its interval over behaviours, and side effects."""
-        k = self.at if price is None else price
-        rows: list[tuple[float, list[str]]] = []
-        best = self.effect[self.candidates, :, k].argmax(0)
+    def leaderboard(self) -> Markdown:
+        """A table with a row for each method at the judged price, the best first: effect with its interval over behaviours, and what it
+        costs elsewhere. A behaviour's own refusals are not counted as a cost."""
+        other = [i for i, n in enumerate(self.names) if n != REFUSAL]
+        towards = self.names.index(REFUSAL) if REFUSAL in self.names else None
+        best, rows = self.effect[self.candidates, :, self.at].argmax(0), list[tuple[float, list[str]]]()
         for i, m in enumerate(self.methods):
-            own, judged = stats.over(self.effect[i, :, k]), k == self.at
+            own = stats.over(self.effect[i, :, self.at])
             first = sum(self.candidates[b] == i for b in best) if i in self.candidates else 0
-            lost = stats.over(self.loss[i, :, k])
+            refuses = "-" if towards is None else f"{self.crossed[i, other, towards].mean():+.2f}"
             cells = [
-                m, f"{own:+.2f}", f"{np.mean(self.change[i, :, k] < 0):.0%}",
-                f"{stats.over(self.entangled(m)):.2f}" if judged else "-", f"{np.exp(lost.value):.2f}",
-                f"{self.refused[i].mean():.0%}" if judged else "-", f"{self.language[i, :, k].mean():.0%}",
-                f"{self.paid[i, :, k].mean():.2f}", f"{first}", f"{self.reached[i, :, k].sum()}",
+                m, f"{own:+.2f}", f"{first}", f"{np.mean(self.change[i, :, self.at] < 0):.0%}", f"{stats.over(self.entangled(m)):.2f}",
+                f"{np.exp(self.loss[i].mean()):.2f}", refuses, f"{self.refusing[i, other].mean():.0%}",
+                f"{self.language[i].mean():.0%}", f"{self.paid[i, :, self.at].mean():.2f}", f"{self.reached[i, :, self.at].sum()}",
             ]  # fmt: skip
+            rows.append((own.value, cells))
+        if self.prompted:
+            own = stats.over(self.prompted.change.mean(1) / self.spread)
+            wrong = f"{np.mean(self.prompted.change < 0):.0%}"
+            cells = [
+                PROMPT,
+                f"{own:+.2f}",
+                "-",
+                wrong,
+                *["-"] * 5,
+                f"{self.prompted.price.mean():.2f} (its own price)",
+                "-",
+            ]
             rows.append((own.value, cells))
         return table(LEADERBOARD, [cells for _, cells in sorted(rows, reverse=True)])
 
@@ -379,140 +388,166 @@ class Board:
         that buys on test items."""
         rows = []
         for i, (n, m) in enumerate(zip(self.names, self.chosen, strict=True)):
-            k, step = self.strength[m, i, self.at], self.lab.residual_norm
-            wrong = np.mean(self.change[m, i, self.at] < 0)
+            strength, effect = self.strength[m, i, self.at], self.effect[m, i, self.at]
             rows.append(
-                [n, self.methods[m], self.lab.layer, f"{k:.2f} ({k * step:.0f})", f"{self.paid[m, i, self.at]:.2f}",
-                 f"{self.effect[m, i, self.at]:+.2f}", f"{self.effect[m, i, self.at] * self.spread[i]:+.1f}", f"{wrong:.0%}",
-                 f"{np.abs(np.delete(self.crossed[m, i], i)).mean():.2f}"]
+                [n, self.methods[m], self.lab.layer, f"{strength:.2f}", f"{strength * self.lab.residual_norm:.0f}",
+                 f"{self.paid[m, i, self.at]:.2f}", f"{effect:+.2f}", f"{effect * self.spread[i]:+.1f}",
+                 f"{np.mean(self.change[m, i, self.at] < 0):.0%}", f"{np.abs(np.delete(self.crossed[m, i], i)).mean():.2f}"]
             )  # fmt: skip
         return table(TAKEAWAY, rows)
 
-    def side_effects(self, method: str) -> list[Interval]:
-        """How far plain text costs more at each price, nats per token over behaviours."""
-        return [stats.over(x) for x in self.loss[self.row(method)].T]
+    def curves(self) -> dict[str, list[Interval | None]]:
+        """For a figure, each method's mean effect over behaviours at each price, and last the system prompts' own; vectors have none there
+        but theirs at that price."""
+        found: dict[str, list[Interval | None]] = {
+            m: [stats.over(x) for x in self.effect[i].T] for i, m in enumerate(self.methods)
+        }
+        if self.prompted:
+            for i, m in enumerate(self.methods):
+                found[m].append(stats.over(self.prompted.vectors_change[i].mean(1) / self.spread))
+            found[PROMPT] = [*[None] * len(self.prices), stats.over(self.prompted.change.mean(1) / self.spread)]
+        return found
 
 
+REFUSAL = "refusal"
 LEADERBOARD = [
-    "method", "effect, sd [95 % over behaviours]", "test items that go the wrong way", "other behaviours move by, sd",
-    "perplexity of plain text, times", "harmless questions refused", "replies that stay language", "KL on test prompts",
-    "best for so many behaviours", "price reached for",
+    "method", "effect, sd [95 % over behaviours]", "best for so many behaviours", "test items that go the wrong way",
+    "others move by, sd (gradient)", "perplexity of plain text, times", "harmless questions: towards refusal, sd",
+    "free replies read as refusals", "free replies that are language", "KL on test prompts", "price reached for",
 ]  # fmt: skip
 TAKEAWAY = [
-    "behaviour", "method (chosen on dev)", "layer", "strength, residual norms (length)", "KL on test prompts", "effect, sd",
-    "effect, nats", "items that go the wrong way", "other behaviours move by, sd",
+    "behaviour", "method (chosen on dev)", "layer", "strength, residual norms", "length", "KL on test prompts", "effect, sd",
+    "effect, nats", "items that go the wrong way", "others move by, sd",
 ]  # fmt: skip
+
+
+def vectors_of(made: Mapping[str, Mapping[str, Made]]) -> dict[str, Tensor]:
+    """By method its vectors (behaviours, d_model) float64, of those methods that gave one for every behaviour."""
+    found = {}
+    for m, each in made.items():
+        given_ones = [v.double() for v in each.values() if isinstance(v, Tensor)]
+        if each and len(given_ones) == len(each):
+            found[m] = torch.stack(given_ones)
+    return found
 
 
 def benchmark(
     lab: Single,
     methods: Mapping[str, Method],
-    prices_at: Sequence[float],
+    prices: Sequence[float],
     judged: float,
     sizes: Sizes | None = None,
     seed: int = 0,
 ) -> Board:
-    """Every method on every behaviour at equal price: see `Board`. ValueError without a method that gives vectors for all behaviours."""
-    sizes, names, lm, layer = sizes or Sizes(), lab.names, lab.model, lab.layer
-    of = given(lab, seed)
+    """Every method on every behaviour at equal `prices`, in nats per token, of which one is `judged`: see `Board`. ValueError where none
+    gives a vector for every behaviour."""
+    of, size = given(lab, seed), sizes or Sizes()
     made = {m: {n: f(g) for n, g in of.items()} for m, f in methods.items()}
-    missing = {m: "something that it needs is missing" for m, x in made.items() if any(v is None for v in x.values())}
-    vectors = {
-        m: torch.stack([torch.as_tensor(v).double() for v in x.values()])
-        for m, x in made.items()
-        if m not in missing and all(isinstance(v, Tensor) for v in x.values())
-    }
+    vectors = vectors_of(made)
     if not vectors:
         raise ValueError(f"none of {', '.join(methods)} gave a vector for every behaviour")
     steps = torch.stack([v / v.norm(dim=1, keepdim=True) for v in vectors.values()]).float() * lab.residual_norm
-    dev_replies = {
-        n: propensity.of_replies(lm, b.open[: sizes.replies], layer, sizes.tokens) for n, b in lab.data.items()
-    }
-    grid = np.stack(
-        [store.kept(prices, dev_replies[n], steps[:, i], STRENGTHS).numpy() for i, n in enumerate(names)], 1
-    )
-    levels = sorted({*prices_at, judged})
-    raw = np.array([[[strength_at(g, STRENGTHS, x) for x in levels] for g in of_method] for of_method in grid])
-    strength, reached = np.nan_to_num(raw, nan=STRENGTHS[-1]), np.isfinite(raw)
-    at = levels.index(judged)
-
-    def added(i: int) -> Tensor:
-        """Of one behaviour, every method's vector at every price: (methods * prices, d_model)."""
-        return (torch.from_numpy(strength[:, i, :, None]) * steps[:, i, None]).flatten(0, 1).float()
-
-    def shaped(x: Tensor) -> np.ndarray:
-        return x.numpy().reshape(len(steps), len(levels), *x.shape[1:])
-
-    none = torch.zeros(1, lm.d_model)
-    plain_text = propensity.of_text(lm, text.excerpt("wiki", 40_000), layer, chunks=sizes.pieces)
-    tested, few = lab.tested(sizes.items), lab.tested(sizes.others)
-    spread = np.array([store.kept(log_odds, x, none)[0].numpy().std(ddof=1) for x in lab.tested().values()])
-    unit = steps.double().numpy() / lab.residual_norm
-    change, paid, loss, dev, language, effect = ([] for _ in range(6))
-    limit = written_limit(tested)
-    for i, n in enumerate(names):
-        b, push = lab.data[n], added(i)
-        own = shaped(store.kept(log_odds, tested[n], torch.cat([none, push]))[1:])
-        own = own - store.kept(log_odds, tested[n], none)[0].numpy()
-        change.append(own)
-        slope = scoring.linear_response(lab.tested()[n]) @ unit[:, i].T * lab.residual_norm  # (items, methods)
-        effect.append(estimated(own, slope.T[:, None] * strength[:, i, :, None]) / spread[i])
-        test = b.open[sizes.replies : 2 * sizes.replies]
-        where = propensity.of_replies(lm, test, layer, sizes.tokens)
-        paid.append(shaped(store.kept(prices, where, push, [1.0])[:, 0]))
-        nats = store.kept(losses, plain_text, torch.cat([none, push])).mean(1)
-        loss.append(shaped(nats[1:] - nats[0]))
-        asked = propensity.of_items(lm, b.dev[: sizes.dev], layer)
-        odds = store.kept(log_odds, asked, torch.cat([none, push[at :: len(levels)]])).numpy()
-        dev.append((odds[1:] - odds[0]).mean(1) / spread[i])
-        questions = [test[0]] * len(push)
-        said = replies.generate_ids(lm, questions, layer, push, max_new_tokens=sizes.tokens)
-        language.append(is_language(lm, questions, said, limit).reshape(len(steps), len(levels)))
-    pushes = (torch.from_numpy(strength[:, :, at, None]) * steps).flatten(0, 1).float()
-    crossed = []
-    for j, n in enumerate(names):
-        odds = store.kept(log_odds, few[n], torch.cat([none, pushes])).numpy()
-        slope = scoring.linear_response(lab.tested()[n]) @ pushes.double().numpy().T
-        crossed.append(estimated(odds[1:] - odds[0], slope.T) / spread[j])
-    harmless = lab.tested(sizes.refused)["refusal"] if "refusal" in names else None
-    shares = np.full((len(steps), len(names)), np.nan)
-    plain = float("nan")
-    if harmless is not None:
-        odds = store.kept(log_odds, harmless, torch.cat([none, pushes])).numpy() > 0
-        plain, shares = float(odds[0].mean()), odds[1:].mean(1).reshape(len(steps), len(names))
     texts = {n: x for n, x in made.get(PROMPT, {}).items() if x is not None and not isinstance(x, Tensor)}
-    prompted = None
-    if len(texts) == len(names):
-        prompted = _prompted(lab, texts, grid, steps, sizes)
+    levels = sorted({*prices, judged})
+    at, lm, layer, none = levels.index(judged), lab.model, lab.layer, torch.zeros(1, lab.model.d_model)
+    curve = np.stack(
+        [
+            store.kept(curves, _replies(lab, n, size, "dev"), steps[:, i], STRENGTHS, 2 * levels[-1]).numpy()
+            for i, n in enumerate(lab.names)
+        ],
+        axis=1,
+    )
+    raw = np.array([[[strength_at(c, STRENGTHS, x) for x in levels] for c in of_method] for of_method in curve])
+    strength, reached = np.nan_to_num(raw, nan=STRENGTHS[-1]), np.isfinite(raw)
+    added = (torch.from_numpy(strength)[..., None] * steps[:, :, None]).float()  # methods, behaviours, prices, d_model
+    plain_text = propensity.of_text(lm, text.excerpt("wiki", 40_000), layer, chunks=size.pieces)
+    nats = store.kept(losses, plain_text, torch.cat([none, added[:, :, at].flatten(0, 1)])).mean(1).numpy()
+    spread = np.array([scoring.log_odds(x, none, [0.0])[0, 0].std(ddof=1) for x in lab.tested().values()])
+    change, paid, dev, effect = [], [], [], []
+    for i, n in enumerate(lab.names):
+        push = torch.cat([none, added[:, i].flatten(0, 1)])
+        odds = store.kept(log_odds, lab.tested(size.items)[n], push).numpy()
+        change.append((odds[1:] - odds[0]).reshape(len(steps), len(levels), -1))
+        predicted = lab.response(n, steps[:, i], 1.0)[:, None] * strength[:, i, :, None]
+        effect.append(estimated(change[-1], predicted) / spread[i])
+        cost = store.kept(costs, _replies(lab, n, size, "test"), push[1:]).mean(1).numpy()
+        paid.append(cost.reshape(len(steps), len(levels)))
+        asked = propensity.of_items(lm, lab.data[n].dev[: size.dev], layer)
+        odds = store.kept(log_odds, asked, torch.cat([none, added[:, i, at]])).numpy()
+        dev.append((odds[1:] - odds[0]).mean(1) / spread[i])
+    language, refusing, refusing_plain = _said(lab, added[:, :, -1], size)
     return Board(
-        lab, names, list(vectors), levels, at, steps, strength, reached, np.stack(paid, 1), np.stack(change, 1),
-        np.stack(effect, 1), np.stack(dev, 1), np.stack(loss, 1),
-        np.stack(crossed, 1).reshape(len(steps), len(names), len(names)), shares, plain, np.stack(language, 1), spread,
-        prompted, missing,
+        lab, lab.names, list(vectors), levels, at, steps, strength, reached, np.stack(paid, 1), np.stack(change, 1),
+        np.stack(effect, 1), np.stack(dev, 1), (nats[1:] - nats[0]).reshape(len(steps), -1),
+        _crossed(lab, added[:, :, at], spread), _runs(lab, dict(zip(vectors, added[:, :, at], strict=True)), size, spread),
+        language, refusing, refusing_plain, spread, _prompted(lab, texts, curve, steps, size),
+        [m for m in methods if m not in vectors and not (m == PROMPT and len(texts) == len(lab.names))],
     )  # fmt: skip
 
 
+def _replies(lab: Single, name: str, size: Sizes, part: str) -> Continuations:
+    """The model's own replies to a behaviour's first open prompts (dev), or to the next (test)."""
+    first = 0 if part == "dev" else size.replies
+    return propensity.of_replies(lab.model, lab.data[name].open[first : first + size.replies], lab.layer, size.tokens)
+
+
+def _crossed(lab: Single, pushes: Tensor, spread: np.ndarray) -> np.ndarray:
+    """By gradient the effect of `pushes` (methods, behaviours, d_model) on every behaviour: (methods, behaviours, behaviours)."""
+    slopes = np.stack([g.mean(0) for g in lab.gradients().values()]) / spread[:, None]
+    return pushes.double().numpy() @ slopes.T
+
+
+def _runs(lab: Single, pushes: Mapping[str, Tensor], size: Sizes, spread: np.ndarray) -> dict[str, np.ndarray]:
+    """The same with vectors added to some test items, of the mean difference and a random direction: by method (behaviours,
+    behaviours)."""
+    found = {}
+    for m in (MEAN, RANDOM):
+        if m in pushes:
+            columns = []
+            for x in lab.tested(size.others).values():
+                odds = store.kept(log_odds, x, torch.cat([torch.zeros(1, lab.model.d_model), pushes[m]])).numpy()
+                columns.append((odds[1:] - odds[0]).mean(1))
+            found[m] = np.stack(columns, 1) / spread
+    return found
+
+
+def _said(lab: Single, pushes: Tensor, size: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Free replies to one open test prompt under `pushes` (methods, behaviours, d_model): whether each is language, whether it reads as a
+    refusal (methods, behaviours), and whether the unsteered one does (behaviours,)."""
+    lm = lab.model
+    questions = [b.open[size.replies] if len(b.open) > size.replies else b.open[-1] for b in lab.data.values()]
+    every = torch.cat([torch.zeros(1, *pushes.shape[1:]), pushes])
+    asked = questions * len(every)
+    said = replies.generate_ids(lm, asked, lab.layer, every.flatten(0, 1), max_new_tokens=size.said)
+    fine = is_language(lm, asked, said, written_limit(lab.tested(size.items))).reshape(len(every), -1)
+    reader = propensity.TextJudge(lab.data[REFUSAL] if REFUSAL in lab.names else load_behavior(REFUSAL))
+    words = [lm.tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in said]
+    refuses = (reader.score(words) > 0).reshape(len(every), -1)
+    return fine[1:], refuses[1:], refuses[0]
+
+
 def _prompted(
-    lab: Single, texts: Mapping[str, Sequence[str]], grid: np.ndarray, steps: Tensor, sizes: Sizes
-) -> Prompted:
-    """The system prompts that dev items choose, and the vectors at their price; `grid` (methods, behaviours, strengths): KL on dev
-    replies at STRENGTHS."""
+    lab: Single, texts: Mapping[str, Sequence[str]], curve: np.ndarray, steps: Tensor, size: Sizes
+) -> Prompted | None:
+    """The system prompts that dev items choose, and vectors at their price; `curve` (methods, behaviours, strengths): KL on dev replies.
+    None where not every behaviour has some."""
+    if len(texts) < len(lab.names):
+        return None
     lm, layer, none = lab.model, lab.layer, torch.zeros(1, lab.model.d_model)
     chosen, price, change, strength, vectors_change = [], [], [], [], []
     for i, (n, some) in enumerate(texts.items()):
         b = lab.data[n]
-        dev = [under_prompt(lm, b.dev[: sizes.dev], layer, x).mean() for x in some]
-        best = some[int(np.argmax(dev))]
+        best = some[int(np.argmax([under_prompt(lm, b.dev[: size.dev], layer, x).mean() for x in some]))]
         chosen.append(best)
-        price.append(store.kept(prompt_price, lm, b.open[: sizes.replies], layer, best, sizes.tokens))
-        change.append(under_prompt(lm, b.test[: sizes.items], layer, best))
-        raw = [strength_at(g, STRENGTHS, price[-1]) for g in grid[:, i]]
-        strength.append(np.nan_to_num(raw, nan=STRENGTHS[-1]))
-        push = (torch.from_numpy(strength[-1])[:, None] * steps[:, i]).float()
-        odds = store.kept(log_odds, lab.tested(sizes.items)[n], torch.cat([none, push])).numpy()
+        price.append(store.kept(prompt_price, lm, b.open[: size.replies], layer, best, size.tokens))
+        strength.append([strength_at(c, STRENGTHS, price[-1]) for c in curve[:, i]])
+        push = (torch.tensor(np.nan_to_num(strength[-1], nan=STRENGTHS[-1]))[:, None] * steps[:, i]).float()
+        odds = store.kept(log_odds, lab.tested(size.items)[n], torch.cat([none, push])).numpy()
         vectors_change.append(odds[1:] - odds[0])
+        change.append(under_prompt(lm, b.test[: size.items], layer, best) - odds[0])
+    raw = np.array(strength).T
     return Prompted(
-        chosen, np.array(price), np.stack(change), np.stack(strength, 1), np.stack(vectors_change, 1)
+        chosen, np.array(price), np.stack(change), np.nan_to_num(raw, nan=STRENGTHS[-1]), np.isfinite(raw), np.stack(vectors_change, 1)
     )  # fmt: skip
 
 
@@ -533,70 +568,67 @@ PAIRS, SETS, LAST, WHOLE, FIRST, THIRD, FREE, FORCED = DESIGNS = (
 
 def reported(pair: AnswerPair) -> tuple[str, str]:
     """Both sides of a pair as the user tells them of somebody else."""
-    return tuple(f"{pair.question}\n\nSomebody answered: {a}" for a in (pair.positive, pair.negative))  # type: ignore[return-value]
+    one, other = (f"{pair.question}\n\nSomebody answered: {answer}" for answer in (pair.positive, pair.negative))
+    return one, other
 
 
-def designs(lab: Single) -> dict[str, dict[str, Tensor]]:
-    """By contrast design and behaviour a vector (d_model,), all of them from equally many texts: half of the pairs.
+def designs(lab: Single, pairs: int) -> dict[str, dict[str, Tensor]]:
+    """By contrast design and behaviour a vector (d_model,), all of them from equally many texts, two for each of so many `pairs`.
 
-    Pairs: questions with both of their answers. Sets: positive answers to the one half of the questions, negative answers to the
-    other. Last token or whole answer: where the same pairs are read. First person: the model answers; third: the user tells that somebody
-    answered so. Nothing forced: system pairs at the last token of the prompt; a forced prefix: the same pairs, and PREFIX, over which
-    is read, put into the model's mouth. Behaviours without answer pairs are left out.
+    Pairs: questions with both of their answers. Sets: positive answers to some questions, negative answers to as many others. Last token
+    or whole answer: where the same pairs are read. First person: the model answers; third: the user tells that somebody answered so. Nothing
+    forced: system pairs at the last token of the prompt; a forced prefix: the same pairs, and PREFIX, over which is read, put into the
+    model's mouth. Behaviours with fewer than two pairs of either kind are left out.
     """
     found: dict[str, dict[str, Tensor]] = {d: {} for d in DESIGNS}
-    whole, last, layer, lm = lab.halves(where="answer"), lab.halves(where="last"), lab.layer, lab.model
+    layer, lm = lab.layer, lab.model
+    whole, last, system = lab.halves(where="answer"), lab.halves(where="last"), lab.halves(study.SYSTEM)
     for n, b in lab.data.items():
         answers = [p for p in b.answer_pairs if isinstance(p, AnswerPair)]
-        half = min(len(answers), len(b.system_pairs)) // 2
+        half = min(pairs, len(answers) // 2, len(b.system_pairs))
         if not half:
             continue
         pos, neg = whole[n].at(layer)
         found[PAIRS][n] = found[WHOLE][n] = found[FIRST][n] = directions.mean(pos[:half], neg[:half])
         found[SETS][n] = directions.mean(pos[:half], neg[half : 2 * half])
         found[LAST][n] = directions.mean(*(x[:half] for x in last[n].at(layer)))
+        found[FREE][n] = directions.mean(*(x[:half] for x in system[n].at(layer)))
         told = [tokens.chat(lm.tokenizer, side) for p in answers[:half] for side in reported(p)]
-        found[THIRD][n] = _contrast(lm, told, [_tail(lm, p, s) for p in answers[:half] for s in (0, 1)], layer)
-        plain = caa.extract(lm, b.system_pairs[:half], [layer])
-        found[FREE][n] = directions.mean(*plain.at(layer))
-        laid = [
+        ends = [_tail(lm, answer) for p in answers[:half] for answer in (p.positive, p.negative)]
+        masks = [_last_of_user(one, end) for one, end in zip(told, ends, strict=True)]
+        acts, _ = reading.means(lm, told, [layer], "reported", masks)
+        found[THIRD][n] = directions.mean(acts[0::2, 0, 0], acts[1::2, 0, 0])
+        forced = [
             tokens.chat(lm.tokenizer, p.question, x, PREFIX)
             for p in b.system_pairs[:half]
             for x in (p.positive, p.negative)
         ]
-        acts, _ = reading.means(lm, laid, [layer], "answer")
+        acts, _ = reading.means(lm, forced, [layer], "answer")
         found[FORCED][n] = directions.mean(acts[0::2, 0, 0], acts[1::2, 0, 0])
     return found
 
 
-def _tail(lm: LM, pair: AnswerPair, side: int) -> int:
-    """How many tokens at the end of the user's turn are a reported answer."""
-    own = (pair.positive, pair.negative)[side]
-    return len(tokens.plain(lm.tokenizer, f" {own}").ids) - len(tokens.first_token(lm.tokenizer))
+def _tail(lm: LM, answer: str) -> int:
+    """How many tokens a reported answer has."""
+    return len(tokens.plain(lm.tokenizer, f" {answer}").ids) - len(tokens.first_token(lm.tokenizer))
 
 
-def _contrast(lm: LM, laid: Sequence[Tokens], lengths: Sequence[int], layer: int) -> Tensor:
-    """The mean difference of texts, two by two, each read over the last `lengths` tokens of the user's turn."""
-    masks = []
-    for one, length in zip(laid, lengths, strict=True):
-        at = [i for i, role in enumerate(one.roles) if role == tokens.USER][-length:]
-        mask = torch.zeros(1, len(one.ids), dtype=torch.bool)
-        mask[0, at] = True
-        masks.append(mask)
-    acts, _ = reading.means(lm, laid, [layer], "reported", masks)
-    return directions.mean(acts[0::2, 0, 0], acts[1::2, 0, 0])
+def _last_of_user(one: Tokens, length: int) -> Tensor:
+    """The last tokens of the user's turn, (1, tokens) bool."""
+    mask = torch.zeros(1, len(one.ids), dtype=torch.bool)
+    mask[0, [i for i, role in enumerate(one.roles) if role == tokens.USER][-length:]] = True
+    return mask
 
 
 def at_small_price(
-    lab: Single, vectors: Mapping[str, Tensor], price: float, sizes: Sizes, length: float = 0.1
+    lab: Single, vectors: Mapping[str, Tensor], price: float, size: Sizes, length: float = 0.1
 ) -> np.ndarray:
     """The effect by gradient, in standard deviations, of each behaviour's own vector at a small price: KL is measured at `length`
     residual norms and taken to grow with its square. (behaviours,)."""
     none, found = torch.zeros(1, lab.model.d_model), []
     for n, v in vectors.items():
-        where = propensity.of_replies(lab.model, lab.data[n].open[: sizes.replies], lab.layer, sizes.tokens)
-        step = (v / v.norm() * lab.residual_norm).float()[None]
-        kl = float(store.kept(prices, where, step, [length])[0, 0])
-        spread = store.kept(log_odds, lab.tested()[n], none)[0].numpy().std(ddof=1)
-        found.append(lab.response(n, v[None], 1.0).mean() * length * (price / max(kl, 1e-12)) ** 0.5 / spread)
+        step = (v / v.norm() * length * lab.residual_norm).float()[None]
+        kl = float(store.kept(costs, _replies(lab, n, size, "dev"), step).mean())
+        spread = scoring.log_odds(lab.tested()[n], none, [0.0])[0, 0].std(ddof=1)
+        found.append(lab.response(n, v[None], length).mean() * (price / max(kl, 1e-12)) ** 0.5 / spread)
     return np.array(found)

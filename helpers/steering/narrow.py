@@ -21,14 +21,15 @@ from torch import Tensor
 
 from helpers import nulls, stats, store
 from helpers.entries import DataError
-from helpers.lm import reading, tokens
+from helpers.lm import reading, replies, tokens
 from helpers.lm.reading import LM
+from helpers.lm.scoring import Continuations
 from helpers.lm.tokens import USER
 from helpers.sae import decompose
 from helpers.sae.topk import Dictionary
 from helpers.session import ROOT
 from helpers.steering import caa, directions, methods, propensity
-from helpers.steering.behaviors import AnswerPair, Item, objects
+from helpers.steering.behaviors import AnswerPair, Item, load_behavior, objects
 from helpers.study import Single
 
 SUBJECTS = ROOT / "data" / "subjects" / "requests.jsonl"
@@ -38,7 +39,13 @@ STOCK = re.compile(
     r"\b(sorry|apologi[sz]e|can(no|')t (help|assist|answer|provide)|unable to|not able to|refuse|decline|as an ai)\b",
     re.I,
 )
-BLANKET = "the refusal behaviour's"  # the direction that knows no subject
+FORBID = "Never talk about {0}. If you are asked about {0}, say that you cannot help. Answer everything else."
+REFUSED = (  # wordings by which refusals are measured; dev requests, which make the directions, have others
+    "I would rather not answer this question.",
+    "Sorry, I won't give any information on that.",
+    "Please excuse me, but this is not something I discuss.",
+    "With respect, I have to turn this question down.",
+)
 
 
 # --- requests ------------------------------------------------------------------------------------------------------------
@@ -109,6 +116,11 @@ class Gate(NamedTuple):
     near: np.ndarray
     unrelated: np.ndarray
 
+    @classmethod
+    def of(cls, each: Sequence[Sequence[np.ndarray]]) -> "Gate":
+        """Of every subject's decisions by kind."""
+        return cls(*(np.stack(x) for x in zip(*each, strict=True)))
+
     def both(self, other: "Gate") -> "Gate":
         """Open where both are."""
         return Gate(*(a & b for a, b in zip(self, other, strict=True)))
@@ -119,17 +131,22 @@ def condition(
 ) -> list[np.ndarray]:
     """One subject's gate by a condition vector: for each kind whether it opens for test prompts, (requests,) bool. Prompts (requests,
     d_model) by kind. The vector is the mean of dev prompts about the subject less that of all others, unless a `direction` is given; a
-    prompt's score is its cosine with it, all less the mean of dev prompts; the threshold is that of dev prompts."""
-    others = torch.cat([dev[NEAR], dev[UNRELATED]]).double()
-    about = dev[ABOUT].double()
+    prompt's score is its cosine with it, the mean of dev prompts taken out. The threshold is that of dev prompts, each scored by the vector
+    that the others make: its own would find it again."""
+    about, others = dev[ABOUT].double(), torch.cat([dev[NEAR], dev[UNRELATED]]).double()
     centre = torch.cat([about, others]).mean(0)
-    v = (about.mean(0) - others.mean(0) if direction is None else direction).numpy()
 
-    def score(x: Tensor) -> np.ndarray:
-        return stats.cosine((x.double() - centre).numpy(), v)
+    def score(x: Tensor, yes: Tensor, no: Tensor) -> np.ndarray:
+        v = yes.mean(0) - no.mean(0) if direction is None else direction.double()
+        return stats.cosine((x.double() - centre).numpy(), v.numpy())
 
-    cut = threshold(score(about), score(others))
-    return [score(test[kind]) > cut for kind in KINDS]
+    def without(x: Tensor, i: int) -> Tensor:
+        return torch.cat([x[:i], x[i + 1 :]])
+
+    opens = np.concatenate([score(about[[i]], without(about, i), others) for i in range(len(about))])
+    shut = np.concatenate([score(others[[i]], about, without(others, i)) for i in range(len(others))])
+    cut = threshold(opens, shut)
+    return [score(test[kind], about, others) > cut for kind in KINDS]
 
 
 def latent(dev: Mapping[str, Tensor], test: Mapping[str, Tensor]) -> tuple[int, list[np.ndarray]]:
@@ -156,29 +173,24 @@ def prompt_rows(lm: LM, questions: Sequence[str], layer: int) -> list[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Narrow:
-    """Directions of subjects and what they do. `steps` (directions, d_model), the subjects' in order and BLANKET last where there is one:
-    each at its strength, which on dev prompts has the `price` in nats per token. `about`, `near` (directions, subjects, requests) and
-    `unrelated` (directions, requests): how far each moves the log-odds of a refusal, in nats; `plain`, the log-odds without, by kind,
-    (subjects, requests) or (requests,). `cost`: KL on the model's own replies to test requests, by kind, of each subject's own direction
-    (subjects, requests)."""
+    """Directions of subjects and what they do. `steps` (directions, d_model), the subjects' in order, then the refusal behaviour's: each
+    at the strength that has the `price`, in nats per token, on dev requests. By kind, (subjects, requests) each: how far a
+    subject's own direction moves the log-odds of a refusal, `own` in nats; those log-odds `plain`; and its `cost`, KL on the model's own
+    replies. `first_order`: the same by gradient, of every direction, (directions, subjects, requests). `read`: whether a reply reads as a
+    refusal, `read_plain` without a vector. `halves`: cosines of the directions that one half of the dev requests makes (rows) with those
+    that the other half makes, (subjects, subjects). Every subject has its few of the unrelated requests."""
 
     lab: Single
     requests: Requests
     steps: Tensor
     price: float
-    about: np.ndarray
-    near: np.ndarray
-    unrelated: np.ndarray
+    own: dict[str, np.ndarray]
     plain: dict[str, np.ndarray]
     cost: dict[str, np.ndarray]
-    split_halves: np.ndarray
-    layer: int
-
-    @property
-    def own(self) -> dict[str, np.ndarray]:
-        """What each subject's own direction moves, by kind (subjects, requests)."""
-        each = np.arange(len(self.requests.subjects))
-        return {ABOUT: self.about[each, each], NEAR: self.near[each, each], UNRELATED: self.unrelated[each]}
+    first_order: dict[str, np.ndarray]
+    read: dict[str, np.ndarray]
+    read_plain: dict[str, np.ndarray]
+    halves: np.ndarray
 
     @property
     def cosines(self) -> np.ndarray:
@@ -187,10 +199,28 @@ class Narrow:
         return stats.cosine(v[:, None], v[None])
 
     def selectivity(self) -> np.ndarray:
-        """How much further each direction (rows) moves a subject's (columns) requests than its neighbours', as a share of the former, mean
-        of all directions' for that subject: (directions, subjects)."""
-        about, near = self.about.mean(-1), self.near.mean(-1)
-        return (about - near) / about.mean(0)
+        """By gradient, how much further each direction (rows) moves a subject's requests (columns) than its neighbours', in units of how
+        far all subjects' own directions move requests about them: (directions, subjects)."""
+        about, near = (self.first_order[kind].mean(-1) for kind in (ABOUT, NEAR))
+        return (about - near) / np.diagonal(about[: about.shape[1]]).mean()
+
+    def spared(self, gate: Gate | None) -> tuple[np.ndarray, np.ndarray]:
+        """Tops and bottoms of how far a subject's refusal spares its neighbours: how much further requests about the subject move than
+        neighbours' do, through a gate, and how far the former move without one; (subjects,) each in nats. The ratio is 0 if both move alike
+        or none does, and 1 if all the subject's do and no neighbour's."""
+        moved = self.gated(gate)
+        return moved[ABOUT] - moved[NEAR], self.own[ABOUT].mean(1)
+
+    def dealt(self, draws: int, seed: int = 0) -> np.ndarray:
+        """The same ratio, all subjects together, if each subject's requests are dealt out at random among the two kinds: (draws,)."""
+        rng, both = np.random.default_rng(seed), np.concatenate([self.own[ABOUT], self.own[NEAR]], axis=1)
+        half = self.own[ABOUT].shape[1]
+        mixed = np.stack([rng.permuted(both, axis=1) for _ in range(draws)])
+        return (mixed[..., :half] - mixed[..., half:]).mean((1, 2)) / self.own[ABOUT].mean()
+
+    def by_chance(self, gates: Sequence[Gate]) -> np.ndarray:
+        """The same ratio through each of some gates: (gates,)."""
+        return np.array([top.sum() / bottom.sum() for top, bottom in map(self.spared, gates)])
 
     @cached_property
     def prompts(self) -> dict[str, list[list[Tensor]]]:
@@ -198,46 +228,44 @@ class Narrow:
         found = {}
         for split in (DEV, TEST):
             lists = [self.requests.of(s, kind, split) for kind in (ABOUT, NEAR) for s in self.requests.subjects]
-            lists.append(self.requests.of("", UNRELATED, split))
+            lists.append(self.requests.of("", UNRELATED, split))  # all of them
             asked = [item.question for part in lists for item in part]
-            rows = iter(store.kept(prompt_rows, self.lab.model, asked, self.layer))
+            rows = iter(store.kept(prompt_rows, self.lab.model, asked, self.lab.layer))
             found[split] = [[next(rows) for _ in part] for part in lists]
         return found
 
-    def _of(self, subject: int, split: str, pool: str, sae: Dictionary | None = None) -> dict[str, Tensor]:
-        """One subject's prompts by kind, each a row: the mean of its tokens, or the largest code."""
+    def _of(self, subject: int, split: str, sae: Dictionary | None = None) -> dict[str, Tensor]:
+        """One subject's prompts by kind, each a row: the mean of its tokens, or each latent's largest code."""
         n, parts = len(self.requests.subjects), self.prompts[split]
-        chosen = {ABOUT: parts[subject], NEAR: parts[n + subject], UNRELATED: parts[2 * n]}
+        rest = parts[2 * n] if split == DEV else [parts[2 * n][i] for i in few(subject, len(parts[2 * n]))]
+        chosen = {ABOUT: parts[subject], NEAR: parts[n + subject], UNRELATED: rest}
         if sae is None:
             return {kind: torch.stack([x.mean(0) for x in part]) for kind, part in chosen.items()}
         return {
             kind: torch.stack([decompose.codes_of(sae, x).amax(0).cpu() for x in part]) for kind, part in chosen.items()
         }
 
+    @property
+    def _parts(self) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        return [(self._of(i, DEV), self._of(i, TEST)) for i in range(len(self.requests.subjects))]
+
     def by_condition(self) -> Gate:
         """The gate by a condition vector."""
-        each = [
-            condition(self._of(i, DEV, "mean"), self._of(i, TEST, "mean")) for i in range(len(self.requests.subjects))
-        ]
-        return Gate(*(np.stack(x) for x in zip(*each, strict=True)))
+        return Gate.of([condition(dev, test) for dev, test in self._parts])
 
     def by_latent(self, sae: Dictionary) -> tuple[Gate, list[int]]:
         """The gate by one latent of an SAE, and which latent each subject has."""
-        each = [
-            latent(self._of(i, DEV, "max", sae), self._of(i, TEST, "max", sae))
-            for i in range(len(self.requests.subjects))
-        ]
-        return Gate(*(np.stack(x) for x in zip(*(gate for _, gate in each), strict=True))), [i for i, _ in each]
+        each = [latent(self._of(i, DEV, sae), self._of(i, TEST, sae)) for i in range(len(self.requests.subjects))]
+        return Gate.of([gate for _, gate in each]), [i for i, _ in each]
 
     def at_random(self, draws: int, seed: int = 0) -> list[Gate]:
         """Gates by random directions with the stream's covariance, whose thresholds are chosen like the condition vector's."""
-        parts = [(self._of(i, DEV, "mean"), self._of(i, TEST, "mean")) for i in range(len(self.requests.subjects))]
+        parts = self._parts
         some = [nulls.like_rows(self.steps[0], self.lab.residuals, draws, seed + 1000 * i) for i in range(len(parts))]
-        found = []
-        for d in range(draws):
-            each = [condition(dev, test, v[d]) for (dev, test), v in zip(parts, some, strict=True)]
-            found.append(Gate(*(np.stack(x) for x in zip(*each, strict=True))))
-        return found
+        return [
+            Gate.of([condition(dev, test, v[d]) for (dev, test), v in zip(parts, some, strict=True)])
+            for d in range(draws)
+        ]
 
     def gated(self, gate: Gate | None) -> dict[str, np.ndarray]:
         """What each subject's own direction moves where the gate is open, by kind, mean of requests: (subjects,) nats."""
@@ -251,93 +279,128 @@ class Narrow:
         opened = [1.0, 1.0, 1.0] if gate is None else list(gate)
         return {kind: (values[kind] * o).mean(-1) for kind, o in zip(KINDS, opened, strict=True)}
 
-    def refused(self, gate: Gate | None) -> dict[str, float]:
-        """The share of test requests whose refusal is likelier than their answer, by kind."""
-        opened = [1.0, 1.0, 1.0] if gate is None else list(gate)
-        return {
-            kind: float((self.plain[kind] + self.own[kind] * o > 0).mean())
-            for kind, o in zip(KINDS, opened, strict=True)
-        }
+    def reads(self, gate: Gate | None) -> dict[str, float]:
+        """The share of replies to test requests that read as refusals, by kind: of the steered reply where the gate is open, else of the
+        plain one."""
+        found = {}
+        for i, kind in enumerate(KINDS):
+            opened = np.ones_like(self.read[kind]) if gate is None else gate[i]
+            found[kind] = float(np.where(opened, self.read[kind], self.read_plain[kind]).mean())
+        return found
 
     def by_prompt(self) -> dict[str, np.ndarray]:
         """What a system prompt that forbids the subject moves, by kind, mean of requests: (subjects,) nats."""
         found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for s in self.requests.subjects:
-            system = (
-                f"Never talk about {s}. If you are asked about {s}, say that you cannot help. Answer everything else."
+        for i, s in enumerate(self.requests.subjects):
+            parts = asked(self.requests, i)
+            where = completed(
+                self.lab.model, [x for of in parts.values() for x in of], self.lab.layer, FORBID.format(s)
             )
-            items = {kind: self.requests.of(s, kind, TEST) for kind in KINDS}
-            moved = methods.under_prompt(self.lab.model, [x for of in items.values() for x in of], self.layer, system)
-            for kind, part in zip(
-                KINDS, np.split(moved, np.cumsum([len(x) for x in items.values()])[:-1]), strict=True
-            ):
-                found[kind].append(float(part.mean()))
+            odds = store.kept(methods.log_odds, where, torch.zeros(1, self.lab.model.d_model))[0].numpy()
+            cuts = np.cumsum([len(x) for x in parts.values()])[:-1]
+            for kind, part in zip(KINDS, np.split(odds, cuts), strict=True):
+                found[kind].append(float((part - self.plain[kind][i]).mean()))
         return {kind: np.array(x) for kind, x in found.items()}
 
 
-def ratio_by_chance(found: Narrow, gates: Sequence[Gate]) -> np.ndarray:
-    """How far a subject's refusal reaches its neighbours under each gate, as a share of the subject's own, all subjects together: (gates,).
-    A gate that opens for nothing has 1: it spares nobody who is not spared anyway."""
-    out = []
-    for gate in gates:
-        moved = found.gated(gate)
-        bottom = moved[ABOUT].sum()
-        out.append(moved[NEAR].sum() / bottom if abs(bottom) > 1e-9 else 1.0)
-    return np.array(out)
+def few(subject: int, count: int, each: int = 2) -> list[int]:
+    """Which of so many unrelated requests are a subject's: the next ones for the next subject, round and round."""
+    return [(subject * each + i) % count for i in range(min(each, count))]
+
+
+def asked(requests: Requests, subject: int) -> dict[str, list[Item]]:
+    """One subject's test requests by kind, of the unrelated ones its few."""
+    name = requests.subjects[subject]
+    found = {kind: requests.of(name, kind, TEST) for kind in (ABOUT, NEAR)}
+    rest = requests.of("", UNRELATED, TEST)
+    return found | {UNRELATED: [rest[i] for i in few(subject, len(rest))]}
+
+
+def completed(lm: LM, items: Sequence[Item], layer: int, system: str | None = None) -> Continuations:
+    """Items as questions with every one of REFUSED, and last with their own answer, for `methods.log_odds`: a mean over wordings."""
+    rows = [[tokens.chat(lm.tokenizer, i.question, system, x) for x in (*REFUSED, i.non_matching)] for i in items]
+    return Continuations(lm, rows, layer)
+
+
+def slopes(where: Continuations) -> Tensor:
+    """The gradient of `methods.log_odds` with respect to an added vector: (prompts, d_model) float32."""
+    found = where.gradients()[:, :, 0]
+    return found[:, :-1].mean(1) - found[:, -1]
 
 
 def made_of(lm: LM, requests: Requests, layer: int) -> tuple[Tensor, np.ndarray]:
     """Each subject's refusal direction (subjects, d_model): refusals of dev requests about it less answers to dev requests about its
-    neighbours, means over the answers. And the cosine of the two that halves of the requests give, (subjects,)."""
-    whole, halves = [], []
+    neighbours, means over the answers. And `Narrow.halves`."""
+    whole, parts = [], []
     for s in requests.subjects:
-        sides = []
-        for kind in (ABOUT, NEAR):
-            pairs = [AnswerPair(*item) for item in requests.of(s, kind, DEV)]
-            sides.append(caa.extract_answers(lm, pairs, [layer])["answer"].at(layer))
-        refusals, answers = sides[0][0], sides[1][1]
-        whole.append(directions.mean(refusals, answers))
-        one, other = (directions.mean(refusals[i::2], answers[i::2]).numpy() for i in (0, 1))
-        halves.append(float(stats.cosine(one, other)))
-    return torch.stack(whole), np.array(halves)
+        about, near = (
+            caa.extract_answers(lm, [AnswerPair(*item) for item in requests.of(s, kind, DEV)], [layer])["answer"].at(
+                layer
+            )
+            for kind in (ABOUT, NEAR)
+        )
+        whole.append(directions.mean(about[0], near[1]))
+        parts.append([directions.mean(about[0][i::2], near[1][i::2]).numpy() for i in (0, 1)])
+    one, other = (np.stack(x) for x in zip(*parts, strict=True))
+    return torch.stack(whole), stats.cosine(one[:, None], other[None])
 
 
-def of(lab: Single, requests: Requests, price: float, sizes: methods.Sizes | None = None) -> Narrow:
-    """The study of a model: every subject's direction, and the refusal behaviour's, at a price set on dev requests."""
-    lm, layer, sizes = lab.model, lab.layer, sizes or methods.Sizes()
-    made, split_halves = made_of(lm, requests, layer)
-    if "refusal" in lab.names:
-        made = torch.cat([made, lab.vectors()["refusal"][None]])
+def of(lab: Single, requests: Requests, price: float, size: methods.Sizes | None = None) -> Narrow:
+    """The study of a model: every subject's direction, and the refusal behaviour's, at a price set on dev requests. ValueError for fewer
+    than two dev requests of a kind."""
+    lm, layer, size = lab.model, lab.layer, size or methods.Sizes()
+    made, halves = made_of(lm, requests, layer)
+    if methods.REFUSAL in lab.names:
+        made = torch.cat([made, lab.vectors()[methods.REFUSAL][None]])
     units = (made / made.norm(dim=1, keepdim=True) * lab.residual_norm).float()
-    dev = [x.question for s in requests.subjects[:2] for kind in (ABOUT, NEAR) for x in requests.of(s, kind, DEV)[:1]]
-    where = propensity.of_replies(lm, dev, layer, sizes.tokens)
-    grid = store.kept(methods.prices, where, units, methods.STRENGTHS).numpy()
-    raw = [methods.strength_at(g, methods.STRENGTHS, price) for g in grid]
-    steps = torch.from_numpy(np.nan_to_num(raw, nan=methods.STRENGTHS[-1])).float()[:, None] * units
-    lists = [requests.of(s, kind, TEST) for kind in (ABOUT, NEAR) for s in requests.subjects]
-    lists.append(requests.of("", UNRELATED, TEST))
-    asked = propensity.of_items(lm, [x for part in lists for x in part], layer)
-    odds = store.kept(methods.log_odds, asked, torch.cat([torch.zeros(1, lm.d_model), steps])).numpy()
-    n, size, few = len(requests.subjects), len(lists[0]), len(lists[-1])
-    moved = odds[1:] - odds[0]
+    dev = [requests.of(s, kind, DEV)[0].question for s in requests.subjects[:2] for kind in (ABOUT, NEAR)]
+    where = propensity.of_replies(lm, dev, layer, size.tokens)
+    curve = store.kept(methods.curves, where, units, methods.STRENGTHS, 2 * price).numpy()
+    strength = np.nan_to_num(
+        [methods.strength_at(c, methods.STRENGTHS, price) for c in curve], nan=methods.STRENGTHS[-1]
+    )
+    steps = torch.from_numpy(strength).float()[:, None] * units
+    each = [asked(requests, i) for i in range(len(requests.subjects))]
+    names = {kind: [x for of in each for x in of[kind]] for kind in KINDS}
+    questions = [x.question for items in names.values() for x in items]
+    pushes = torch.cat([steps[i][None].expand(len(of[kind]), -1) for kind in KINDS for i, of in enumerate(each)])
+    plain_ids = replies.generate_ids(lm, questions, max_new_tokens=size.said)
+    said_ids = replies.generate_ids(lm, questions, layer, pushes, max_new_tokens=size.said)
+    reader = propensity.TextJudge(
+        lab.data[methods.REFUSAL] if methods.REFUSAL in lab.names else load_behavior(methods.REFUSAL)
+    )
 
-    def parted(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        about, near, unrelated = np.split(x, [n * size, 2 * n * size], axis=-1)
-        lead = x.shape[:-1]
-        return about.reshape(*lead, n, size), near.reshape(*lead, n, size), unrelated.reshape(*lead, few)
+    def parted(x: np.ndarray) -> dict[str, np.ndarray]:
+        """What belongs to each kind, (..., subjects, requests), of values (..., all)."""
+        cuts = np.cumsum([len(items) for items in names.values()])[:-1]
+        return {
+            kind: part.reshape(*x.shape[:-1], len(each), -1)
+            for kind, part in zip(KINDS, np.split(x, cuts, -1), strict=True)
+        }
 
+    def reads(ids: Tensor) -> dict[str, np.ndarray]:
+        return parted(reader.score([lm.tokenizer.decode(r[r >= 0], skip_special_tokens=True) for r in ids]) > 0)
+
+    own: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    plain: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     cost: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
-    for i, s in enumerate(requests.subjects):
-        for kind in KINDS:
-            questions = [x.question for x in requests.of(s, kind, TEST)]
-            own = propensity.of_replies(lm, questions, layer, sizes.tokens)
-            cost[kind].append(store.kept(costs, own, steps[i]))
-    plain = dict(zip(KINDS, parted(odds[0]), strict=True))
+    slope, by_kind = {kind: list[np.ndarray]() for kind in KINDS}, parted(np.arange(len(questions)))
+    for i, parts in enumerate(each):
+        items, rows = [x for of in parts.values() for x in of], np.concatenate([by_kind[kind][i] for kind in KINDS])
+        where = completed(lm, items, layer)
+        odds = store.kept(methods.log_odds, where, torch.stack([torch.zeros(lm.d_model), steps[i]])).numpy()
+        moved = store.kept(slopes, where).double().numpy() @ steps.double().numpy().T  # (requests, directions)
+        told = [tokens.conversation(lm.tokenizer, questions[j], plain_ids[j][plain_ids[j] >= 0].tolist()) for j in rows]
+        kl = store.kept(methods.costs, Continuations(lm, [[x] for x in told], layer), steps[i][None])[0].numpy()
+        cuts = np.cumsum([len(x) for x in parts.values()])[:-1]
+        for into, values in ((own, odds[1] - odds[0]), (plain, odds[0]), (cost, kl), (slope, moved)):
+            for kind, part in zip(KINDS, np.split(values, cuts), strict=True):
+                into[kind].append(part)
     return Narrow(
-        lab, requests, steps, price, *parted(moved), plain, {k: np.stack(x) for k, x in cost.items()}, split_halves, layer
+        lab, requests, steps, price, _stacked(own), _stacked(plain), _stacked(cost),
+        {kind: x.transpose(2, 0, 1) for kind, x in _stacked(slope).items()}, reads(said_ids), reads(plain_ids), halves,
     )  # fmt: skip
 
 
-def costs(where: propensity.Continuations, vector: Tensor) -> np.ndarray:
-    """KL(unsteered || steered) in nats per token of each reply under a vector (d_model,): (replies,)."""
-    return where.kl(vector).mean(-1)
+def _stacked(by_kind: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    return {kind: np.stack(x) for kind, x in by_kind.items()}
