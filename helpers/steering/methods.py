@@ -33,6 +33,7 @@ from helpers.steering import directions, propensity
 from helpers.steering.behaviors import AnswerPair, Item, SystemPair, load_behavior
 from helpers.study import Single
 
+REFUSAL = "refusal"  # the behaviour by which refusals are known
 LATENTS = 16  # rows of a dictionary that stand for a vector
 CANDIDATES = 2  # system prompts among which dev items choose
 TRAINED = "own.0"  # of `bank.KINDS`: trained on the pairs that the mean difference is made of
@@ -396,20 +397,31 @@ class Board:
             )  # fmt: skip
         return table(TAKEAWAY, rows)
 
-    def curves(self) -> dict[str, list[Interval | None]]:
-        """For a figure, each method's mean effect over behaviours at each price, and last the system prompts' own; vectors have none there
-        but theirs at that price."""
+    def curves(self) -> tuple[list[float], dict[str, list[Interval | None]]]:
+        """For a figure: prices, and each method's mean effect over behaviours at each. Among them the geometric mean of what system prompts
+        cost, where vectors have their effect at every prompt's own price; prompts have none elsewhere."""
         found: dict[str, list[Interval | None]] = {
             m: [stats.over(x) for x in self.effect[i].T] for i, m in enumerate(self.methods)
         }
-        if self.prompted:
-            for i, m in enumerate(self.methods):
-                found[m].append(stats.over(self.prompted.vectors_change[i].mean(1) / self.spread))
-            found[PROMPT] = [*[None] * len(self.prices), stats.over(self.prompted.change.mean(1) / self.spread)]
+        if self.prompted is None:
+            return self.prices, found
+        x = [*self.prices, float(np.exp(np.log(self.prompted.price).mean()))]
+        for i, m in enumerate(self.methods):
+            found[m].append(stats.over(self.prompted.vectors_change[i].mean(1) / self.spread))
+        found[PROMPT] = [*[None] * len(self.prices), stats.over(self.prompted.change.mean(1) / self.spread)]
+        order = np.argsort(x)
+        return [x[i] for i in order], {m: [values[i] for i in order] for m, values in found.items()}
+
+    def trade_off(self) -> dict[str, tuple[list[float], list[float]]]:
+        """For a figure: of each method, at every price, how far others move (by gradient) and how far the own behaviour does, mean of
+        behaviours."""
+        found = {}
+        for i, m in enumerate(self.methods):
+            others = self.entangled(m)[:, None] * self.strength[i] / self.strength[i][:, [self.at]]
+            found[m] = others.mean(0).tolist(), self.effect[i].mean(0).tolist()
         return found
 
 
-REFUSAL = "refusal"
 LEADERBOARD = [
     "method", "effect, sd [95 % over behaviours]", "best for so many behaviours", "test items that go the wrong way",
     "others move by, sd (gradient)", "perplexity of plain text, times", "harmless questions: towards refusal, sd",

@@ -29,7 +29,7 @@ from helpers.sae import decompose
 from helpers.sae.topk import Dictionary
 from helpers.session import ROOT
 from helpers.steering import caa, directions, methods, propensity
-from helpers.steering.behaviors import AnswerPair, Item, load_behavior, objects
+from helpers.steering.behaviors import AnswerPair, Behavior, Item, load_behavior, objects
 from helpers.study import Single
 
 SUBJECTS = ROOT / "data" / "subjects" / "requests.jsonl"
@@ -288,6 +288,17 @@ class Narrow:
             found[kind] = float(np.where(opened, self.read[kind], self.read_plain[kind]).mean())
         return found
 
+    def cells(self, name: str, gate: Gate | None) -> list[str]:
+        """A row of a table under GATES: what a gate opens for, what moves and costs through it, and which replies read as refusals."""
+        opened = Gate(*(np.ones_like(self.own[kind], bool) for kind in KINDS)) if gate is None else gate
+        moved, paid, reads = self.gated(gate), self.paid(gate), self.reads(gate)
+        found = stats.ratio_if_clear(*self.spared(gate))
+        return [
+            name, " / ".join(f"{x.mean():.0%}" for x in opened), " / ".join(f"{moved[k].mean():+.1f}" for k in KINDS),
+            "not run" if found is None else f"{found:.2f}", " / ".join(f"{paid[k].mean():.2f}" for k in KINDS),
+            " / ".join(f"{reads[k]:.0%}" for k in KINDS),
+        ]  # fmt: skip
+
     def by_prompt(self) -> dict[str, np.ndarray]:
         """What a system prompt that forbids the subject moves, by kind, mean of requests: (subjects,) nats."""
         found: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -301,6 +312,26 @@ class Narrow:
             for kind, part in zip(KINDS, np.split(odds, cuts), strict=True):
                 found[kind].append(float((part - self.plain[kind][i]).mean()))
         return {kind: np.array(x) for kind, x in found.items()}
+
+
+GATES = [
+    "gate", "opens for: about / near / unrelated", "towards refusal, nats", "spares [95 % over subjects]",
+    "price, KL in nats per token", "replies that read as refusals",
+]  # fmt: skip
+
+
+def refusals(lab: Single) -> Behavior:
+    """The refusal behaviour, whether or not the study has it."""
+    return lab.data[methods.REFUSAL] if methods.REFUSAL in lab.names else load_behavior(methods.REFUSAL)
+
+
+def planted(seed: int = 0) -> dict[str, Tensor]:
+    """Prompts (8, 32) by kind whose answer is known: those about the subject lie on one side of a plane, all others on the other."""
+    g = torch.Generator().manual_seed(seed)
+    found = {kind: torch.randn(8, 32, generator=g) for kind in KINDS}
+    for kind in KINDS:
+        found[kind][:, 0] += 20 if kind == ABOUT else -20
+    return found
 
 
 def few(subject: int, count: int, each: int = 2) -> list[int]:
@@ -366,9 +397,7 @@ def of(lab: Single, requests: Requests, price: float, size: methods.Sizes | None
     pushes = torch.cat([steps[i][None].expand(len(of[kind]), -1) for kind in KINDS for i, of in enumerate(each)])
     plain_ids = replies.generate_ids(lm, questions, max_new_tokens=size.said)
     said_ids = replies.generate_ids(lm, questions, layer, pushes, max_new_tokens=size.said)
-    reader = propensity.TextJudge(
-        lab.data[methods.REFUSAL] if methods.REFUSAL in lab.names else load_behavior(methods.REFUSAL)
-    )
+    reader = propensity.TextJudge(refusals(lab))
 
     def parted(x: np.ndarray) -> dict[str, np.ndarray]:
         """What belongs to each kind, (..., subjects, requests), of values (..., all)."""
