@@ -20,13 +20,15 @@ import torch
 from IPython.display import Markdown
 from torch import Tensor
 
-from helpers import nulls, stats, store, study
+from helpers import nulls, session, stats, store, study
 from helpers.claims import table
 from helpers.comparisons import estimated
 from helpers.lm import reading, replies, scoring, text, tokens
 from helpers.lm.reading import LM
 from helpers.lm.scoring import Continuations
 from helpers.lm.tokens import ANSWER, Tokens
+from helpers.pair import diff
+from helpers.pair.bank import Bank
 from helpers.sae import decompose
 from helpers.stats import Interval
 from helpers.steering import directions, propensity
@@ -138,15 +140,16 @@ METHODS: dict[str, Method] = {
 
 
 def given(lab: Single, seed: int = 0) -> dict[str, Given]:
-    """What methods get of each behaviour. Without `sae:` or `pair:` in the profile what these give is missing."""
-    profile = lab.session.profile
+    """What methods get of each behaviour. What a profile's sections `sae:` and `pair:` give is missing without them, and where a diff-SAE
+    is of another layer, or the bank of another model."""
+    profile, section = lab.session.profile, lab.session.profile.pair
     sae = decompose.rows_of(lab.sae(seed).sae) if profile.sae else None
-    diff, paths = None, dict[str, Tensor]()
-    if profile.pair and profile.sae:
-        two = study.pair(lab.session)
-        diff = two.diff_latents(seed)
-        same = two.before.model.identity == lab.model.identity
-        paths = two.bank.paths if two.bank and same else {}
+    settled = diff.settled(profile) if section and profile.sae else profile
+    trained = bool(settled.sae and settled.sae.train and not (section and section.diff and section.diff.stream))
+    here = bool(section and trained and settled.layer == lab.layer)
+    rows = study.pair(lab.session).diff_latents(seed) if here else None
+    bank = Bank(session.path(section.bank), section.base) if section and section.bank else None
+    paths = bank.paths if bank and bank.base == profile.chat else {}
     halves, vectors = lab.halves(), lab.vectors()
     found = {}
     for i, (n, h) in enumerate(halves.items()):
@@ -154,7 +157,7 @@ def given(lab: Single, seed: int = 0) -> dict[str, Given]:
         others = torch.stack([vectors[m] for m in after]) if after else vectors[n].new_zeros(0, lab.model.d_model)
         path = paths.get(f"{n}.{TRAINED}")
         found[n] = Given(
-            n, *h.at(lab.layer), lab.data[n].system_pairs, others, sae, diff,
+            n, *h.at(lab.layer), lab.data[n].system_pairs, others, sae, rows,
             None if path is None else path[-1], seed + i,
         )  # fmt: skip
     return found
