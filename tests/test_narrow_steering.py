@@ -154,7 +154,7 @@ def test_the_requests_are_whole_and_name_their_subject_alone():
     assert len({i.question for x in found.items.values() for i in x}) == 208
     for s in found.subjects:
         word = s.removeprefix("the ")
-        names = re.compile(rf"\b({word}|{word.removesuffix('s')})\b", re.I)
+        names = re.compile(rf"\b({word}|{word.removesuffix('s')})s?\b", re.I)
         for (owner, kind, _), items in found.items.items():
             named = [bool(names.search(i.question)) for i in items]
             assert all(named) if (owner, kind) == (s, narrow.ABOUT) else not any(named), (s, owner, kind)

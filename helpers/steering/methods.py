@@ -408,7 +408,7 @@ class Board:
         }
         if self.prompted is None:
             return self.prices, found
-        x = [*self.prices, float(np.exp(np.log(self.prompted.price).mean()))]
+        x = [*self.prices, float(f"{np.exp(np.log(self.prompted.price).mean()):.2g}")]
         for i, m in enumerate(self.methods):
             found[m].append(stats.over(self.prompted.vectors_change[i].mean(1) / self.spread))
         found[PROMPT] = [*[None] * len(self.prices), stats.over(self.prompted.change.mean(1) / self.spread)]
@@ -453,10 +453,11 @@ def benchmark(
     judged: float,
     sizes: Sizes | None = None,
     seed: int = 0,
+    known: Mapping[str, Given] | None = None,
 ) -> Board:
-    """Every method on every behaviour at equal `prices`, in nats per token, of which one is `judged`: see `Board`. ValueError where none
-    gives a vector for every behaviour."""
-    of, size = given(lab, seed), sizes or Sizes()
+    """Every method on every behaviour at equal `prices`, in nats per token, of which one is `judged`: see `Board`. `known`: what methods
+    get, `given(lab, seed)` by default. ValueError where none gives a vector for every behaviour."""
+    of, size = known or given(lab, seed), sizes or Sizes()
     made = {m: {n: f(g) for n, g in of.items()} for m, f in methods.items()}
     vectors = vectors_of(made)
     if not vectors:
