@@ -465,7 +465,7 @@ def benchmark(
     steps = torch.stack([v / v.norm(dim=1, keepdim=True) for v in vectors.values()]).float() * lab.residual_norm
     texts = {n: x for n, x in made.get(PROMPT, {}).items() if x is not None and not isinstance(x, Tensor)}
     levels = sorted({*prices, judged})
-    at, lm, layer, none = levels.index(judged), lab.model, lab.layer, torch.zeros(1, lab.model.d_model)
+    at, none = levels.index(judged), torch.zeros(1, lab.model.d_model)
     curve = np.stack(
         [
             store.kept(curves, _replies(lab, n, size, "dev"), steps[:, i], STRENGTHS, 2 * levels[-1]).numpy()
@@ -476,29 +476,48 @@ def benchmark(
     raw = np.array([[[strength_at(c, STRENGTHS, x) for x in levels] for c in of_method] for of_method in curve])
     strength, reached = np.nan_to_num(raw, nan=STRENGTHS[-1]), np.isfinite(raw)
     added = (torch.from_numpy(strength)[..., None] * steps[:, :, None]).float()  # methods, behaviours, prices, d_model
-    plain_text = propensity.of_text(lm, text.excerpt("wiki", 40_000), layer, chunks=size.pieces)
-    nats = store.kept(losses, plain_text, torch.cat([none, added[:, :, at].flatten(0, 1)])).mean(1).numpy()
     spread = np.array([scoring.log_odds(x, none, [0.0])[0, 0].std(ddof=1) for x in lab.tested().values()])
-    change, paid, dev, effect = [], [], [], []
-    for i, n in enumerate(lab.names):
-        push = torch.cat([none, added[:, i].flatten(0, 1)])
-        odds = store.kept(log_odds, lab.tested(size.items)[n], push).numpy()
-        change.append((odds[1:] - odds[0]).reshape(len(steps), len(levels), -1))
-        predicted = lab.response(n, steps[:, i], 1.0)[:, None] * strength[:, i, :, None]
-        effect.append(estimated(change[-1], predicted) / spread[i])
-        cost = store.kept(costs, _replies(lab, n, size, "test"), push[1:]).mean(1).numpy()
-        paid.append(cost.reshape(len(steps), len(levels)))
-        asked = propensity.of_items(lm, lab.data[n].dev[: size.dev], layer)
-        odds = store.kept(log_odds, asked, torch.cat([none, added[:, i, at]])).numpy()
-        dev.append((odds[1:] - odds[0]).mean(1) / spread[i])
+    each = [_bought(lab, n, added[:, i], at, size) for i, n in enumerate(lab.names)]
+    change, paid, effect, dev = (np.stack(x, 1) for x in zip(*each, strict=True))
     language, refusing, refusing_plain = _said(lab, added[:, :, -1], size)
+    runs = _runs(lab, dict(zip(vectors, added[:, :, at], strict=True)), size, spread)
     return Board(
-        lab, lab.names, list(vectors), levels, at, steps, strength, reached, np.stack(paid, 1), np.stack(change, 1),
-        np.stack(effect, 1), np.stack(dev, 1), (nats[1:] - nats[0]).reshape(len(steps), -1),
-        _crossed(lab, added[:, :, at], spread), _runs(lab, dict(zip(vectors, added[:, :, at], strict=True)), size, spread),
-        language, refusing, refusing_plain, spread, _prompted(lab, texts, curve, steps, size),
+        lab, lab.names, list(vectors), levels, at, steps, strength, reached, paid, change,
+        effect / spread[:, None], dev / spread, _on_text(lab, added[:, :, at], size), _crossed(lab, added[:, :, at], spread),
+        runs, language, refusing, refusing_plain, spread, _prompted(lab, texts, curve, steps, size),
         [m for m in methods if m not in vectors and not (m == PROMPT and len(texts) == len(lab.names))],
     )  # fmt: skip
+
+
+class _Bought(NamedTuple):
+    """Of one behaviour, in nats: `change` (methods, prices, items), `paid` and `effect` (methods, prices), `dev` (methods,)."""
+
+    change: np.ndarray
+    paid: np.ndarray
+    effect: np.ndarray
+    dev: np.ndarray
+
+
+def _bought(lab: Single, name: str, added: Tensor, at: int, size: Sizes) -> _Bought:
+    """What a behaviour's own vectors `added` (methods, prices, d_model) buy on its test items and dev items, and cost on test prompts."""
+    shape, flat = added.shape[:2], added.flatten(0, 1)
+    none = torch.zeros(1, added.shape[-1])
+    odds = store.kept(log_odds, lab.tested(size.items)[name], torch.cat([none, flat])).numpy()
+    change = (odds[1:] - odds[0]).reshape(*shape, -1)
+    slopes = scoring.linear_response(lab.tested()[name])  # of all items
+    predicted = (flat.double().numpy() @ slopes.T).reshape(*shape, -1)
+    paid = store.kept(costs, _replies(lab, name, size, "test"), flat).mean(1).numpy().reshape(shape)
+    asked = propensity.of_items(lab.model, lab.data[name].dev[: size.dev], lab.layer)
+    dev = store.kept(log_odds, asked, torch.cat([none, added[:, at]])).numpy()
+    return _Bought(change, paid, estimated(change, predicted), (dev[1:] - dev[0]).mean(1))
+
+
+def _on_text(lab: Single, pushes: Tensor, size: Sizes) -> np.ndarray:
+    """What plain text costs more under `pushes` (methods, behaviours, d_model), nats per token: (methods, behaviours)."""
+    where = propensity.of_text(lab.model, text.excerpt("wiki", 40_000), lab.layer, chunks=size.pieces)
+    every = torch.cat([torch.zeros(1, pushes.shape[-1]), pushes.flatten(0, 1)])
+    nats = store.kept(losses, where, every).mean(1).numpy()
+    return (nats[1:] - nats[0]).reshape(pushes.shape[:2])
 
 
 def _replies(lab: Single, name: str, size: Sizes, part: str) -> Continuations:
