@@ -173,10 +173,11 @@ def prompt_rows(lm: LM, questions: Sequence[str], layer: int) -> list[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Narrow:
-    """Directions of subjects and what they do. `steps` (directions, d_model), the subjects' in order, then the refusal behaviour's: each
+    """Directions of subjects and what they do. `steps` (directions, d_model), the subjects' in order, then one that knows no subject, the
+    refusal behaviour's: each
     at the strength that has the `price`, in nats per token, on dev requests. By kind, (subjects, requests) each: how far a
-    subject's own direction moves the log-odds of a refusal, `own` in nats; those log-odds `plain`; and its `cost`, KL on the model's own
-    replies. `first_order`: the same by gradient, of every direction, (directions, subjects, requests). `read`: whether a reply reads as a
+    subject's own direction moves the log-odds of a refusal, in nats, `raw`, and `own`, without what answers differ by (`adjusted`); those
+    log-odds `plain`; and its `cost`, KL on the model's own replies. `first_order`: the same by gradient, of every direction, (directions, subjects, requests). `read`: whether a reply reads as a
     refusal, `read_plain` without a vector. `halves`: cosines of the directions that one half of the dev requests makes (rows) with those
     that the other half makes, (subjects, subjects). Every subject has its few of the unrelated requests."""
 
@@ -185,6 +186,7 @@ class Narrow:
     steps: Tensor
     price: float
     own: dict[str, np.ndarray]
+    raw: dict[str, np.ndarray]
     plain: dict[str, np.ndarray]
     cost: dict[str, np.ndarray]
     first_order: dict[str, np.ndarray]
@@ -359,6 +361,18 @@ def slopes(where: Continuations) -> Tensor:
     return found[:, :-1].mean(1) - found[:, -1]
 
 
+def adjusted(own: Mapping[str, np.ndarray], control: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What directions move by kind (subjects, requests), less what single requests differ by whoever asks: answers are given up more or
+    less easily, which scatters log-odds by nats. `control`: what a direction that knows no subject moves on the same requests. A control
+    variate: own - b (control - its mean over subjects and their neighbours), b by least squares on deviations from each kind's mean. It
+    takes nothing from a direction that knows its subject, since the control treats both kinds alike."""
+    some = (ABOUT, NEAR)
+    x, y = (np.concatenate([(v[k] - v[k].mean()).ravel() for k in some]) for v in (control, own))
+    b = float(x @ y / (x @ x)) if x @ x > 0 else 0.0
+    centre = float(np.mean([control[k].mean() for k in some]))
+    return {kind: own[kind] - b * (control[kind] - centre) for kind in own}
+
+
 def made_of(lm: LM, requests: Requests, layer: int) -> tuple[Tensor, np.ndarray]:
     """Each subject's refusal direction (subjects, d_model): refusals of dev requests about it less answers to dev requests about its
     neighbours, means over the answers. And `Narrow.halves`."""
@@ -381,8 +395,8 @@ def of(lab: Single, requests: Requests, price: float, size: methods.Sizes | None
     than two dev requests of a kind."""
     lm, layer, size = lab.model, lab.layer, size or methods.Sizes()
     made, halves = made_of(lm, requests, layer)
-    if methods.REFUSAL in lab.names:
-        made = torch.cat([made, lab.vectors()[methods.REFUSAL][None]])
+    blanket = lab.vectors()[methods.REFUSAL] if methods.REFUSAL in lab.names else made.mean(0)
+    made = torch.cat([made, blanket[None]])
     units = (made / made.norm(dim=1, keepdim=True) * lab.residual_norm).float()
     dev = [requests.of(s, kind, DEV)[0].question for s in requests.subjects[:2] for kind in (ABOUT, NEAR)]
     where = propensity.of_replies(lm, dev, layer, size.tokens)
@@ -410,23 +424,27 @@ def of(lab: Single, requests: Requests, price: float, size: methods.Sizes | None
     def reads(ids: Tensor) -> dict[str, np.ndarray]:
         return parted(reader.score([lm.tokenizer.decode(r[r >= 0], skip_special_tokens=True) for r in ids]) > 0)
 
-    own: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    raw: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    control: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     plain: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     cost: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     slope, by_kind = {kind: list[np.ndarray]() for kind in KINDS}, parted(np.arange(len(questions)))
     for i, parts in enumerate(each):
         items, rows = [x for of in parts.values() for x in of], np.concatenate([by_kind[kind][i] for kind in KINDS])
         where = completed(lm, items, layer)
-        odds = store.kept(methods.log_odds, where, torch.stack([torch.zeros(lm.d_model), steps[i]])).numpy()
+        pushed = torch.stack([torch.zeros(lm.d_model), steps[i], steps[-1]])
+        odds = store.kept(methods.log_odds, where, pushed).numpy()
         moved = store.kept(slopes, where).double().numpy() @ steps.double().numpy().T  # (requests, directions)
         told = [tokens.conversation(lm.tokenizer, questions[j], plain_ids[j][plain_ids[j] >= 0].tolist()) for j in rows]
         kl = store.kept(methods.costs, Continuations(lm, [[x] for x in told], layer), steps[i][None])[0].numpy()
         cuts = np.cumsum([len(x) for x in parts.values()])[:-1]
-        for into, values in ((own, odds[1] - odds[0]), (plain, odds[0]), (cost, kl), (slope, moved)):
+        for into, values in (
+            (raw, odds[1] - odds[0]), (control, odds[2] - odds[0]), (plain, odds[0]), (cost, kl), (slope, moved),
+        ):  # fmt: skip
             for kind, part in zip(KINDS, np.split(values, cuts), strict=True):
                 into[kind].append(part)
     return Narrow(
-        lab, requests, steps, price, _stacked(own), _stacked(plain), _stacked(cost),
+        lab, requests, steps, price, adjusted(_stacked(raw), _stacked(control)), _stacked(raw), _stacked(plain), _stacked(cost),
         {kind: x.transpose(2, 0, 1) for kind, x in _stacked(slope).items()}, reads(said_ids), reads(plain_ids), halves,
     )  # fmt: skip
 
