@@ -260,6 +260,14 @@ class Narrow:
         each = [latent(self._of(i, DEV, sae), self._of(i, TEST, sae)) for i in range(len(self.requests.subjects))]
         return Gate.of([gate for _, gate in each]), [i for i, _ in each]
 
+    def by_word(self) -> Gate:
+        """The gate that needs no model: it opens where a request holds the subject's name."""
+
+        def named(subject: str, kind: str) -> np.ndarray:
+            return np.array([subject.lower() in x.question.lower() for x in self.requests.of(subject, kind, TEST)])
+
+        return Gate.of([[named(subject, kind) for kind in KINDS] for subject in self.requests.subjects])
+
     def at_random(self, draws: int, seed: int = 0) -> list[Gate]:
         """Gates by random directions with the stream's covariance, whose thresholds are chosen like the condition vector's."""
         parts = self._parts
