@@ -296,7 +296,7 @@ def test_the_study_of_a_model_is_to_first_order_what_its_gradients_say(lab, best
     by_latent, which = found.by_latent(sae)
     assert by_latent.near.shape == (3, 2) and len(which) == 3
     named = found.by_word()
-    assert named.about.shape == by_latent.about.shape and named.about.all() and not named.unrelated.any()
+    assert [x.shape for x in named] == [x.shape for x in by_latent] and named.about.all() and not named.unrelated.any()
     assert {k: x.shape for k, x in found.by_prompt().items()} == dict.fromkeys(narrow.KINDS, (3,))
 
 

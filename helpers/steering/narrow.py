@@ -262,11 +262,11 @@ class Narrow:
 
     def by_word(self) -> Gate:
         """The gate that needs no model: it opens where a request holds the subject's name."""
-
-        def named(subject: str, kind: str) -> np.ndarray:
-            return np.array([subject.lower() in x.question.lower() for x in self.requests.of(subject, kind, TEST)])
-
-        return Gate.of([[named(subject, kind) for kind in KINDS] for subject in self.requests.subjects])
+        each = []
+        for i, subject in enumerate(self.requests.subjects):
+            items = asked(self.requests, i)
+            each.append([np.array([subject.lower() in x.question.lower() for x in items[kind]]) for kind in KINDS])
+        return Gate.of(each)
 
     def at_random(self, draws: int, seed: int = 0) -> list[Gate]:
         """Gates by random directions with the stream's covariance, whose thresholds are chosen like the condition vector's."""
