@@ -524,8 +524,17 @@ class Asked(NamedTuple):
 
     @property
     def rhos(self) -> mixtures.Rhos | None:
-        """The rhos that are not excluded."""
-        return self.ruler.read(self.value) if self.ruler else None
+        """The rhos that are not excluded. 0 stays open on a ruler that chance misleads, unless every rho up to a half is excluded."""
+        if not self.ruler:
+            return None
+        found = self.ruler.read(self.value)
+        return found._replace(low=0.0) if self.misled and found.low <= 0.5 else found
+
+    @property
+    def misled(self) -> bool:
+        """Whether the ruler calls changes by chance related, or the same, more often than `mixtures.WRONG`: it can tell the same, and not
+        the same, but nothing from chance."""
+        return self.ruler is not None and self.ruler.errors[2] > mixtures.WRONG
 
     @property
     def rho(self) -> float:
@@ -551,7 +560,9 @@ class Asked(NamedTuple):
         rhos = f"{self.rho:+.2f}, {self.rhos.low:.2f} to {self.rhos.high:.2f}" if self.rhos else "-"
         by_share = f"{self.rho_by_share:+.2f}" if self.second else "-"
         numbers = [f"{x.value:+.1f} [{x.low:+.1f}, {x.high:+.1f}]" for x in (self.nats, self.along)]
-        verdict = f"**{self.verdict}**" + (f": {self.why}" if self.why else "")
+        kept = self.misled and self.rhos is not None and not self.rhos.low
+        why = self.why or ("0 stays open: chance misleads its ruler" if kept else "")
+        verdict = f"**{self.verdict}**" + (f": {why}" if why else "")
         return [*numbers, by_share, f"{self.value:+.2f}", rhos, verdict]
 
 
@@ -806,7 +817,7 @@ class Two:
             )
         except NoRuler as error:
             return Asked(value, nats, along, None, str(error))
-        if not ruler.accepted:
+        if max(ruler.errors[:2]) > mixtures.WRONG:
             errs = ", ".join(f"{x:.0%}" for x in ruler.errors)
             return Asked(value, nats, along, None, f"at this shift its ruler errs too often ({errs})")
         return Asked(value, nats, along, ruler, "", second)

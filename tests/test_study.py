@@ -14,6 +14,7 @@ from test_decompose import sae_of
 from helpers import claims, comparisons, nulls, stats, study
 from helpers.lm import reading, scoring, tokens
 from helpers.lm.reading import LM
+from helpers.pair import mixtures
 from helpers.sae import activations, evaluation, evidence
 from helpers.sae.activations import Array
 from helpers.sae.latents import Latent
@@ -390,6 +391,26 @@ def test_moves_are_shifts_in_standard_deviations_less_the_unrelated_fine_tunes(c
     assert all(np.array_equal(x, moved["after"][n]) for n, x in changed.beyond().items())
     both = study.Two(changed.before, changed.after, changed.after, ("before", "after"), [])
     assert not any(x.any() for x in both.beyond().values())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "chance", "found", "verdict"),
+    [
+        (0.2, 0.4, 0.0, (0.2, 0.4), "related"),
+        (0.2, 0.4, 0.07, (0.0, 0.4), "not the same"),
+        (0.2, 0.7, 0.07, (0.0, 0.7), "undecided"),
+        (0.6, 1.0, 0.07, (0.6, 1.0), "same"),
+    ],
+)
+def test_a_ruler_that_chance_misleads_tells_the_same_and_not_the_same_but_nothing_from_chance(
+    low, high, chance, found, verdict
+):
+    ruler = SimpleNamespace(read=lambda value: mixtures.Rhos(low, high), rho=lambda v: 0.3, errors=(0.0, 0.0, chance))
+    nats = stats.Interval(3.0, 2.0, 4.0)
+    asked = study.Asked(0.3, nats, nats, ruler, "")
+    assert tuple(asked.rhos) == found and asked.verdict == verdict
+    assert asked.misled == (chance > 0)
+    assert ("chance misleads" in asked.cells()[-1]) == (found[0] == 0)
 
 
 def test_a_slow_machine_is_told_its_hours_before(changed, monkeypatch):
