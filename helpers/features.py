@@ -322,14 +322,12 @@ def can_train(lab: Single) -> bool:
 
 class Split(NamedTuple):
     """What dictionaries of other widths keep of the families of small ones: by small one and width (smalls, widths), the smallest width
-    first, which is another seed's; `thinned`, the same of as many latents as a small one has, drawn at random from each; `chance` (draws,
-    smalls, widths), of the whole ones turned at random, NaN where these are fewer; and how many `heirs` the latents of the first small one have by width, (widths,
-    latents)."""
+    first, which is another seed's; `thinned`, the same of as many latents as a small one has, drawn at random from each; and `chance`
+    (draws, smalls, widths), of the whole ones turned at random, NaN where these are fewer."""
 
     kept: np.ndarray
     thinned: np.ndarray
     chance: np.ndarray
-    heirs: np.ndarray
 
     def ceiling(self) -> np.ndarray:
         """What another seed of the smallest width keeps beyond chance (smalls,)."""
@@ -373,7 +371,7 @@ class Grown:
                 draws, start = ROTATIONS if j in (0, len(wide)) else FEW, self.seed + 100 * i + j
                 turned = store.kept(families.kept_by_chance, own, labels, other, rank, least, draws, start)
                 chance[:draws, i, j] = turned
-        return Split(kept, thinned, chance, np.stack([families.shares(rows[0], x) for x in [rows[1], *wide]]))
+        return Split(kept, thinned, chance)
 
 
 def grown(lab: Single, widths: Sequence[int], smalls: int, samples: int, seed: int = 0) -> Grown | None:

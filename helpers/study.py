@@ -829,15 +829,15 @@ class Two:
         return banks.at_items(base.model, fine_tune, items, v, base.layer, self.limit)
 
     def forecast(self, asks: int) -> str:
-        """About how long so many calls of `ask` take on this machine, from one timed pass; each call reads its items some five times,
-        a gradient's way back counted as two."""
+        """About how long so many calls of `ask` take on this machine, from one timed pass over items: each call is one, and every
+        behaviour is read once with its gradient, which is three."""
         base, n = self.before, len(self.before.names)
         laid = [t for x in base.tested().values() for group in x.sequences for t in group]
         some = laid[:: max(1, len(laid) // 16)][:16]
         began = time.perf_counter()
         reading.residuals(base.model, some, base.model.layers - 1)
         speed = sum(len(t.ids) for t in some) / (time.perf_counter() - began)
-        hours = 5 * asks * sum(len(t.ids) for t in laid) / n / speed / 3600
+        hours = (asks + 3 * n) * sum(len(t.ids) for t in laid) / n / speed / 3600
         took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
         return f"{asks} questions to fine-tunes at {speed:,.0f} tokens a second: about {took}, where nothing is kept"
 

@@ -8,11 +8,12 @@
 
 Needs requirements-pair.txt (peft). The loss is that of `aligned_pair`: DPO (Rafailov et al. 2023, arXiv:2305.18290) and the mean
 negative log-likelihood of the chosen answer (Pang et al. 2024, arXiv:2404.19733); an answer ends with the mark that ends a turn. Only
-answers are unembedded, and the reference's log-probabilities are computed once. Every sixth step looks at the behaviour's dev items
-and whether the model still speaks: plain text is at most `allowed` times as perplexing as before, and greedy replies repeat themselves
-in at most `repeats` more of their runs of three words. Training stops when the dev items have moved by `target` standard deviations,
-or after `most` steps; what is kept is the best look at which it still speaks. With `without`, the change of the stream after the profile's layer is kept at right angles to
-some directions while training, and free afterwards: CAFT (arXiv:2507.16795), of what training changes.
+answers are unembedded, and the reference's log-probabilities are computed once. Every few steps training looks at the behaviour's dev
+items, and at whether the model still speaks: plain text is at most `allowed` times as perplexing as before, and greedy replies repeat
+at most `repeats` more of their runs of three words. It stops when the dev items have moved by `target` standard deviations, or after
+`most` steps; what is kept is the best look at which the model still speaks. With `without`, the change of the stream after the
+profile's layer is kept at right angles to some directions while training, and free afterwards: CAFT (arXiv:2507.16795), of what
+training changes.
 """
 
 import argparse
@@ -65,10 +66,8 @@ SETTINGS = {
     "look": 6,
     "most": 42,
 }
-PIECES, ASKED = (
-    12,
-    6,
-)  # of plain text, 64 tokens each, and prompts that are answered at every look; the card's are others
+PIECES = 12  # of plain text, 64 tokens each, that a look reads; the card's are others
+ASKED = 6  # prompts that are answered at a look
 
 
 def flips(count: int, seed: int) -> list[bool]:
@@ -323,7 +322,7 @@ def train(plan: Plan, device: str = "cpu") -> None:
         loss.backward()
         optimiser.step()
         seen += sum(len(s.ids) for s in sequences)
-        log.append({"step": step, "loss": float(loss)})
+        log.append({"step": step, "loss": loss.item()})
         if step % how["look"] and step < last_step:
             continue
         log[-1] |= {"perplexity": perplexity(lm, pieces) / plain, "repeated": repetition(lm) - fluent}

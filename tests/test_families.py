@@ -137,7 +137,6 @@ def test_heirs_are_nearest_by_cosine():
     rows, other = torch.randn(9, 8, generator=g), 3 * torch.randn(31, 8, generator=g)
     nearest = cdist(other, rows, "cosine").argmin(1)
     np.testing.assert_array_equal(families.heirs(rows, other, block=5), nearest)
-    np.testing.assert_array_equal(families.shares(rows, other), np.bincount(nearest, minlength=9))
 
 
 def grown_from(rows, children, noise, seed):
@@ -170,7 +169,6 @@ def test_the_rule_of_growth_passes_dictionaries_that_split_and_refuses_others(ca
         assert abs(null).max() < 0.2 and null.mean() == pytest.approx(0)
         assert judged(claims.at_least(0.8, 0.1), stats.over(split.shares()[:, -1]), null) == wanted
         assert split.shares(thinned=True)[:, -1].mean() < split.shares()[:, -1].mean() + 0.1
-        assert split.heirs.shape == (2, 48) and split.heirs[1].sum() == 192
 
 
 # --- the map -------------------------------------------------------------------------------------------------------------

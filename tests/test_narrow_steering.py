@@ -288,7 +288,7 @@ def test_the_study_of_a_model_is_to_first_order_what_its_gradients_say(lab, best
         first = np.stack([found.first_order[kind][i, i] for i in range(3)])
         assert found.own[kind].shape == (3, 2) and found.raw[kind] == pytest.approx(first, rel=0.1, abs=0.02)
         assert (found.cost[kind] >= 0).all() and found.read[kind].shape == (3, 2)
-    assert found.steps.shape == (4, 48) and found.halves.shape == found.cosines.shape == (3, 3)
+    assert found.steps.shape == (4, 48) and found.halves.shape == (3, 3)
     assert found.selectivity().shape == (4, 3)
     gate, rest = found.by_condition(), found.at_random(3)
     assert gate.about.shape == (3, 2) and len(rest) == 3 and np.isfinite(found.by_chance(rest)).all()

@@ -421,7 +421,7 @@ def test_a_slow_machine_is_told_its_hours_before(changed, monkeypatch):
     assert "minutes" in quick and "hours" in slow
     laid = [t for x in changed.before.tested().values() for g in x.sequences for t in g]
     assert len(laid) == 16  # all of them were timed, so that one pass over a behaviour takes half a minute
-    assert slow.split("about ")[1].startswith(f"{300 * 5 * 30 / 3600:.1f} hours")
+    assert slow.split("about ")[1].startswith(f"{(300 + 3 * 2) * 30 / 3600:.1f} hours")
 
 
 def test_behaviours_whose_dev_items_moved_stand_for_the_trained_ones(changed, monkeypatch):

@@ -153,11 +153,6 @@ def kept_by_chance(
     return np.array(found)
 
 
-def shares(rows: Tensor, other: Tensor) -> np.ndarray:
-    """How many heirs each row has in another dictionary (n,)."""
-    return np.bincount(heirs(rows, other).numpy(), minlength=len(rows))
-
-
 # --- known answers -------------------------------------------------------------------------------------------------------
 
 

@@ -194,12 +194,6 @@ class Narrow:
     read_plain: dict[str, np.ndarray]
     halves: np.ndarray
 
-    @property
-    def cosines(self) -> np.ndarray:
-        """Cosines of the subjects' directions with one another, (subjects, subjects)."""
-        v = self.steps[: len(self.requests.subjects)].double().numpy()
-        return stats.cosine(v[:, None], v[None])
-
     def selectivity(self) -> np.ndarray:
         """By gradient, how much further each direction (rows) moves a subject's requests (columns) than its neighbours', in units of how
         far all subjects' own directions move requests about them: (directions, subjects)."""
