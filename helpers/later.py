@@ -147,8 +147,7 @@ class Later:
     @cached_property
     def _halves(self) -> dict[str, dict[int, tuple[evidence.Sides, evidence.Sides]]]:
         """By behaviour and layer, the sides of every other pair and of the rest."""
-        known = set(self.layers) <= set(self.lab._read)
-        read = self.lab.halves(layers=None if known else self.layers)
+        read = self.lab.halves(layers=self.layers)
         return {n: {k: evidence.halved(h.at(k)) for k in self.layers} for n, h in read.items()}
 
     def vectors(self, length: float) -> Tensor:

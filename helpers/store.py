@@ -19,6 +19,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -77,6 +78,7 @@ PLUMBING = (
 )  # where things lie and what is shown: no number depends on them
 
 
+@lru_cache
 def versions() -> dict[str, str]:
     """Installed versions of the libraries that numbers depend on."""
     return {name: metadata.version(name) for name in LIBRARIES}
@@ -333,7 +335,7 @@ T = typing.TypeVar("T")
 def kept(f: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:
     """f(*given, **named), kept on disk for the next time: for a slow, deterministic function of helpers, asked again in a warm run.
 
-    Its annotation says what it returns: a Tensor, an array, plain values, or NamedTuples, lists, tuples and dicts of these. The
+    Its annotation says what it returns: a Tensor, an array, plain values, or NamedTuples, dataclasses, lists, tuples and dicts of these. The
     entry depends on every argument, tensors and SAEs by their bits, models and harvests by what identifies them, and on the source of all helpers that `f` can reach.
     TypeError for an argument of another kind, ValueError for a function from elsewhere.
     """
@@ -371,6 +373,8 @@ def stated(value: object) -> object:
         return {str(name): stated(part) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
         return [stated(part) for part in value]
+    if is_dataclass(value):
+        return [type(value).__name__, *(stated(getattr(value, f.name)) for f in fields(value))]
     if value is None or isinstance(value, (str, int, float)):
         return value
     raise TypeError(
@@ -387,6 +391,8 @@ def _apart(value: Any, tensors: dict[str, Tensor]) -> Any:
         return name
     if isinstance(value, dict):
         return {name: _apart(part, tensors) for name, part in value.items()}
+    if is_dataclass(value):
+        value = [getattr(value, f.name) for f in fields(value)]
     if isinstance(value, (tuple, list)):
         return [_apart(part, tensors) for part in value]
     return value.item() if isinstance(value, np.generic) else value
@@ -401,9 +407,9 @@ def _together(hint: Any, part: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[part].numpy()
     if isinstance(part, dict):
         return {name: _together(inner[1], value, tensors) for name, value in part.items()}
-    if hasattr(hint, "_fields"):
+    if named := getattr(hint, "_fields", None) or tuple(getattr(hint, "__dataclass_fields__", ())):
         hints = typing.get_type_hints(hint)
-        return hint(*(_together(hints[name], value, tensors) for name, value in zip(hint._fields, part, strict=True)))
+        return hint(*(_together(hints[name], value, tensors) for name, value in zip(named, part, strict=True)))
     if isinstance(part, list):
         each = inner if len(inner) == len(part) and inner[-1] is not Ellipsis else inner[:1] * len(part)
         return (typing.get_origin(hint) or list)(

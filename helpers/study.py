@@ -20,7 +20,7 @@ import torch
 from IPython.display import Markdown
 from torch import Tensor
 
-from helpers import nulls, session, stats
+from helpers import nulls, session, stats, store
 from helpers.claims import table
 from helpers.comparisons import Compared, Doses, estimated
 from helpers.lm import models, reading, replies, scoring, text, tokens
@@ -76,6 +76,7 @@ class Single:
     layers: list[int]
     data: dict[str, Behavior]
     _asked: dict[tuple[str, int], dict[str, Continuations]] = field(default_factory=dict, repr=False)
+    _passes: dict[tuple[str, str, tuple[int, ...]], dict[str, Halves]] = field(default_factory=dict, repr=False)
 
     @property
     def names(self) -> list[str]:
@@ -84,8 +85,10 @@ class Single:
 
     @property
     def _read(self) -> list[int]:
-        """The layers that a pass over pairs reads: all at once, so that no notebook makes another's pass again."""
-        return self.layers if self.layer in self.layers else [*self.layers, self.layer]
+        """The layers that a pass over pairs reads, all at once, so that no notebook makes another's pass again: those looked at, the
+        one that is steered, and the next."""
+        also = (self.layer, min(self.layer + 1, self.model.layers - 1))
+        return [*self.layers, *(k for k in also if k not in self.layers)]
 
     @property
     def _prompts(self) -> list[tokens.Tokens]:
@@ -116,30 +119,36 @@ class Single:
         return Lengths(first, second, user, np.array([torch.cat(x).median() for x in every]))
 
     def halves(self, kind: str = ANSWERS, layers: Sequence[int] | None = None, where: str = "") -> dict[str, Halves]:
-        """What each behaviour's contrast pairs give at the layers looked at; read once, then cached.
+        """What each behaviour's contrast pairs give at the layers looked at, or at others; read once, then cached.
 
         Answer pairs at `where`, one of `caa.READ`, by default the profile's `answers`; system pairs and plain texts at the last
         position; PADDED pairs over all positions but fillers and special tokens (`parts`).
         """
-        at = list(layers or self._read)
         if kind == PADDED:
             return {n: part["masked"] for n, part in self.parts(layers).items()}
-        if kind == SYSTEM:
-            return {n: caa.extract(self.model, b.system_pairs, at) for n, b in self.data.items()}
-        where = where or self.session.profile.answers
-        return {n: self._answers(b, at)[where] for n, b in self.data.items()}
-
-    def _answers(self, b: Behavior, at: list[int]) -> dict[str, Halves]:
-        """A behaviour's answer pairs read at each place of `caa.READ`, from the same passes; plain texts have their last token alone."""
-        answers = [pair for pair in b.answer_pairs if isinstance(pair, AnswerPair)]
-        if answers:
-            return caa.extract_answers(self.model, answers, at)
-        return dict.fromkeys(caa.READ, caa.extract(self.model, b.answer_pairs, at))
+        place = (where or self.session.profile.answers) if kind == ANSWERS else SYSTEM
+        return {n: self._pass(b, kind, layers)[place] for n, b in self.data.items()}
 
     def parts(self, layers: Sequence[int] | None = None) -> dict[str, dict[str, Halves]]:
         """What each behaviour's padded system pairs give over each position set of `caa.PARTS`, from the same passes."""
-        at = list(layers or self._read)
-        return {n: caa.extract_padded(self.model, b.system_pairs, at, caa.PARTS) for n, b in self.data.items()}
+        return {n: self._pass(b, PADDED, layers) for n, b in self.data.items()}
+
+    def _pass(self, b: Behavior, kind: str, layers: Sequence[int] | None) -> dict[str, Halves]:
+        """What one pass over a behaviour's pairs of that kind gives, by place or position set; in memory from then on. Plain texts have
+        their last token alone."""
+        at = self._read if set(layers or ()) <= set(self._read) else list(layers or ())
+        if (key := (b.name, kind, tuple(at))) not in self._passes:
+            answers = [pair for pair in b.answer_pairs if isinstance(pair, AnswerPair)]
+            if kind == PADDED:
+                found = caa.extract_padded(self.model, b.system_pairs, at, caa.PARTS)
+            elif kind == SYSTEM:
+                found = {SYSTEM: caa.extract(self.model, b.system_pairs, at)}
+            elif answers:
+                found = caa.extract_answers(self.model, answers, at)
+            else:
+                found = dict.fromkeys(caa.READ, caa.extract(self.model, b.answer_pairs, at))
+            self._passes[key] = found
+        return self._passes[key]
 
     def as_source_001(self, names: Sequence[str] = (), pairs: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
         """Both sides (pairs, d_model) at the layer of the first padded system `pairs` (0: all) of each behaviour that has some (or of
@@ -300,7 +309,7 @@ class Single:
         deviation of random directions' responses (layers,)."""
         own, chance = {}, {}
         slopes = self.slopes(items, part)
-        for n, h in self.halves(kind, self.layers, where).items():
+        for n, h in self.halves(kind, where=where).items():
             at_each = slopes[n].mean(1) * length * self.lengths.stream[:, None]
             units = [directions.mean(*h.at(k)).numpy() for k in self.layers]
             own[n] = np.array([g @ u / np.linalg.norm(u) for g, u in zip(at_each, units, strict=True)])
@@ -576,6 +585,7 @@ class Two:
     unrelated: Single | None
     names: tuple[str, str]
     trained: list[str]
+    _shifts: dict[tuple[int, str], dict[str, dict[str, np.ndarray]]] = field(default_factory=dict, repr=False)
 
     @property
     def untrained(self) -> list[str]:
@@ -619,9 +629,11 @@ class Two:
             scored = {n: propensity.of_items(one.model, x, one.layer) for n, x in each.items()}
             return {n: scoring.log_odds(where, none, [0.0])[0, 0] for n, where in scored.items()}
 
-        start = odds(self.before)
-        found = {who: odds(one) for who, one in self.fine_tunes.items()}
-        return {who: {n: x - start[n] for n, x in by.items()} for who, by in found.items()}
+        if (items, part) not in self._shifts:
+            start = odds(self.before)
+            found = {who: odds(one) for who, one in self.fine_tunes.items()}
+            self._shifts[items, part] = {who: {n: x - start[n] for n, x in by.items()} for who, by in found.items()}
+        return self._shifts[items, part]
 
     def spreads(self) -> dict[str, float]:
         """The standard deviation of each behaviour's log-odds over its test items in the base, in nats: the unit in which
@@ -767,10 +779,10 @@ class Two:
     def by_layer(self) -> dict[str, np.ndarray]:
         """By fine-tune the cosine of every behaviour's vector with the mean change on its contrast pairs, at the same layer: (behaviours,
         layers)."""
-        before = self.before.halves(layers=self.before.layers)
+        before = self.before.halves()
         found = {}
         for who, one in self.fine_tunes.items():
-            after, table = one.halves(layers=self.before.layers), []
+            after, table = one.halves(), []
             for n in self.before.names:
                 both = [
                     (directions.mean(*before[n].at(k)), diff.at_pairs(before[n], after[n], k).mean)
@@ -788,7 +800,8 @@ class Two:
         found = {}
         for n, one in self.steered.items():
             with suppress(NoRuler):
-                found[n] = mixtures.ruler(measure, self._others(chance, n), one, nats, sizes, draws=draws, seed=seed)
+                others = self._others(chance, n)
+                found[n] = store.kept(mixtures.ruler, measure, others, one, nats, sizes, draws=draws, seed=seed)
         return found
 
     def ask(

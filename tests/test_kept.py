@@ -1,5 +1,6 @@
 """store.kept: what a function of helpers returned comes back whole, and only for the same question."""
 
+from dataclasses import is_dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,13 +8,15 @@ import pytest
 import torch
 
 from helpers import store
-from helpers.pair import alignment, matching, overlap
+from helpers.pair import alignment, matching, mixtures, overlap
 from helpers.sae import decompose
 
 
 def test_results_of_every_kind_come_back_and_are_not_computed_again(cache, monkeypatch):
     g = torch.Generator().manual_seed(0)
     A, B = torch.randn(40, 16, generator=g), torch.randn(40, 16, generator=g)
+    one = mixtures.Steered(A.mean(0), A.mean(0) + 3 * B.mean(0), A)
+    changes = [mixtures.Change.of(0.01 * torch.randn(30, 16, generator=g)) for _ in range(5)]
     asked = [
         (matching.match, A, B),
         (matching.references, A, B),
@@ -21,6 +24,7 @@ def test_results_of_every_kind_come_back_and_are_not_computed_again(cache, monke
         (decompose.pursuit_path, A, B[:2], [1, 3]),
         (overlap.best, B[:3], A),
         (alignment.ridge, A, B, (A, B)),
+        (mixtures.ruler, mixtures.MEAN, changes, one, 2.0, mixtures.Sizes(2, 2)),
     ]
     first = [store.kept(f, *given) for f, *given in asked]
     made = set(cache.rglob("sidecar.json"))
@@ -34,6 +38,8 @@ def test_results_of_every_kind_come_back_and_are_not_computed_again(cache, monke
             assert a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
         elif isinstance(a, np.ndarray):
             np.testing.assert_array_equal(a, b)
+        elif is_dataclass(a):
+            same(vars(a), vars(b))
         elif isinstance(a, dict):
             assert list(a) == list(b)
             for name in a:

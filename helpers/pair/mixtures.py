@@ -17,11 +17,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 import scipy.stats
 import torch
 from torch import Tensor
 
-from helpers import stats
+from helpers import stats, store
 from helpers.pair import overlap
 from helpers.stats import Interval
 from helpers.steering import directions
@@ -106,14 +107,20 @@ class Change:
             yield Change.by(mean, spread + torch.outer(mean, mean), self.latents)
 
     @cached_property
+    def about(self) -> object:
+        """What identifies it in the cache: its numbers."""
+        return store.stated([self.mean, self.moment, self.latents])
+
+    @cached_property
     def moment(self) -> Tensor:
         """(d_model, d_model); of a mixture computed when it is asked for."""
         return self._moment()
 
-    @cached_property
-    def components(self) -> Tensor:
-        """All principal directions about zero (d_model, d_model), the largest first."""
-        return torch.linalg.eigh(self.moment).eigenvectors.flip(1).T.contiguous()
+    def components(self, r: int) -> Tensor:
+        """The r largest principal directions about zero (r, d_model), the largest first; all, where there are fewer."""
+        d = len(self.mean)
+        axes = scipy.linalg.eigh(self.moment.numpy(), subset_by_index=[max(d - r, 0), d - 1])[1]
+        return torch.from_numpy(axes.T[::-1].copy())
 
 
 def aside(steered: Steered, draws: int, seed: int = 0) -> Tensor:
@@ -188,7 +195,7 @@ def measure(name: str, change: Change, steered: Steered, sizes: Sizes) -> float:
         return float(overlap.sparse(v[None], torch.cat([mean[None], change.latents]).float(), sizes.k)[0])
     if name == CAUSE:
         return float((g @ v) * (v @ mean) / (g @ mean))
-    inside = overlap.project_onto(v[None], change.components[: sizes.r])[0]
+    inside = overlap.project_onto(v[None], change.components(sizes.r))[0]
     return float(inside.square().sum() if name == ENERGY else g @ inside / (g @ v))
 
 

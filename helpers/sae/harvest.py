@@ -35,7 +35,7 @@ from helpers.sae import activations
 from helpers.sae.activations import Acts, Chunk, HarvestError, Pair, Samples
 from helpers.steering import behaviors
 
-FORMAT = 2  # raised when the bits of a shard change
+FORMAT = 3  # raised when the bits of a shard change
 SHARD_ROWS = 512
 PASS_TOKENS = 2048  # of a forward pass: more was no faster on a CPU, and takes memory
 Model = LM | str
@@ -89,20 +89,22 @@ def _memory_said(model: LM, rows: int, context: int) -> Iterator[None]:
 
 def _forward(model: LM, chunk: Chunk, layers: Sequence[int], batch: int, bar: tqdm | None = None) -> dict[int, Acts]:
     """layer -> residuals of a chunk's kept tokens in the model's dtype; HarvestError names a row that is not finite."""
-    kept = torch.from_numpy(chunk.kept)
+    kept, ids = torch.from_numpy(chunk.kept), torch.from_numpy(chunk.ids).long()
     ends = np.concatenate([[0], chunk.kept.sum(1).cumsum()])
-    n = int(ends[-1])
+    n, places = int(ends[-1]), torch.arange(int(ends[-1])).split(chunk.kept.sum(1).tolist())
     out = {k: Acts(torch.empty(n, model.d_model, dtype=model.dtype), torch.empty(n)) for k in layers}
-    for first in range(0, len(chunk.ids), batch):
-        last = min(first + batch, len(chunk.ids))
-        with _memory_said(model, last - first, chunk.ids.shape[1]):
-            acts = reading.packed(model, torch.from_numpy(chunk.ids[first:last]).long(), layers)
+    needed = (kept * torch.arange(1, kept.shape[1] + 1)).amax(1)  # nothing behind a row's last kept token changes it
+    for some in needed.argsort(descending=True, stable=True).split(batch):
+        width = max(int(needed[some[0]]), 1)
+        with _memory_said(model, len(some), width):
+            acts = reading.packed(model, ids[some, :width], layers)
+        where = torch.cat([places[i] for i in some.tolist()])
         for k in layers:
-            rows = acts[k][kept[first:last].to(acts[k].device)]
-            out[k].rows[ends[first] : ends[last]] = rows
-            out[k].norms[ends[first] : ends[last]] = rows.float().norm(dim=1)
+            rows = acts[k][kept[some, :width].to(acts[k].device)]
+            out[k].rows[where] = rows.cpu()
+            out[k].norms[where] = rows.float().norm(dim=1).cpu()
         if bar is not None:
-            bar.update(int(ends[last] - ends[first]))
+            bar.update(len(where))
     for k, (_, norms) in out.items():
         if not torch.isfinite(norms).all():
             bad = int((~torch.isfinite(norms)).nonzero()[0])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers import stats
+from helpers import stats, store
 from helpers.stats import Interval
 from helpers.steering import directions
 
@@ -139,7 +139,7 @@ def compare(
         slope, mean = slopes[case[1:]], directions.mean(pos, neg).numpy()
         for m, unit in zip(found, units(METHODS, pos, neg).numpy(), strict=True):
             found[m][case] = Way(float(stats.cosine(unit, mean)), float(unit @ slope))
-        for m, cosine in of_swapped(pos, neg, half_swapped(len(pos), draws, seed + i)).items():
+        for m, cosine in store.kept(of_swapped, pos, neg, half_swapped(len(pos), draws, seed + i)).items():
             swapped[m][case] = cosine
         by_chance[case] = np.sign(drawn.numpy() @ mean) * (drawn.numpy() @ slope)
     return Comparison(found, swapped, by_chance)
@@ -169,7 +169,7 @@ def of_swapped(pos: Tensor, neg: Tensor, signs: np.ndarray) -> dict[str, np.ndar
     sizes, axes = np.linalg.eigh(inner)
     plain = np.broadcast_to(axes[:, -1] / sizes[-1] ** 0.5, signs.shape)
     centring = np.eye(n) * signs[:, None] - weight[:, None]  # (draws, n, n): signed rows less their mean
-    sizes, axes = np.linalg.eigh(centring @ inner @ centring.swapaxes(1, 2))
+    sizes, axes = (x.numpy() for x in torch.linalg.eigh(torch.from_numpy(centring @ inner @ centring.swapaxes(1, 2))))
     centred = np.einsum("rij,ri->rj", centring, axes[:, :, -1]) / sizes[:, -1:] ** 0.5
     length = np.sqrt(np.einsum("ri,ij,rj->r", weight, inner, weight))
     both = ((UNCENTRED, plain), (CENTRED, centred))

@@ -109,7 +109,7 @@ def check(
     p = _p(exact, nulls.random(exact, draws, seed), slope)
     shuffled = None
     if at in lab._read:
-        pos, neg = lab.halves(layers=lab._read)[name].at(at)
+        pos, neg = lab.halves()[name].at(at)
         shuffled = _p(exact, nulls.shuffled(pos, neg, draws, seed), slope)
     paid = propensity.of_replies(lm, b.open[sizes.replies : 2 * sizes.replies], at, sizes.tokens)
     cost = float(store.kept(methods.costs, paid, strength * step[None]).mean())
