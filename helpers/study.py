@@ -52,6 +52,7 @@ TOKENS = "every token", "first tokens left out", "outliers left out too"  # over
 UNRELATED, SECOND = "unrelated", "second seed"  # the fine-tune without preferences; the base's SAE from another seed
 DRAWN = 12  # changes by chance that are drawn where there are no fine-tunes for them
 SHOWN = 60  # letters of a reply in a table of many
+READ = 25  # test items of a behaviour on which it is read, by gradient, what a change at the layer does to it
 OPEN = 8  # open prompts of a behaviour whose residuals give the stream's length and covariance
 FAST_BEHAVIORS, FAST_PAIRS, FAST_ITEMS, FAST_ROWS = 3, 6, 6, 100
 
@@ -570,8 +571,8 @@ class Asked(NamedTuple):
         by_share = f"{self.rho_by_share:+.2f}" if self.second else "-"
         numbers = [f"{x.value:+.1f} [{x.low:+.1f}, {x.high:+.1f}]" for x in (self.nats, self.along)]
         kept = self.misled and self.rhos is not None and not self.rhos.low
-        why = self.why or ("0 stays open: chance misleads its ruler" if kept else "")
-        verdict = f"**{self.verdict}**" + (f": {why}" if why else "")
+        why = f": {self.why}" if self.why else " (its ruler, misled by chance, cannot say *related*)" if kept else ""
+        verdict = f"**{self.verdict}**{why}"
         return [*numbers, by_share, f"{self.value:+.2f}", rhos, verdict]
 
 
@@ -694,7 +695,7 @@ class Two:
         items, and its pairs' differences."""
         base, pairs, vectors = self.before, self.before.differences(), self.before.vectors()
         return {
-            n: Steered(vectors[n], banks.gradient(base.model, b.test, base.layer), pairs[n])
+            n: Steered(vectors[n], banks.gradient(base.model, b.test[:READ], base.layer), pairs[n])
             for n, b in base.data.items()
         }
 
@@ -777,16 +778,15 @@ class Two:
         return torch.stack([unit @ chance[a].mean for a in adapters.values()]).numpy()
 
     def by_layer(self) -> dict[str, np.ndarray]:
-        """By fine-tune the cosine of every behaviour's vector with the mean change on its contrast pairs, at the same layer: (behaviours,
-        layers)."""
+        """By fine-tune the cosine of every behaviour's vector with the mean change on its contrast pairs, at the same layer, each of those
+        of the fine-tune: (behaviours, layers)."""
         before = self.before.halves()
         found = {}
         for who, one in self.fine_tunes.items():
             after, table = one.halves(), []
             for n in self.before.names:
                 both = [
-                    (directions.mean(*before[n].at(k)), diff.at_pairs(before[n], after[n], k).mean)
-                    for k in self.before.layers
+                    (directions.mean(*before[n].at(k)), diff.at_pairs(before[n], after[n], k).mean) for k in one.layers
                 ]
                 table.append([float(torch.cosine_similarity(v, m, dim=0)) for v, m in both])
             found[who] = np.array(table)
@@ -836,9 +836,9 @@ class Two:
         return Asked(value, nats, along, ruler, "", second)
 
     def at_items(self, fine_tune: LM | str, name: str) -> AtItems:
-        """What such a fine-tune's change at the layer does to a behaviour's test items: all of it, and along the behaviour's vector."""
+        """What such a fine-tune's change at the layer does to a behaviour's first test items: all of it, and along the behaviour's vector."""
         base = self.before
-        v, items = base.vectors()[name], base.data[name].test
+        v, items = base.vectors()[name], base.data[name].test[:READ]
         return banks.at_items(base.model, fine_tune, items, v, base.layer, self.limit)
 
     def forecast(self, asks: int) -> str:
@@ -878,7 +878,8 @@ def single(s: Session, extra: bool = False) -> Single:
 
 
 def pair(s: Session) -> Two:
-    """The profile's pair of models; ModelError where it names none."""
+    """The profile's pair of models; ModelError where it names none. What is trained is read up to the first layer above the steered one:
+    further up a change has gone through blocks that changed too."""
     section = s.profile.pair
     base, chat = models.load_pair(s.profile, s.device, s.dtype)
     other = models.load(section.unrelated, s.device, s.dtype) if section and section.unrelated else None
@@ -886,11 +887,15 @@ def pair(s: Session) -> Two:
     data = _data(s, trained)
     layer, layers = models.choose_layers(base, s.profile, s.fast)
 
-    def of(model: LM) -> Single:
-        return Single(s, model.read_as(chat.tokenizer), layer, layers, data)
+    above = [k for k in layers if k > layer]
+    few = layers[: layers.index(above[0]) + 1] if above else layers
+
+    def of(model: LM, at: list[int]) -> Single:
+        return Single(s, model.read_as(chat.tokenizer), layer, at, data)
 
     names = section.names if section else ("base", "chat")
-    return Two(of(base), of(chat), of(other) if other else None, names, [n for n in trained if n in data])
+    fine_tunes = of(chat, few), of(other, few) if other else None
+    return Two(of(base, layers), *fine_tunes, names, [n for n in trained if n in data])
 
 
 def pooled(by_behavior: dict[str, Tensor]) -> Tensor:

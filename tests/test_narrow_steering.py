@@ -202,6 +202,16 @@ def test_a_condition_vector_opens_for_its_side_of_a_plane_and_is_blind_where_the
         about, near, _ = narrow.condition(dev, test)
         blind.append(about.mean() - near.mean())
     assert abs(np.mean(blind)) < 0.1
+    for kind, x in (spoken := narrow.planted(1)).items():  # the same said by one token in twenty
+        quiet = [torch.randn(20, 32, generator=g) for _ in x]
+        for rows, one in zip(quiet, x, strict=True):
+            rows[7] = 5 * one
+        spoken[kind] = quiet
+    about, near, _ = narrow.condition(narrow.planted(0), narrow.planted(1), largest=True)
+    assert about.all() and not near.any()
+    dev = {k: [torch.cat([x[None], torch.randn(19, 32, generator=g)]) for x in v] for k, v in narrow.planted(0).items()}
+    about, near, _ = narrow.condition(dev, spoken, largest=True)
+    assert about.mean() > 0.8 and near.mean() < 0.2
     across = torch.eye(32, dtype=torch.float64)[5]  # a direction along the plane
     about, near, _ = narrow.condition(narrow.planted(0), narrow.planted(1), across)
     assert about.mean() - near.mean() < 0.6
@@ -293,8 +303,12 @@ def test_the_study_of_a_model_is_to_first_order_what_its_gradients_say(lab, best
     gate, rest = found.by_condition(), found.at_random(3)
     assert gate.about.shape == (3, 2) and len(rest) == 3 and np.isfinite(found.by_chance(rest)).all()
     sae = sae_of("topk", unit(torch.randn(96, 48)), k=8, rescale_acts_by_decoder_norm=False)
-    by_latent, which = found.by_latent(sae)
+    codes = found.codes(sae)
+    by_latent, which = found.by_latent(codes)
     assert by_latent.near.shape == (3, 2) and len(which) == 3
+    dealt = found.relabelled(codes, 3)
+    assert len(dealt) == 3 and [x.shape for x in dealt[0]] == [x.shape for x in by_latent]
+    assert found.by_condition(largest=True).about.shape == (3, 2)
     named = found.by_word()
     assert [x.shape for x in named] == [x.shape for x in by_latent] and named.about.all() and not named.unrelated.any()
     assert {k: x.shape for k, x in found.by_prompt().items()} == dict.fromkeys(narrow.KINDS, (3,))

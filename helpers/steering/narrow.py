@@ -127,26 +127,35 @@ class Gate(NamedTuple):
 
 
 def condition(
-    dev: Mapping[str, Tensor], test: Mapping[str, Tensor], direction: Tensor | None = None
+    dev: Mapping[str, Sequence[Tensor]],
+    test: Mapping[str, Sequence[Tensor]],
+    direction: Tensor | None = None,
+    largest: bool = False,
 ) -> list[np.ndarray]:
-    """One subject's gate by a condition vector: for each kind whether it opens for test prompts, (requests,) bool. Prompts (requests,
-    d_model) by kind. The vector is the mean of dev prompts about the subject less that of all others, unless a `direction` is given; a
-    prompt's score is its cosine with it, the mean of dev prompts taken out. The threshold is that of dev prompts, each scored by the vector
-    that the others make: its own would find it again."""
-    about, others = dev[ABOUT].double(), torch.cat([dev[NEAR], dev[UNRELATED]]).double()
+    """One subject's gate by a condition vector: for each kind whether it opens for test prompts, (requests,) bool. Prompts by kind, each
+    (tokens, d_model) or (d_model,). The vector is the mean of dev prompts about the subject less that of all others, unless a `direction`
+    is given; a prompt's score is the cosine of its mean token with it, or the `largest` cosine of a token, the mean of dev prompts taken
+    out. The threshold is that of dev prompts, each scored by the vector that the others make: its own would find it again."""
+
+    def pooled(prompts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        rows = [x.reshape(-1, x.shape[-1]).double() for x in prompts]
+        return torch.stack([x.mean(0) for x in rows]), rows
+
+    (about, about_rows), (others, others_rows) = pooled(dev[ABOUT]), pooled([*dev[NEAR], *dev[UNRELATED]])
     centre = torch.cat([about, others]).mean(0)
 
-    def score(x: Tensor, yes: Tensor, no: Tensor) -> np.ndarray:
+    def score(mean: Tensor, rows: Tensor, yes: Tensor, no: Tensor) -> float:
         v = yes.mean(0) - no.mean(0) if direction is None else direction.double()
-        return stats.cosine((x.double() - centre).numpy(), v.numpy())
+        return float(stats.cosine(((rows if largest else mean[None]) - centre).numpy(), v.numpy()).max())
 
     def without(x: Tensor, i: int) -> Tensor:
         return torch.cat([x[:i], x[i + 1 :]])
 
-    opens = np.concatenate([score(about[[i]], without(about, i), others) for i in range(len(about))])
-    shut = np.concatenate([score(others[[i]], about, without(others, i)) for i in range(len(others))])
-    cut = threshold(opens, shut)
-    return [score(test[kind], about, others) > cut for kind in KINDS]
+    opens = [score(x, r, without(about, i), others) for i, (x, r) in enumerate(zip(about, about_rows, strict=True))]
+    shut = [score(x, r, about, without(others, i)) for i, (x, r) in enumerate(zip(others, others_rows, strict=True))]
+    cut = threshold(np.array(opens), np.array(shut))
+    each = [zip(*pooled(test[kind]), strict=True) for kind in KINDS]
+    return [np.array([score(x, r, about, others) > cut for x, r in part]) for part in each]
 
 
 def latent(dev: Mapping[str, Tensor], test: Mapping[str, Tensor]) -> tuple[int, list[np.ndarray]]:
@@ -230,29 +239,50 @@ class Narrow:
             found[split] = [[next(rows) for _ in part] for part in lists]
         return found
 
-    def _of(self, subject: int, split: str, sae: Dictionary | None = None) -> dict[str, Tensor]:
-        """One subject's prompts by kind, each a row: the mean of its tokens, or each latent's largest code."""
+    def _of(self, subject: int, split: str) -> dict[str, list[Tensor]]:
+        """One subject's prompts by kind, each (tokens, d_model)."""
         n, parts = len(self.requests.subjects), self.prompts[split]
         rest = parts[2 * n] if split == DEV else [parts[2 * n][i] for i in few(subject, len(parts[2 * n]))]
-        chosen = {ABOUT: parts[subject], NEAR: parts[n + subject], UNRELATED: rest}
-        if sae is None:
-            return {kind: torch.stack([x.mean(0) for x in part]) for kind, part in chosen.items()}
-        return {
-            kind: torch.stack([decompose.codes_of(sae, x).amax(0).cpu() for x in part]) for kind, part in chosen.items()
-        }
+        return {ABOUT: parts[subject], NEAR: parts[n + subject], UNRELATED: rest}
 
     @property
-    def _parts(self) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    def _parts(self) -> list[tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]]:
         return [(self._of(i, DEV), self._of(i, TEST)) for i in range(len(self.requests.subjects))]
 
-    def by_condition(self) -> Gate:
-        """The gate by a condition vector."""
-        return Gate.of([condition(dev, test) for dev, test in self._parts])
+    def codes(self, sae: Dictionary) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Each latent's largest code in every dev and test prompt: for each subject two tables by kind, (requests, latents)."""
 
-    def by_latent(self, sae: Dictionary) -> tuple[Gate, list[int]]:
-        """The gate by one latent of an SAE, and which latent each subject has."""
-        each = [latent(self._of(i, DEV, sae), self._of(i, TEST, sae)) for i in range(len(self.requests.subjects))]
+        def of(part: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+            return {
+                kind: torch.stack([decompose.codes_of(sae, x).amax(0).cpu() for x in prompts])
+                for kind, prompts in part.items()
+            }
+
+        return [(of(dev), of(test)) for dev, test in self._parts]
+
+    def by_condition(self, largest: bool = False) -> Gate:
+        """The gate by a condition vector, which reads a prompt's mean token, or the one that has the `largest` cosine."""
+        return Gate.of([condition(dev, test, largest=largest) for dev, test in self._parts])
+
+    def by_latent(self, codes: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> tuple[Gate, list[int]]:
+        """The gate by one latent of an SAE, out of its `codes`, and which latent each subject has."""
+        each = [latent(dev, test) for dev, test in codes]
         return Gate.of([gate for _, gate in each]), [i for i, _ in each]
+
+    def relabelled(
+        self, codes: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], draws: int, seed: int = 0
+    ) -> list[Gate]:
+        """Gates by latents that are chosen in the same way after a subject's dev prompts were dealt out at random among the kinds: what
+        choosing one of thousands finds in nothing."""
+        g, found = torch.Generator().manual_seed(seed), []
+        for _ in range(draws):
+            each = []
+            for dev, test in codes:
+                every, sizes = torch.cat(list(dev.values())), [len(x) for x in dev.values()]
+                dealt = every[torch.randperm(len(every), generator=g)].split(sizes)
+                each.append(latent(dict(zip(dev, dealt, strict=True)), test)[1])
+            found.append(Gate.of(each))
+        return found
 
     def by_word(self) -> Gate:
         """The gate that needs no model: it opens where a request holds the subject's name."""
