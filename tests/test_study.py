@@ -410,7 +410,7 @@ def test_a_ruler_that_chance_misleads_tells_the_same_and_not_the_same_but_nothin
     asked = study.Asked(0.3, nats, nats, ruler, "")
     assert tuple(asked.rhos) == found and asked.verdict == verdict
     assert asked.misled == (chance > 0)
-    assert ("chance misleads" in asked.cells()[-1]) == (found[0] == 0)
+    assert ("misled by chance" in asked.cells()[-1]) == (found[0] == 0)
 
 
 def test_a_slow_machine_is_told_its_hours_before(changed, monkeypatch):
