@@ -67,6 +67,19 @@ class Lengths(NamedTuple):
     stream: np.ndarray
 
 
+def _lengths(model: LM, prompts: list[Tokens], layers: list[int]) -> Lengths:
+    first, second, user = np.zeros((3, len(layers), len(prompts)))
+    every: list[list[Tensor]] = [[] for _ in layers]
+    for rows, batch, acts in reading.batches(model, prompts, layers, by_length=False):
+        for i, k in enumerate(layers):
+            norms = acts[k].float().norm(dim=-1).cpu()
+            first[i, rows], second[i, rows] = norms[:, :2].T
+            own = [x[roles == USER] for x, roles in zip(norms, batch.roles, strict=True)]
+            user[i, rows] = [x.median() for x in own]
+            every[i] += own
+    return Lengths(first, second, user, np.array([torch.cat(x).median() for x in every]))
+
+
 @dataclass(frozen=True, eq=False)
 class Single:
     """One model, the layer where it is steered, and behaviours by name."""
@@ -98,7 +111,7 @@ class Single:
     @cached_property
     def residuals(self) -> Tensor:
         """Rows (tokens, d_model) float32 after the layer, of the user's tokens in some open prompts of every behaviour."""
-        return reading.rows(self.model, self._prompts, self.layer)
+        return store.kept(reading.rows, self.model, self._prompts, self.layer)
 
     @cached_property
     def residual_norm(self) -> float:
@@ -108,16 +121,7 @@ class Single:
     @cached_property
     def lengths(self) -> Lengths:
         """Lengths of the stream after each of `layers`, of the same prompts in one pass."""
-        first, second, user = np.zeros((3, len(self.layers), len(self._prompts)))
-        every: list[list[Tensor]] = [[] for _ in self.layers]
-        for rows, batch, acts in reading.batches(self.model, self._prompts, self.layers, by_length=False):
-            for i, k in enumerate(self.layers):
-                norms = acts[k].float().norm(dim=-1).cpu()
-                first[i, rows], second[i, rows] = norms[:, :2].T
-                own = [x[roles == USER] for x, roles in zip(norms, batch.roles, strict=True)]
-                user[i, rows] = [x.median() for x in own]
-                every[i] += own
-        return Lengths(first, second, user, np.array([torch.cat(x).median() for x in every]))
+        return store.kept(_lengths, self.model, self._prompts, self.layers)
 
     def halves(self, kind: str = ANSWERS, layers: Sequence[int] | None = None, where: str = "") -> dict[str, Halves]:
         """What each behaviour's contrast pairs give at the layers looked at, or at others; read once, then cached.
@@ -193,7 +197,7 @@ class Single:
         order: dict[tuple[str, str], int] = {}
         for kind, name, k in cases:
             if k not in rows:
-                rows[k] = reading.rows(self.model, self._prompts, k)
+                rows[k] = store.kept(reading.rows, self.model, self._prompts, k)
             at = seed + order.setdefault((kind, name), len(order))
             yield nulls.like_rows(torch.eye(self.model.d_model)[0], rows[k], draws, at)
 

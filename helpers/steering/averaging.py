@@ -137,7 +137,7 @@ def compare(
     by_chance: dict[Case, np.ndarray] = {}
     for i, ((case, (pos, neg)), drawn) in enumerate(zip(pairs.items(), unlike, strict=True)):
         slope, mean = slopes[case[1:]], directions.mean(pos, neg).numpy()
-        for m, unit in zip(found, units(METHODS, pos, neg).numpy(), strict=True):
+        for m, unit in zip(found, store.kept(units, METHODS, pos, neg).numpy(), strict=True):
             found[m][case] = Way(float(stats.cosine(unit, mean)), float(unit @ slope))
         for m, cosine in store.kept(of_swapped, pos, neg, half_swapped(len(pos), draws, seed + i)).items():
             swapped[m][case] = cosine
