@@ -1,6 +1,6 @@
 """Ways of turning pairs into one direction, compared: how near each comes to the mean difference, how well each steers, and why.
 
-Pure: tensors and numbers, no model. A case is one kind of pairs of one behaviour at one layer. Two nulls: a component's cosine with
+Tensors and numbers, no model; what is slow is kept on disk. A case is one kind of pairs of one behaviour at one layer. Two nulls: a component's cosine with
 the mean is that of pairs of which half have their sides swapped, so that what they share is gone from the mean; its effect is that
 of directions that know nothing of the pairs. Swapped pairs are no null of the effect: their uncentred component is the same vector.
 Source of the comparison: the study called source 001, which takes PCA and the mean for nearly one vector.
