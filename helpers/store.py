@@ -49,8 +49,9 @@ def digest(value: object) -> str:
     """A sha256 (hex) of a tensor's bits, bytes, a string, or anything JSON can say (keys sorted)."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
-        head = f"{value.dtype}{tuple(value.shape)}".encode()
-        return hashlib.sha256(head + value.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        hashed = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
+        hashed.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        return hashed.hexdigest()
     if isinstance(value, str):
         value = value.encode()
     if not isinstance(value, bytes):

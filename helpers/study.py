@@ -902,6 +902,18 @@ def pair(s: Session) -> Two:
     return Two(of(base, layers), *fine_tunes, names, [n for n in trained if n in data])
 
 
+def diff_latents(lab: Single, seed: int = 0) -> Tensor:
+    """`Two.diff_latents` of the pair of a Single's profile, whose models are loaded only where these are not kept."""
+    s = lab.session
+    of = [models.key(name, s.device, s.dtype) for name in models.pair_names(s.profile)]
+    return store.kept(_diff_latents, s, seed, of, lab.text)
+
+
+def _diff_latents(s: Session, seed: int, of: list[dict[str, str]], text: tuple[Samples, Samples]) -> Tensor:
+    """The same; `of` and `text` say of which models, and of what they read."""
+    return pair(s).diff_latents(seed)
+
+
 def pooled(by_behavior: dict[str, Tensor]) -> Tensor:
     """The behaviours' tensors (behaviours, ...) in order, where all have one shape."""
     return torch.stack(list(by_behavior.values()))

@@ -267,9 +267,14 @@ def test_a_behaviours_own_answer_pairs_end_at_their_letter_too(tmp_path, capsys)
         {"kind": "item", "split": "test", "question": "Who won the cup?", "matching": "x", "non_matching": "y"},
         {"kind": "open", "question": "Where do rivers end?"},
     ]
-    b = behaviors.load_behavior(saved(tmp_path / "mine.jsonl", "\n".join(map(json.dumps, rows))))
+    file = saved(tmp_path / "mine.jsonl", "\n".join(map(json.dumps, rows)))
+    b = behaviors.load_behavior(file)
     assert b.answer_pairs == [("Do you mind?", "(A", "(B")]
     assert "mine.jsonl: the answers of 1 of 1 pairs are option marks" in capsys.readouterr().out
+    b.open.clear()  # what a caller does to its lists is its own affair
+    assert behaviors.load_behavior(file).open == ["Where do rivers end?"]
+    saved(file, "\n".join(map(json.dumps, [*rows, {"kind": "open", "question": "And springs?"}])))
+    assert behaviors.load_behavior(file).open == ["Where do rivers end?", "And springs?"]
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):

@@ -297,6 +297,9 @@ def test_an_adapters_own_tokenizer_and_template_are_used_and_said(tiny, made, tm
     assert both.tokenizer.chat_template.endswith("=>") and both.identity != own.identity
     assert models.outline(f"{made} + {tmp_path}/tuned").tokenizer.chat_template.endswith("=>")
     assert "own tokenizer" in capsys.readouterr().out
+    assert (
+        models.load(str(made)).tokenizer.chat_template == plain.tokenizer.chat_template
+    )  # the base's, which they share, is untouched
 
 
 def test_an_adapter_of_another_base_is_warned_of(tiny, tmp_path, cache):

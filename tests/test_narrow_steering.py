@@ -193,13 +193,13 @@ def test_a_threshold_parts_what_can_be_parted():
 
 
 def test_a_condition_vector_opens_for_its_side_of_a_plane_and_is_blind_where_there_is_none():
-    about, near, unrelated = narrow.condition(narrow.planted(0), narrow.planted(1))
+    about, near, unrelated = narrow.condition(narrow.pool(narrow.planted(0), narrow.planted(1)))
     assert about.all() and not near.any() and not unrelated.any()
     blind = []
     for seed in range(60):
         g = torch.Generator().manual_seed(seed)
         dev, test = ({k: torch.randn(6, 32, generator=g) for k in narrow.KINDS} for _ in range(2))
-        about, near, _ = narrow.condition(dev, test)
+        about, near, _ = narrow.condition(narrow.pool(dev, test))
         blind.append(about.mean() - near.mean())
     assert abs(np.mean(blind)) < 0.1
     for kind, x in (spoken := narrow.planted(1)).items():  # the same said by one token in twenty
@@ -207,13 +207,13 @@ def test_a_condition_vector_opens_for_its_side_of_a_plane_and_is_blind_where_the
         for rows, one in zip(quiet, x, strict=True):
             rows[7] = 5 * one
         spoken[kind] = quiet
-    about, near, _ = narrow.condition(narrow.planted(0), narrow.planted(1), largest=True)
+    about, near, _ = narrow.condition(narrow.pool(narrow.planted(0), narrow.planted(1)), largest=True)
     assert about.all() and not near.any()
     dev = {k: [torch.cat([x[None], torch.randn(19, 32, generator=g)]) for x in v] for k, v in narrow.planted(0).items()}
-    about, near, _ = narrow.condition(dev, spoken, largest=True)
+    about, near, _ = narrow.condition(narrow.pool(dev, spoken), largest=True)
     assert about.mean() > 0.8 and near.mean() < 0.2
     across = torch.eye(32, dtype=torch.float64)[5]  # a direction along the plane
-    about, near, _ = narrow.condition(narrow.planted(0), narrow.planted(1), across)
+    about, near, _ = narrow.condition(narrow.pool(narrow.planted(0), narrow.planted(1)), across)
     assert about.mean() - near.mean() < 0.6
 
 

@@ -290,6 +290,37 @@ def test_widgets_are_dropped_and_plotly_keeps_its_picture(tmp_path, monkeypatch,
     assert json.loads((tmp_path / "figures" / "01_x.json").read_text()) == {"n": None, "m": [1.23457]}
 
 
+def test_the_next_kernel_waits_with_its_imports_done_and_none_outlives_the_run(workshop, tmp_path, monkeypatch):
+    told = "import os, sys\nprint(os.getpid(), 'helpers.study' in sys.modules, os.environ['SPENT_FILE'])"
+    for name in ("01_one", "02_two", "03_three"):
+        notebook(workshop, name, told)
+    out = tmp_path / "out"
+    assert report.main(["--out", str(out)]) == 0
+    said = [nbformat.read(p, 4).cells[1].outputs[0]["text"].split() for p in sorted(out.glob("*.ipynb"))]
+    assert [x[1] for x in said] == ["False", "True", "True"] and len({x[2] for x in said}) == 3
+    assert not any(alive(int(x[0])) for x in said)
+    pids = []
+    with report.Kernels(3) as kernels:
+        kernels.take()
+        pids = [one.manager.provisioner.pid for one in kernels.waiting]
+        os.kill(pids[0], signal.SIGKILL)  # for want of memory, say
+        until = time.monotonic() + 20
+        while alive(pids[0]) and time.monotonic() < until:
+            time.sleep(0.05)
+        one = kernels.take()
+        pids += [one.manager.provisioner.pid, kernels.waiting[0].manager.provisioner.pid]
+        assert alive(pids[1]) and alive(pids[2])
+        report.run_sync(one.manager.shutdown_kernel)(now=True)
+    assert not any(map(alive, pids))
+
+
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_ctrl_c_keeps_what_is_finished_and_nothing_half_written(workshop, tmp_path, monkeypatch):
     notebook(workshop, "00_good", GOOD)
     notebook(workshop, "01_good", GOOD)

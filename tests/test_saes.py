@@ -295,8 +295,11 @@ def test_what_sae_lens_warns_of_is_said_and_weights_come_in_float32(tmp_path, ca
 def test_where_b_dec_goes_is_respected_and_reported(tmp_path, capsys, on_input):
     folder = saes.save(tmp_path / "sae", some_weights(), 8, KNOWN)
     rewrite(folder, apply_b_dec_to_input=on_input)
+    saes._say.cache_clear()
     loaded = saes.load(folder)
     assert ("is subtracted" if on_input else "is not subtracted") in capsys.readouterr().out
+    saes.load(folder)
+    assert not capsys.readouterr().out  # the same line once
     x, sae = torch.randn(20, 48), loaded.sae
     ranked = (x - sae.b_dec * on_input) @ sae.W_enc + sae.b_enc
     torch.testing.assert_close(sae.encode(x).sum(), ranked.topk(8).values.relu().sum())

@@ -44,6 +44,31 @@ def test_fast_scores_equal_plain_steered_passes(name, layer, request, cache):
         np.testing.assert_allclose(where.log_probs(v, multiplier), expected, atol=2e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name,layer", [("tiny", 1), ("gemma", 1)])
+@pytest.mark.parametrize("several", [1, 12, 1000])
+def test_vectors_that_share_a_run_give_what_each_gives_alone(name, layer, several, request, cache, monkeypatch):
+    model = request.getfixturevalue(name)
+    monkeypatch.setattr(scoring, "SEVERAL", several)
+    vectors = torch.cat([torch.zeros(1, model.d_model), torch.randn(6, model.d_model)])  # 7: no whole number of runs
+    for where in (
+        propensity.of_items(model, ITEMS, layer),
+        propensity.of_replies(model, [i.question for i in ITEMS], layer, max_new_tokens=5),
+    ):
+        where.chunk = 2
+        where.gradients()  # leaves no graph behind in what is copied
+        for together, alone, near in (
+            (where.log_probs_under, where.log_probs, 1e-3),
+            (where.kl_under, where.kl, 1e-4),
+        ):
+            found = together(vectors)
+            np.testing.assert_allclose(found, [alone(v) for v in vectors], atol=near, rtol=1e-4)
+            np.testing.assert_array_equal(together(vectors), found)
+        assert np.abs(where.kl_under(vectors)[0]).max() < 1e-6
+    few = scoring.Continuations(model, where.sequences, layer, budget=1)  # room for the logits of one prompt
+    few.log_probs_under(vectors)
+    assert few.chunk == 1 and not few._copies
+
+
 def test_scoring_leaves_the_model_and_its_cache_as_they_were(tiny, cache):
     where, v = propensity.of_items(tiny, ITEMS, 1), torch.randn(48)
     first = where.log_probs(v, 1.0)

@@ -9,7 +9,7 @@ import torch
 from conftest import HARVEST, a_profile
 
 from helpers import study
-from helpers.lm import scoring
+from helpers.lm import models, scoring
 from helpers.lm.reading import LM
 from helpers.pair import crosscoder
 from helpers.pair.crosscoder import Joined
@@ -40,6 +40,28 @@ def test_shifts_are_differences_of_unsteered_log_odds_and_spreads_their_unit_in_
     assert two.untrained == ["format"] and list(two.models) == ["before", "after"]
     same = study.Two(two.before, two.before, None, ("before", "after"), [])
     assert not any(x.any() for x in same.shifts()["after"].values())
+
+
+def test_diff_latents_are_kept_by_models_and_text_and_load_no_model_again(cache, monkeypatch):
+    asked, ids = [], {"base": "1", "chat": "1"}
+
+    def pair(s):
+        asked.append(s)
+        return SimpleNamespace(diff_latents=lambda seed: torch.full((2, 3), float(len(asked))))
+
+    monkeypatch.setattr(study, "pair", pair)
+    monkeypatch.setattr(models, "pair_names", lambda profile: ("base", "chat"))
+    monkeypatch.setattr(models, "key", lambda name, device, dtype: {"model": name + ids[name]})
+    s = SimpleNamespace(key={"profile": "one"}, profile=None, device="cpu", dtype=torch.float32)
+    lab = SimpleNamespace(session=s, text=(torch.zeros(2), torch.ones(2)))
+    assert study.diff_latents(lab)[0, 0] == study.diff_latents(lab)[0, 0] == 1
+    lab.text = (torch.zeros(2), torch.zeros(2))  # other text; other models; another profile; another seed
+    assert study.diff_latents(lab)[0, 0] == 2
+    ids["chat"] = "2"
+    assert study.diff_latents(lab)[0, 0] == 3
+    s.key = {"profile": "two"}
+    assert study.diff_latents(lab)[0, 0] == 4 and study.diff_latents(lab, 1)[0, 0] == 5
+    assert study.diff_latents(lab)[0, 0] == 4
 
 
 def test_every_model_has_its_sae_and_the_base_a_second_one(two, monkeypatch):

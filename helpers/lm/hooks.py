@@ -166,7 +166,7 @@ def checked(vector: Tensor, d_model: int) -> Tensor:
 
 
 def shifted(x: Tensor, v: Tensor) -> Tensor:
-    """x + v, `v` (d_model,) in the stream's dtype; ValueError where that overflows (float16)."""
+    """x + v, `v` (d_model,) or of each row (rows, 1, d_model), in the stream's dtype; ValueError where that overflows (float16)."""
     out = x + v.to(x.dtype).to(x.device)
     if x.dtype == torch.float16 and not torch.isfinite(out).all():
         raise ValueError("the steered stream overflows float16: use bfloat16 or float32, or a smaller multiplier")

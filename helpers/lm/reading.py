@@ -85,7 +85,8 @@ class LM:
 
         A few tokens are run: which list of modules runs as blocks, in order and once each; whether later tokens move what
         earlier ones give (then it is an encoder, such as BERT); how logits come from what reaches the unembedding; whether
-        padding, positions from 0, a start above the lower blocks and cached keys and values leave the logits as they are.
+        padding, positions from 0, a start above the lower blocks and cached keys and values leave the logits as they are (of models
+        that differ in their weights' values alone, only the first is asked these last four).
         """
         if hasattr(weights, "peft_config") or any("parametriz" in type(m).__module__ for m in weights.modules()):
             raise ModelError(
@@ -96,10 +97,14 @@ class LM:
             parameter.requires_grad_(False)
         _check_vocabulary(weights, tokenizer, identity)
         lm = cls(weights, tokenizer, identity, *_probed(weights, identity))
-        with torch.no_grad():
-            _check_padding(lm)
-            version = sum(p._version for p in weights.parameters())
-            return replace(lm, skips=_skips(lm), unscored=_unscored(lm), version=version)
+        alike = _architecture(lm)
+        if alike not in _CHECKED:
+            with torch.no_grad():
+                _check_padding(lm)
+                _CHECKED[alike] = _skips(lm), _unscored(lm)
+        skips, unscored = _CHECKED[alike]
+        version = sum(p._version for p in weights.parameters())
+        return replace(lm, skips=skips, unscored=unscored and f"{identity} {unscored}", version=version)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -275,6 +280,15 @@ def _agree(ours: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 LONG, SHORT = Tokens([1, 2, 3, 4, 5, 6, 7], [USER] * 7), Tokens([8, 9, 5], [USER] * 3)  # what follows runs on these
 
 
+_CHECKED: dict[str, tuple[bool, str]] = {}  # by `_architecture`: `LM.skips`, and why it is not scored
+
+
+def _architecture(lm: LM) -> str:
+    """All of a model but its weights' values: its class, settings, shapes, kind of number and device."""
+    shapes = [(name, tuple(p.shape), str(p.dtype), p.device.type) for name, p in lm.weights.named_parameters()]
+    return f"{type(lm.weights)} {lm.weights.config.to_json_string()} {lm.unembedding[1:]} {shapes}"
+
+
 def _few(lm: LM, sequence: Tokens) -> Tokens:
     return sequence._replace(ids=[i % len(lm.embedding) for i in sequence.ids])
 
@@ -327,7 +341,7 @@ def _unscored(lm: LM) -> str:
         means = "gives other predictions where padding lies on the left and keys and values come out of a cache"
     else:
         return ""
-    return f"{lm.identity} {means}: it can be read, but is not scored and writes no replies"
+    return f"{means}: it can be read, but is not scored and writes no replies"
 
 
 def _runs_on(lm: LM) -> bool:

@@ -6,7 +6,9 @@ see `Continuations`. Whatever runs a model from a block on (`above`) or wants a 
 why, is said by `steer`, `patching` and `saes`.
 """
 
+import copy
 import functools
+import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -128,6 +130,9 @@ def finite(values: Tensor, lm: LM) -> Tensor:
 # --- completions under any vector --------------------------------------------------------------------------------------
 
 
+SEVERAL = 48  # texts that several vectors' runs are put together to; more are hardly faster
+
+
 class _Chunk(NamedTuple):
     """Some prompts with all their completions, run up to the steered block: see `Continuations`."""
 
@@ -201,9 +206,11 @@ class Continuations:
                 raise ValueError(f"nothing stands before the completion {shown!r}: its first token cannot be predicted")
         longest = [max(len(s.ids) for s in g) - p + 1 for g, p in zip(self.sequences, self.starts, strict=True)]
         self.order = sorted(range(len(longest)), key=longest.__getitem__)  # like lengths together: less padding
-        self.chunk = max(1, min(20, budget // (2 * self.group * max(longest) * len(lm.embedding))))
+        self.most = max(1, budget // (2 * self.group * max(longest) * len(lm.embedding)))  # prompts whose logits fit
+        self.chunk = min(20, self.most)
         self._chunks: list[_Chunk] = []
-        self._unsteered: dict[int, Tensor] = {}
+        self._copies: dict[tuple[int, int], _Chunk] = {}
+        self._unsteered: dict[tuple[int, int], Tensor] = {}
 
     @cached_property
     def key(self) -> dict[str, object]:
@@ -264,26 +271,76 @@ class Continuations:
         sums = table.sum(1)
         return sums / scored.sum(1) if mean else sums
 
+    def _copied(self, number: int, count: int) -> _Chunk:
+        """So many copies of a chunk, one after another."""
+        chunk = self._build()[number]
+        if count > 1 and (number, count) not in self._copies:
+            rows = len(chunk.acts)
+            cache = copy.copy(chunk.cache)
+            cache.layers = [copy.copy(layer) for layer in cache.layers]
+            cache.batch_select_indices(torch.arange(rows, device=chunk.acts.device).repeat(count))
+            given = {name: x.repeat(count, 1) for name, x in chunk.given.items()}
+            several = chunk.acts.repeat(count, 1, 1), chunk.scored.repeat(count, 1), chunk.targets.repeat(count)
+            others = {key: x for key, x in self._copies.items() if key[0] != number}  # of each chunk the last alone
+            self._copies = others | {(number, count): _Chunk(cache, chunk.length, given, *several)}
+        return self._copies[number, count] if count > 1 else chunk
+
+    def _runs(self, number: int, vectors: Tensor) -> Iterator[tuple[int, Predicted, Tensor]]:
+        """Predictions of a chunk's completion tokens under each of `vectors` (n, d_model), run by run: of how many vectors, of which
+        number the first is, and targets. Where texts are few, several vectors share a run."""
+        rows = len(self._build()[number].acts)
+        together = max(1, min(SEVERAL // rows, self.most * self.group // rows, len(vectors)))
+        count = math.ceil(len(vectors) / math.ceil(len(vectors) / together))  # runs of one size
+        for first in range(0, len(vectors), count):
+            part = vectors[first : first + count]
+            chunk = self._copied(number, count)
+            full = torch.cat([part, part[-1:].expand(count - len(part), -1)])
+            yield first, self._predicted(chunk, full.repeat_interleave(rows, 0)[:, None], 1.0), chunk.targets
+
+    def _plain(self, number: int, count: int) -> Tensor:
+        """Unsteered log-probabilities (tokens, vocabulary) of a chunk, from a run as large as those they are compared with."""
+        if (number, count) not in self._unsteered:
+            logits = self._predicted(self._copied(number, count), torch.zeros(self.lm.d_model), 0.0).logits
+            own = {key: x for key, x in self._unsteered.items() if key[0] != number}
+            self._unsteered = own | {(number, count): logits[: len(logits) // count].float().log_softmax(-1)}
+        return self._unsteered[number, count]
+
+    def _under(self, vectors: Tensor, score: Callable[[int, Predicted, Tensor], Tensor], mean: bool) -> np.ndarray:
+        """Scores of tokens, given a chunk's number, predictions and targets, summed or averaged over each completion:
+        (vectors, prompts, completions) float64."""
+        tables = []
+        for number, chunk in enumerate(self._build()):
+            each, size = list[Tensor](), len(chunk.targets)
+            for first, predicted, targets in self._runs(number, vectors):
+                each += score(number, predicted, targets).split(size)[: len(vectors) - first]
+            tables.append(torch.stack([self._per_completion(chunk, x, mean) for x in each], 1))
+        return self._table(tables).permute(2, 0, 1).numpy()
+
+    def log_probs_under(self, vectors: Tensor) -> np.ndarray:
+        """log p of each completion given its prompt under each of `vectors` (n, d_model), in nats: (n, prompts, completions) float64. Where
+        texts are few several vectors share a run, which rounds a little otherwise than a run of each."""
+
+        def score(number: int, predicted: Predicted, targets: Tensor) -> Tensor:
+            return token_log_probs(predicted.logits, targets, exact_logits(self.lm, predicted, targets))
+
+        return self._under(vectors, score, mean=False)
+
+    def kl_under(self, vectors: Tensor) -> np.ndarray:
+        """KL(unsteered || steered) per token of the completions, mean over tokens, in nats, in the same way."""
+
+        def score(number: int, predicted: Predicted, targets: Tensor) -> Tensor:
+            parts = predicted.logits.split(len(self._build()[number].targets))
+            return torch.cat([token_kl(self._plain(number, len(parts)), x) for x in parts])
+
+        return self._under(vectors, score, mean=True)
+
     def log_probs(self, vector: Tensor, multiplier: float = 1.0) -> np.ndarray:
         """log p of each completion given its prompt, in nats: (prompts, completions) float64."""
-        sums = []
-        for chunk in self._build():
-            predicted = self._predicted(chunk, vector, multiplier)
-            exact = exact_logits(self.lm, predicted, chunk.targets)
-            token = token_log_probs(predicted.logits, chunk.targets, exact)
-            sums.append(self._per_completion(chunk, token, mean=False))
-        return self._table(sums).numpy()
+        return self.log_probs_under((multiplier * vector)[None])[0]
 
     def kl(self, vector: Tensor, multiplier: float = 1.0) -> np.ndarray:
         """KL(unsteered || steered) per token of the completions, mean over tokens, in nats: (prompts, completions)."""
-        means = []
-        for number, chunk in enumerate(self._build()):
-            if number not in self._unsteered:
-                none = torch.zeros_like(vector)
-                self._unsteered[number] = self._predicted(chunk, none, 0.0).logits.float().log_softmax(-1)
-            steered = self._predicted(chunk, vector, multiplier).logits
-            means.append(self._per_completion(chunk, token_kl(self._unsteered[number], steered), mean=True))
-        return self._table(means).numpy()
+        return self.kl_under((multiplier * vector)[None])[0]
 
     def gradients(self, above: Sequence[int] = ()) -> Tensor:
         """d log p(completion) / d shift at shift zero, (prompts, completions, layers, d_model) float32, nats a unit of residual.

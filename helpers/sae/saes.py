@@ -8,6 +8,7 @@ import json
 import math
 import re
 import warnings
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -206,8 +207,14 @@ def load(
         _check_saved(folder, name)
     for parameter in sae.parameters():
         parameter.requires_grad_(False)
-    print(out)
+    _say(str(out))
     return out
+
+
+@lru_cache
+def _say(line: str) -> None:
+    """Print a line, the same one once."""
+    print(line)
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from tqdm import tqdm
 
 from helpers import stats
 from helpers.lm import reading, scoring, tokens
@@ -37,7 +36,6 @@ CONTEXTS = (  # a word of any tree can follow
     "She said the word",
     "We often talk about",
 )
-AT_ONCE = 4  # vectors that are added in one run
 
 
 class ConceptError(ValueError):
@@ -332,38 +330,26 @@ class Following(Continuations):
 
     @classmethod
     def of(cls, lm: LM, layer: int, contexts: Sequence[str] = CONTEXTS) -> "Following":
-        """Plain contexts, a few times each, so that as many vectors are added at once."""
+        """Plain contexts."""
         rows = []
         for context in contexts:
             ids = tokens.plain(lm.tokenizer, context).ids
             rows.append([Tokens([*ids, ids[-1]], [USER] * len(ids) + [ANSWER])])  # what stands there is not looked at
-        return cls(lm, rows * AT_ONCE, layer)
+        return cls(lm, rows, layer)
 
 
 def followed(where: Following, vectors: Tensor, ids: list[int]) -> Followed:
     """`Followed` of `vectors` (n, d_model) added as they are, for words by their token ids."""
-    count = len(where.sequences) // AT_ONCE
-    zero = torch.zeros(1, vectors.shape[1], dtype=vectors.dtype)
-    plain = _predictions(where, zero.expand(AT_ONCE, -1))[:count]
-    words, kl = [], []
-    for part in tqdm(vectors.split(AT_ONCE), desc="next words", leave=False):
-        full = torch.cat([part, zero.expand(AT_ONCE - len(part), -1)])
-        logp = _predictions(where, full)[: len(part) * count].reshape(len(part), count, -1)
-        words.append(logp[..., ids].double().mean(1))
-        kl.append((plain.exp() * (plain - logp)).sum(-1).double().mean(1))
-    return Followed(torch.cat(words).numpy(), torch.cat(kl).numpy())
-
-
-def _predictions(where: Following, vectors: Tensor) -> Tensor:
-    """log p of the next word (AT_ONCE contexts, vocabulary) float32, each of AT_ONCE vectors added to its own copy of the contexts."""
-    each = vectors.repeat_interleave(len(where.sequences) // AT_ONCE, 0)[:, None]
-    out = torch.empty(len(each), len(where.lm.embedding))
-    chunks = where._build()
-    for first, chunk in zip(range(0, len(each), where.chunk), chunks, strict=True):
-        rows = where.order[first : first + where.chunk]
-        found = where._predicted(chunk, each[rows].to(chunk.acts), 1.0)
-        out[rows] = scoring.finite(found.logits.float().log_softmax(-1), where.lm).cpu()
-    return out
+    words, kl = torch.zeros(len(vectors), len(ids), dtype=torch.float64), torch.zeros(len(vectors), dtype=torch.float64)
+    for number, chunk in enumerate(where._build()):
+        for first, predicted, targets in where._runs(number, vectors):
+            plain = where._plain(number, len(targets) // len(chunk.targets))
+            logits = scoring.finite(predicted.logits, where.lm).split(len(plain))
+            for i, logp in enumerate((x.float().log_softmax(-1) for x in logits[: len(vectors) - first]), first):
+                words[i] += logp[:, ids].double().sum(0).cpu()
+                kl[i] += (plain.exp() * (plain - logp)).sum().double().cpu()
+    count = len(where.sequences)
+    return Followed((words / count).numpy(), (kl / count).numpy())
 
 
 def raised(change: np.ndarray, words: Words) -> dict[str, np.ndarray]:

@@ -147,7 +147,7 @@ def given(lab: Single, seed: int = 0) -> dict[str, Given]:
     settled = diff.settled(profile) if section and profile.sae else profile
     trained = bool(settled.sae and settled.sae.train and not (section and section.diff and section.diff.stream))
     here = bool(section and trained and settled.layer == lab.layer)
-    rows = study.pair(lab.session).diff_latents(seed) if here else None
+    rows = study.diff_latents(lab, seed) if here else None
     bank = Bank(session.path(section.bank), section.base) if section and section.bank else None
     paths = bank.paths if bank and bank.base == profile.chat else {}
     halves, vectors = lab.halves(), lab.vectors()
@@ -169,30 +169,31 @@ def given(lab: Single, seed: int = 0) -> dict[str, Given]:
 def log_odds(where: Continuations, vectors: Tensor) -> Tensor:
     """Mean log p of all completions but the last, less log p of the last, in nats, under each of `vectors` (n, d_model): (n, prompts)
     float64. Of two completions a prompt, the log-odds of the one against the other."""
-    logp = [torch.from_numpy(where.log_probs(v)) for v in vectors]
-    return torch.stack([x[:, :-1].mean(1) - x[:, -1] for x in logp])
+    logp = torch.from_numpy(where.log_probs_under(vectors))
+    return logp[..., :-1].mean(2) - logp[..., -1]
 
 
 def losses(where: Continuations, vectors: Tensor) -> Tensor:
     """Cross-entropy of single completions in nats per token under each of `vectors` (n, d_model): (n, prompts) float64."""
     count = torch.from_numpy(where.lengths())
-    return torch.stack([-(torch.from_numpy(where.log_probs(v)) / count).mean(1) for v in vectors])
+    return -(torch.from_numpy(where.log_probs_under(vectors)) / count).mean(2)
 
 
 def costs(where: Continuations, vectors: Tensor) -> Tensor:
     """KL(unsteered || steered) in nats per token of each reply under `vectors` (n, d_model): (n, replies) float64."""
-    return torch.stack([torch.from_numpy(where.kl(v)).mean(1) for v in vectors])
+    return torch.from_numpy(where.kl_under(vectors)).mean(2)
 
 
 def curves(where: Continuations, steps: Tensor, strengths: Sequence[float], enough: float) -> Tensor:
     """The same, mean of replies, at each of `strengths`, which rise from 0, along `steps` (n, d_model): (n, strengths) float64. Once it is
     `enough`, the rest is not run and stands as infinite."""
     found = torch.full((len(steps), len(strengths)), float("inf"), dtype=torch.float64)
-    for i, step in enumerate(steps):
-        for j, x in enumerate(strengths):
-            found[i, j] = float(where.kl(step, x).mean()) if x else 0.0
-            if found[i, j] >= enough:
-                break
+    going = torch.arange(len(steps))
+    for j, x in enumerate(strengths):
+        found[going, j] = costs(where, x * steps[going]).mean(1) if x else 0.0
+        going = going[found[going, j] < enough]
+        if not len(going):
+            break
     return found
 
 
@@ -245,11 +246,15 @@ def is_language(lm: LM, questions: Sequence[str], said: Tensor, limit: float) ->
     return (loss <= limit) & (np.array([repeated(reply) for reply in ids]) < REPEATED)
 
 
+def written(where: Continuations) -> np.ndarray:
+    """The loss of each completion unsteered, in nats per token: (prompts, completions)."""
+    return -where.log_probs(torch.zeros(where.lm.d_model)) / where.lengths()
+
+
 def written_limit(where: Mapping[str, Continuations], share: float = 0.95) -> float:
     """The loss in nats per token that so large a share of the behaviours' written completions stays below, unsteered: what counts as no
     less likely than what people write."""
-    each = [-(one.log_probs(torch.zeros(one.lm.d_model)) / one.lengths()).ravel() for one in where.values()]
-    return float(np.quantile(np.concatenate(each), share))
+    return float(np.quantile(np.concatenate([store.kept(written, one).ravel() for one in where.values()]), share))
 
 
 # --- the benchmark -------------------------------------------------------------------------------------------------------

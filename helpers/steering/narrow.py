@@ -126,36 +126,46 @@ class Gate(NamedTuple):
         return Gate(*(a & b for a, b in zip(self, other, strict=True)))
 
 
-def condition(
-    dev: Mapping[str, Sequence[Tensor]],
-    test: Mapping[str, Sequence[Tensor]],
-    direction: Tensor | None = None,
-    largest: bool = False,
-) -> list[np.ndarray]:
-    """One subject's gate by a condition vector: for each kind whether it opens for test prompts, (requests,) bool. Prompts by kind, each
-    (tokens, d_model) or (d_model,). The vector is the mean of dev prompts about the subject less that of all others, unless a `direction`
-    is given; a prompt's score is the cosine of its mean token with it, or the `largest` cosine of a token, the mean of dev prompts taken
-    out. The threshold is that of dev prompts, each scored by the vector that the others make: its own would find it again."""
+class Pooled(NamedTuple):
+    """Prompts as a condition vector reads them: the `mean` token of each (prompts, d_model) float64, and all its tokens, `rows`."""
 
-    def pooled(prompts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    mean: Tensor
+    rows: list[Tensor]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Tensor]) -> "Pooled":
+        """Prompts (tokens, d_model) or (d_model,) each."""
         rows = [x.reshape(-1, x.shape[-1]).double() for x in prompts]
-        return torch.stack([x.mean(0) for x in rows]), rows
+        return cls(torch.stack([x.mean(0) for x in rows]), rows)
 
-    (about, about_rows), (others, others_rows) = pooled(dev[ABOUT]), pooled([*dev[NEAR], *dev[UNRELATED]])
+
+def pool(dev: Mapping[str, Sequence[Tensor]], test: Mapping[str, Sequence[Tensor]]) -> list[Pooled]:
+    """One subject's prompts by kind, pooled: of dev those about the subject and all others, then test prompts of each kind."""
+    return [Pooled.of(x) for x in (dev[ABOUT], [*dev[NEAR], *dev[UNRELATED]], *(test[kind] for kind in KINDS))]
+
+
+def condition(parts: Sequence[Pooled], direction: Tensor | None = None, largest: bool = False) -> list[np.ndarray]:
+    """One subject's gate by a condition vector, as `pool` gives its prompts: for each kind whether it opens for test prompts,
+    (requests,) bool. The vector is the mean of dev prompts about the subject less that of all others, unless a `direction` is given; a
+    prompt's score is the cosine of its mean token with it, or the `largest` cosine of a token, the mean of dev prompts taken out. The
+    threshold is that of dev prompts, each scored by the vector that the others make: its own would find it again."""
+    (about, _), (others, _) = parts[:2]
     centre = torch.cat([about, others]).mean(0)
 
-    def score(mean: Tensor, rows: Tensor, yes: Tensor, no: Tensor) -> float:
-        v = yes.mean(0) - no.mean(0) if direction is None else direction.double()
-        return float(stats.cosine(((rows if largest else mean[None]) - centre).numpy(), v.numpy()).max())
-
     def without(x: Tensor, i: int) -> Tensor:
-        return torch.cat([x[:i], x[i + 1 :]])
+        return torch.cat([x[:i], x[i + 1 :]]).mean(0)
 
-    opens = [score(x, r, without(about, i), others) for i, (x, r) in enumerate(zip(about, about_rows, strict=True))]
-    shut = [score(x, r, about, without(others, i)) for i, (x, r) in enumerate(zip(others, others_rows, strict=True))]
-    cut = threshold(np.array(opens), np.array(shut))
-    each = [zip(*pooled(test[kind]), strict=True) for kind in KINDS]
-    return [np.array([score(x, r, about, others) > cut for x, r in part]) for part in each]
+    def scores(part: Pooled, vectors: Tensor) -> np.ndarray:
+        """Of each prompt, by its own of `vectors` (prompts, d_model), or by one of all (d_model,)."""
+        v = (vectors if direction is None else direction.double()).expand_as(part.mean).numpy()
+        if not largest:
+            return stats.cosine((part.mean - centre).numpy(), v)
+        return np.array([stats.cosine((r - centre).numpy(), x).max() for r, x in zip(part.rows, v, strict=True)])
+
+    opens = torch.stack([without(about, i) for i in range(len(about))]) - others.mean(0)
+    shut = about.mean(0) - torch.stack([without(others, i) for i in range(len(others))])
+    cut = threshold(scores(parts[0], opens), scores(parts[1], shut))
+    return [scores(part, about.mean(0) - others.mean(0)) > cut for part in parts[2:]]
 
 
 def latent(dev: Mapping[str, Tensor], test: Mapping[str, Tensor]) -> tuple[int, list[np.ndarray]]:
@@ -262,7 +272,7 @@ class Narrow:
 
     def by_condition(self, largest: bool = False) -> Gate:
         """The gate by a condition vector, which reads a prompt's mean token, or the one that has the `largest` cosine."""
-        return Gate.of([condition(dev, test, largest=largest) for dev, test in self._parts])
+        return Gate.of([condition(pool(*part), largest=largest) for part in self._parts])
 
     def by_latent(self, codes: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> tuple[Gate, list[int]]:
         """The gate by one latent of an SAE, out of its `codes`, and which latent each subject has."""
@@ -294,12 +304,9 @@ class Narrow:
 
     def at_random(self, draws: int, seed: int = 0) -> list[Gate]:
         """Gates by random directions with the stream's covariance, whose thresholds are chosen like the condition vector's."""
-        parts = self._parts
+        parts = [pool(*part) for part in self._parts]
         some = [nulls.like_rows(self.steps[0], self.lab.residuals, draws, seed + 1000 * i) for i in range(len(parts))]
-        return [
-            Gate.of([condition(dev, test, v[d]) for (dev, test), v in zip(parts, some, strict=True)])
-            for d in range(draws)
-        ]
+        return [Gate.of([condition(part, v[d]) for part, v in zip(parts, some, strict=True)]) for d in range(draws)]
 
     def gated(self, gate: Gate | None) -> dict[str, np.ndarray]:
         """What each subject's own direction moves where the gate is open, by kind, mean of requests: (subjects,) nats."""
