@@ -299,11 +299,21 @@ def cached(
         return _cached(kind, parameters, compute, code)
 
 
+def there(kind: str, parameters: dict[str, Any], code: str = "") -> bool:
+    """Whether `cached` has such an entry, whole or not."""
+    return (_entry(kind, parameters, code)[1] / "sidecar.json").exists()
+
+
+def _entry(kind: str, parameters: dict[str, Any], code: str) -> tuple[dict[str, Any], Path]:
+    """All that an entry depends on, and its folder."""
+    parameters = {**parameters, "code": code_digest(code) if code else "", "libraries": versions()}
+    return parameters, cache_dir() / kind / digest(parameters)[:24]
+
+
 def _cached(
     kind: str, parameters: dict[str, Any], compute: Callable[[], dict[str, Tensor]], code: str
 ) -> dict[str, Tensor]:
-    parameters = {**parameters, "code": code_digest(code) if code else "", "libraries": versions()}
-    path = cache_dir() / kind / digest(parameters)[:24]
+    parameters, path = _entry(kind, parameters, code)
     sidecar = path / "sidecar.json"
     if sidecar.exists():
         tensors = path / "tensors.safetensors"

@@ -118,10 +118,27 @@ def test_kl_is_zero_unsteered_positive_steered_and_exact(tiny, cache):
 def test_log_odds_are_cached_and_a_changed_vector_is_not_a_hit(tiny, cache, monkeypatch):
     v = torch.randn(48)
     first = scoring.log_odds(propensity.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0])
-    monkeypatch.setattr(scoring.Continuations, "log_probs", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(scoring.Continuations, "log_probs_under", lambda *_: pytest.fail("computed again"))
     np.testing.assert_array_equal(scoring.log_odds(propensity.of_items(tiny, ITEMS, 1), [v], [0.0, 1.0]), first)
     with pytest.raises(pytest.fail.Exception):
         scoring.log_odds(propensity.of_items(tiny, ITEMS, 1), [v + 1e-6], [0.0, 1.0])
+
+
+def test_vectors_are_scored_together_and_kept_one_by_one(tiny, cache, monkeypatch):
+    vectors, sizes = torch.randn(5, 48), []
+    where = propensity.of_items(tiny, ITEMS[:1], 1)
+    real = scoring.Continuations.log_probs_under
+    monkeypatch.setattr(scoring.Continuations, "log_probs_under", lambda self, v: sizes.append(len(v)) or real(self, v))
+    scoring.log_odds(where, vectors[1:2], [1.0])
+    monkeypatch.setattr(scoring, "SEVERAL", 6)  # three times two completions
+    found = scoring.log_odds(where, [*vectors, vectors[0]], [0.0, 1.0])
+    assert sizes == [1, 3, 2] and len(list(cache.glob("scores/*"))) == 6  # none is asked twice
+    alone = [where.log_probs(v)[:, 0] - where.log_probs(v)[:, 1] for v in vectors]
+    np.testing.assert_allclose(found[:5, 1], alone, atol=1e-4)
+    np.testing.assert_array_equal(found[5], found[0])
+    for entry in cache.glob("scores/*/tensors.safetensors"):
+        entry.write_bytes(b"damaged")
+    np.testing.assert_allclose(scoring.log_odds(where, vectors, [0.0, 1.0]), found[:5], atol=1e-4)
 
 
 def test_scores_are_shared_by_all_who_add_the_same(tiny, cache, monkeypatch):
@@ -130,7 +147,7 @@ def test_scores_are_shared_by_all_who_add_the_same(tiny, cache, monkeypatch):
     both = scoring.log_odds(propensity.of_items(tiny, ITEMS, 1), [u, v], [0.0, 2.0])
     assert len(list(cache.glob("scores/*"))) == 3  # zero once, for either
     one = scoring.log_odds(propensity.of_items(half, ITEMS, 1), [v], [1.0])
-    monkeypatch.setattr(scoring.Continuations, "log_probs", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(scoring.Continuations, "log_probs_under", lambda *_: pytest.fail("computed again"))
     again = scoring.log_odds(propensity.of_items(tiny, ITEMS, 1), [2 * v, 0 * u], [1.0])
     np.testing.assert_array_equal(again[:, 0], np.stack([both[1, 1], both[0, 0]]))
     rounded = scoring.log_odds(propensity.of_items(half, ITEMS, 1), [v.bfloat16().float()], [1.0])

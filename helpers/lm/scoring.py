@@ -374,7 +374,7 @@ class Continuations:
 
 
 Vectors = Sequence[Tensor] | Tensor  # (vectors, d_model)
-Score = Callable[[Tensor], np.ndarray]
+Score = Callable[[Tensor], np.ndarray]  # of some vectors (n, d_model), one a row
 
 
 def _sweep(kind: str, where: Continuations, vectors: Vectors, multipliers: Sequence[float], score: Score) -> np.ndarray:
@@ -386,17 +386,28 @@ def _sweep(kind: str, where: Continuations, vectors: Vectors, multipliers: Seque
     if not np.isfinite(multipliers).all():
         raise ValueError(f"multipliers {list(multipliers)} given; they must be finite")
 
-    def scored(shift: Tensor) -> np.ndarray:
+    def key(shift: Tensor) -> dict[str, object]:
         added = shift.to(lm.dtype)
-        key = where.key | {"kind": kind, "added": store.digest(added) if bool(added.any()) else ""}
+        return where.key | {"kind": kind, "added": store.digest(added) if bool(added.any()) else ""}
+
+    shifts = [(key(m * vector), m * vector) for vector in stack for m in multipliers]
+    every = {str(k): v for k, v in shifts}
+    wanted = list(dict.fromkeys(str(k) for k, _ in shifts if not store.there("scores", k, __name__)))
+    together, made = max(1, SEVERAL // (where.group * len(where.sequences))), dict[str, Tensor]()
+
+    def scored(key: dict[str, object]) -> np.ndarray:
+        own = str(key)
 
         def compute() -> dict[str, Tensor]:
-            return {"scores": finite(torch.from_numpy(score(shift)), lm)}
+            if own not in made:  # with those that are wanted next; alone, if its entry was damaged
+                names = wanted[wanted.index(own) :][:together] if own in wanted else [own]
+                found = finite(torch.from_numpy(score(torch.stack([every[n] for n in names]))), lm)
+                made.update(zip(names, found, strict=True))
+            return {"scores": made.pop(own)}
 
         return store.cached("scores", key, compute, __name__)["scores"].numpy()
 
-    shifts = [m * vector for vector in stack for m in multipliers]
-    found = [scored(shift) for shift in tqdm(shifts, desc=kind, leave=False)]
+    found = [scored(key) for key, _ in tqdm(shifts, desc=kind, leave=False)]
     return np.stack(found).reshape(len(stack), len(multipliers), *found[0].shape)
 
 
@@ -413,7 +424,7 @@ def log_odds(
     With `per_token` each log p is divided by its completion's token count first, which takes length out.
     """
     _two(where)
-    logp = _sweep("log p", where, vectors, multipliers, where.log_probs)
+    logp = _sweep("log p", where, vectors, multipliers, where.log_probs_under)
     logp = logp / where.lengths() if per_token else logp
     return logp[..., 0] - logp[..., 1]
 
@@ -438,12 +449,12 @@ def linear_response(where: Continuations, above: Sequence[int] = ()) -> np.ndarr
 
 def kl(where: Continuations, vectors: Vectors, multipliers: Sequence[float]) -> np.ndarray:
     """KL(unsteered || steered), nats a token, mean over completions: (vectors, multipliers, prompts) float64; cached."""
-    return _sweep("KL", where, vectors, multipliers, where.kl).mean(-1)
+    return _sweep("KL", where, vectors, multipliers, where.kl_under).mean(-1)
 
 
 def text_loss(where: Continuations, vectors: Vectors, multipliers: Sequence[float]) -> np.ndarray:
     """Cross-entropy of the completions, nats a token: (vectors, multipliers, prompts) float64; cached. exp is perplexity."""
-    logp = _sweep("log p", where, vectors, multipliers, where.log_probs)
+    logp = _sweep("log p", where, vectors, multipliers, where.log_probs_under)
     return -(logp / where.lengths()).mean(-1)
 
 
