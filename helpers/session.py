@@ -271,7 +271,8 @@ class Session:
     @property
     def key(self) -> dict[str, Any]:
         """What a number made under it depends on beside models, for the cache's fingerprint."""
-        return {"profile": repr(self.profile), "fast": self.fast, "device": self.device, "dtype": str(self.dtype)}
+        profile = repr(self.profile.model_copy(update={"seconds": {}}))
+        return {"profile": profile, "fast": self.fast, "device": self.device, "dtype": str(self.dtype)}
 
     @property
     def name(self) -> str:
