@@ -1,6 +1,7 @@
 """Methods at equal price, refusal of one subject, gates, and the check of a vector: every control with a plant at which it fires and
 one at which it stays silent."""
 
+import dataclasses
 import json
 import re
 
@@ -62,7 +63,11 @@ def test_a_method_that_steers_is_ahead_of_a_random_one_and_both_cost_the_same(la
     x, series = board.curves()
     assert len(x) == 3 and x == sorted(x) and [v is None for v in series[methods.PROMPT]].count(False) == 1
     assert "| mine |" in board.leaderboard().data and f"| {methods.PROMPT} |" in board.leaderboard().data
-    assert board.takeaway().data.count("\n") == 1 + len(NAMES)
+    assert board.takeaway(50).data.count("\n") == 1 + len(NAMES)
+    weak, strong = (dataclasses.replace(board, effect=board.effect * x) for x in (0.0, 1e6))
+    strong.effect[:] = np.abs(strong.effect)
+    assert weak.takeaway(50).data.count("does no more than chance") == len(NAMES)
+    assert "does no more than chance" not in strong.takeaway(50).data
     vector, prompt = board.best_over_prompt()
     assert vector.shape == prompt.shape == (4,) and np.isfinite([vector, prompt]).all()
     assert set(board.trade_off()) == set(board.methods)

@@ -392,15 +392,16 @@ class Board:
             rows.append((own.value, cells))
         return table(LEADERBOARD, [cells for _, cells in sorted(rows, reverse=True)])
 
-    def takeaway(self) -> Markdown:
+    def takeaway(self, draws: int, seed: int = 0) -> Markdown:
         """The table to take away: for each behaviour the method that dev items choose at the judged price, its layer and strength, and what
-        that buys on test items."""
-        rows = []
+        that buys on test items; none where one in forty of so many random directions (`by_chance`) does more."""
+        rows, chance = [], np.quantile(self.by_chance(self.strength[:, :, self.at], draws, seed), 0.975, axis=0)
         for i, (n, m) in enumerate(zip(self.names, self.chosen, strict=True)):
             strength, effect = self.strength[m, i, self.at], self.effect[m, i, self.at]
+            method = self.methods[m] if effect > chance[i] else f"none ({self.methods[m]} does no more than chance)"
             rows.append(
-                [n, self.methods[m], self.lab.layer, f"{strength:.2f}", f"{strength * self.lab.residual_norm:.0f}",
-                 f"{self.paid[m, i, self.at]:.2f}", f"{effect:+.2f}", f"{effect * self.spread[i]:+.1f}",
+                [n, method, self.lab.layer, f"{strength:.2f}", f"{strength * self.lab.residual_norm:.0f}",
+                 f"{self.paid[m, i, self.at]:.2f}", f"{effect:+.2f}", f"{chance[i]:+.2f}", f"{effect * self.spread[i]:+.1f}",
                  f"{np.mean(self.change[m, i, self.at] < 0):.0%}", f"{np.abs(np.delete(self.crossed[m, i], i)).mean():.2f}"]
             )  # fmt: skip
         return table(TAKEAWAY, rows)
@@ -437,7 +438,7 @@ LEADERBOARD = [
 ]  # fmt: skip
 TAKEAWAY = [
     "behaviour", "method (chosen on dev)", "layer", "strength, residual norms", "length", "KL on test prompts", "effect, sd",
-    "effect, nats", "items that go the wrong way", "others move by, sd",
+    "random directions reach (97.5 %), sd", "effect, nats", "items that go the wrong way", "others move by, sd",
 ]  # fmt: skip
 
 
