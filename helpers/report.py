@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ from helpers.store import digest, read_json, versions, write_file
 
 NOTEBOOKS = ROOT / "notebooks"
 PLAIN_BARS = "__import__('sys').modules['tqdm.notebook'] = __import__('tqdm')"  # run first in a kernel: no widgets
-EARLY = "; import helpers.study"  # and in one that waits: what takes seconds to import
+EARLY = "; import matplotlib.pyplot, scipy.stats, sklearn.linear_model, torch, transformers.generation, peft, sae_lens"
+# and in one that waits: what takes seconds. Nothing of helpers, whose source is read when a notebook first imports it.
 THUMBNAIL = 640  # pixels a picture on the index is wide
 ANSWER = "07_same_features"  # the notebook whose answer is the README's
 TEN = ("07.5", "07.3", "07.4", "06.2", "06.3", "05.2", "05.5", "03.2", "02.1", "01.5")  # claims that the README shows
@@ -201,7 +203,8 @@ class Watched(PapermillNotebookClient):
             self.run.cells = kinds[:cell_index].count("code"), kinds.count("code")
         elif headings := re.findall(r"^## (.+)", cell.source, re.MULTILINE):
             self.run.section(re.sub(r"[*`]", "", headings[-1]).strip())
-            await self.kernels.prepare()
+            with suppress(Exception):  # the next notebook starts its own then
+                await self.kernels.prepare()
 
     def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> NotebookNode | None:
         """nbclient's, on what is left of a message to stderr without its bars."""
@@ -240,12 +243,15 @@ def execute(path: Path, out: Path, parameters: dict[str, Any], run: Progress, ke
         try:
             papermill.execute_notebook(
                 str(path), str(ran), parameters, engine_name="watched", kernel_name="python3", cwd=str(NOTEBOOKS),
-                progress_bar=False, run=run, kernels=kernels, kernel=kernel.manager,
+                progress_bar=False, start_timeout=600, run=run, kernels=kernels, kernel=kernel.manager,
             )  # fmt: skip
         except papermill.PapermillExecutionError as failure:
             error = redact(f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}")
         except Exception as failure:  # a kernel that died, most likely for want of memory
             error = redact(f"{type(failure).__name__}: {failure}")
+        finally:  # where papermill did not come so far as to end it
+            if kernel.manager.has_kernel:
+                run_sync(kernel.manager.shutdown_kernel)(now=True)
         run.section(progress.END)
         notebook = strip(nbformat.read(ran if ran.exists() else path, as_version=4))
         notebook = nbformat.from_dict(redact(notebook))

@@ -67,6 +67,8 @@ def test_a_method_that_steers_is_ahead_of_a_random_one_and_both_cost_the_same(la
     weak, strong = (dataclasses.replace(board, effect=board.effect * x) for x in (0.0, 1e6))
     strong.effect[:] = np.abs(strong.effect)
     assert weak.takeaway(50).data.count("does no more than chance") == len(NAMES)
+    lone = dataclasses.replace(board, methods=["m" + x for x in board.methods])
+    assert "| - |" in lone.takeaway(50).data and "does no more" not in lone.takeaway(50).data
     assert "does no more than chance" not in strong.takeaway(50).data
     vector, prompt = board.best_over_prompt()
     assert vector.shape == prompt.shape == (4,) and np.isfinite([vector, prompt]).all()

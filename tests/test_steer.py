@@ -64,6 +64,15 @@ def test_vectors_that_share_a_run_give_what_each_gives_alone(name, layer, severa
             np.testing.assert_allclose(found, [alone(v) for v in vectors], atol=near, rtol=1e-4)
             np.testing.assert_array_equal(together(vectors), found)
         assert np.abs(where.kl_under(vectors)[0]).max() < 1e-6
+    short = [
+        [tokens.Tokens([x.ids[0], *x.ids[n:]], [x.roles[0], *x.roles[n:]]) for x in group]
+        for group, n in zip(where.sequences, where.starts, strict=True)
+    ]  # prompts of one token, of which nothing is kept
+    alone = scoring.Continuations(model, short, layer)
+    np.testing.assert_allclose(alone.log_probs_under(vectors), [alone.log_probs(v) for v in vectors], atol=1e-3)
+    np.testing.assert_allclose(alone.log_probs_under(vectors), [alone.log_probs(v) for v in vectors], atol=1e-3)
+    with pytest.raises(ValueError, match="no vectors"):
+        alone.log_probs_under(vectors[:0])
     few = scoring.Continuations(model, where.sequences, layer, budget=1)  # room for the logits of one prompt
     few.log_probs_under(vectors)
     assert few.chunk == 1 and not few._copies
@@ -132,7 +141,7 @@ def test_vectors_are_scored_together_and_kept_one_by_one(tiny, cache, monkeypatc
     scoring.log_odds(where, vectors[1:2], [1.0])
     monkeypatch.setattr(scoring, "SEVERAL", 6)  # three times two completions
     found = scoring.log_odds(where, [*vectors, vectors[0]], [0.0, 1.0])
-    assert sizes == [1, 3, 2] and len(list(cache.glob("scores/*"))) == 6  # none is asked twice
+    assert sizes == [1, 3, 3] and len(list(cache.glob("scores/*"))) == 6  # none is asked twice
     alone = [where.log_probs(v)[:, 0] - where.log_probs(v)[:, 1] for v in vectors]
     np.testing.assert_allclose(found[:5, 1], alone, atol=1e-4)
     np.testing.assert_array_equal(found[5], found[0])

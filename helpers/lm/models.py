@@ -7,7 +7,6 @@ here runs a repository's code, asks on stdin, installs, unpickles, or reaches ou
 how to find and load a model, not how one is read (`reading`).
 """
 
-import copy
 import functools
 import json
 import shutil
@@ -118,9 +117,7 @@ def _config(folder: Path, identity: str) -> PreTrainedConfig:
     return config
 
 
-@functools.lru_cache(4)
 def _tokenizer(folder: Path, identity: str) -> Tokenizer:
-    """The tokenizer of a folder, shared by all that load it: `identity` names the content of its files."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         special = set(tokenizer.all_special_ids)  # all that transformers makes of a tokenizer_config.json alone
@@ -232,14 +229,13 @@ def _tokenizer_of(adapter: Adapter, base: Path, identity: str) -> Tokenizer:
     """The adapter's own tokenizer or chat template where its folder holds one, said aloud; else the base's."""
     if adapter.tokenizer:
         print(f"{adapter.path.name}: the adapter's own tokenizer and chat template are used")
-        return _tokenizer(adapter.path, f"{identity}+{adapter.digest}")
+        return _tokenizer(adapter.path, identity)
     tokenizer = _tokenizer(base, identity)
     named = read_json(adapter.path / "tokenizer_config.json") or {}
     file = adapter.path / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.exists() else named.get("chat_template")
     if template:
         print(f"{adapter.path.name}: the adapter's own chat template is used")
-        tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = template
     return tokenizer
 

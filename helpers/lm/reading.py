@@ -280,13 +280,15 @@ def _agree(ours: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 LONG, SHORT = Tokens([1, 2, 3, 4, 5, 6, 7], [USER] * 7), Tokens([8, 9, 5], [USER] * 3)  # what follows runs on these
 
 
-_CHECKED: dict[str, tuple[bool, str]] = {}  # by `_architecture`: `LM.skips`, and why it is not scored
+_CHECKED: dict[tuple[type, str], tuple[bool, str]] = {}  # by `_architecture`: `LM.skips`, and why it is not scored
 
 
-def _architecture(lm: LM) -> str:
+def _architecture(lm: LM) -> tuple[type, str]:
     """All of a model but its weights' values: its class, settings, shapes, kind of number and device."""
     shapes = [(name, tuple(p.shape), str(p.dtype), p.device.type) for name, p in lm.weights.named_parameters()]
-    return f"{type(lm.weights)} {lm.weights.config.to_json_string()} {lm.unembedding[1:]} {shapes}"
+    config = lm.weights.config
+    said = [config.to_json_string(), config._attn_implementation, lm.unembedding[1:], shapes]
+    return type(lm.weights), repr(said)
 
 
 def _few(lm: LM, sequence: Tokens) -> Tokens:

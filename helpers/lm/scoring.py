@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from helpers import store
 from helpers.lm import hooks, reading, tokens
@@ -275,14 +275,14 @@ class Continuations:
         """So many copies of a chunk, one after another."""
         chunk = self._build()[number]
         if count > 1 and (number, count) not in self._copies:
-            rows = len(chunk.acts)
             cache = copy.copy(chunk.cache)
             cache.layers = [copy.copy(layer) for layer in cache.layers]
-            cache.batch_select_indices(torch.arange(rows, device=chunk.acts.device).repeat(count))
+            for layer in cache.layers:  # its own batch_select_indices leaves out layers of no tokens
+                if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+                    layer.keys, layer.values = (x.repeat(count, 1, 1, 1) for x in (layer.keys, layer.values))
             given = {name: x.repeat(count, 1) for name, x in chunk.given.items()}
             several = chunk.acts.repeat(count, 1, 1), chunk.scored.repeat(count, 1), chunk.targets.repeat(count)
-            others = {key: x for key, x in self._copies.items() if key[0] != number}  # of each chunk the last alone
-            self._copies = others | {(number, count): _Chunk(cache, chunk.length, given, *several)}
+            self._copies = {(number, count): _Chunk(cache, chunk.length, given, *several)}  # the last alone
         return self._copies[number, count] if count > 1 else chunk
 
     def _runs(self, number: int, vectors: Tensor) -> Iterator[tuple[int, Predicted, Tensor]]:
@@ -308,12 +308,15 @@ class Continuations:
     def _under(self, vectors: Tensor, score: Callable[[int, Predicted, Tensor], Tensor], mean: bool) -> np.ndarray:
         """Scores of tokens, given a chunk's number, predictions and targets, summed or averaged over each completion:
         (vectors, prompts, completions) float64."""
+        if not len(vectors):
+            raise ValueError("no vectors were given to score under")
         tables = []
         for number, chunk in enumerate(self._build()):
             each, size = list[Tensor](), len(chunk.targets)
             for first, predicted, targets in self._runs(number, vectors):
                 each += score(number, predicted, targets).split(size)[: len(vectors) - first]
             tables.append(torch.stack([self._per_completion(chunk, x, mean) for x in each], 1))
+            self._copies.clear()
         return self._table(tables).permute(2, 0, 1).numpy()
 
     def log_probs_under(self, vectors: Tensor) -> np.ndarray:
@@ -393,7 +396,8 @@ def _sweep(kind: str, where: Continuations, vectors: Vectors, multipliers: Seque
     shifts = [(key(m * vector), m * vector) for vector in stack for m in multipliers]
     every = {str(k): v for k, v in shifts}
     wanted = list(dict.fromkeys(str(k) for k, _ in shifts if not store.there("scores", k, __name__)))
-    together, made = max(1, SEVERAL // (where.group * len(where.sequences))), dict[str, Tensor]()
+    made = dict[str, Tensor]()
+    together = max(1, min(SEVERAL // (where.group * len(where.sequences)), len(every)))
 
     def scored(key: dict[str, object]) -> np.ndarray:
         own = str(key)
@@ -401,7 +405,8 @@ def _sweep(kind: str, where: Continuations, vectors: Vectors, multipliers: Seque
         def compute() -> dict[str, Tensor]:
             if own not in made:  # with those that are wanted next; alone, if its entry was damaged
                 names = wanted[wanted.index(own) :][:together] if own in wanted else [own]
-                found = finite(torch.from_numpy(score(torch.stack([every[n] for n in names]))), lm)
+                filled = [*names, *names[-1:] * (together - len(names))]  # runs of one size, whatever is kept already
+                found = finite(torch.from_numpy(score(torch.stack([every[n] for n in filled]))), lm)[: len(names)]
                 made.update(zip(names, found, strict=True))
             return {"scores": made.pop(own)}
 

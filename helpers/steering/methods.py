@@ -394,14 +394,17 @@ class Board:
 
     def takeaway(self, draws: int, seed: int = 0) -> Markdown:
         """The table to take away: for each behaviour the method that dev items choose at the judged price, its layer and strength, and what
-        that buys on test items; none where one in forty of so many random directions (`by_chance`) does more."""
-        rows, chance = [], np.quantile(self.by_chance(self.strength[:, :, self.at], draws, seed), 0.975, axis=0)
+        that buys on test items; none where one in forty of so many random directions (`by_chance`) does more, if these are among the
+        methods."""
+        rows, chance = [], np.full(len(self.names), -np.inf)
+        if RANDOM in self.methods:
+            chance = np.quantile(self.by_chance(self.strength[:, :, self.at], draws, seed), 0.975, axis=0)
         for i, (n, m) in enumerate(zip(self.names, self.chosen, strict=True)):
             strength, effect = self.strength[m, i, self.at], self.effect[m, i, self.at]
             method = self.methods[m] if effect > chance[i] else f"none ({self.methods[m]} does no more than chance)"
             rows.append(
                 [n, method, self.lab.layer, f"{strength:.2f}", f"{strength * self.lab.residual_norm:.0f}",
-                 f"{self.paid[m, i, self.at]:.2f}", f"{effect:+.2f}", f"{chance[i]:+.2f}", f"{effect * self.spread[i]:+.1f}",
+                 f"{self.paid[m, i, self.at]:.2f}", f"{effect:+.2f}", f"{chance[i]:+.2f}" if np.isfinite(chance[i]) else "-", f"{effect * self.spread[i]:+.1f}",
                  f"{np.mean(self.change[m, i, self.at] < 0):.0%}", f"{np.abs(np.delete(self.crossed[m, i], i)).mean():.2f}"]
             )  # fmt: skip
         return table(TAKEAWAY, rows)
