@@ -333,7 +333,10 @@ def index(out: Path, profile: str, runs: dict[str, Any], run: Progress) -> str:
         now=time.strftime("%H:%M:%S"),
         left=run.left()[1],
         notebooks=[{"stem": stem, "state": state, "note": notes.get(stem, "")} for stem, state in states.items()],
-        answer=next((s for s in reversed(studies) if s["claims"]), None),
+        answer=next(
+            (s for s in [*(x for x in studies if x["stem"] == ANSWER), *reversed(studies)] if s["claims"]), None
+        ),
+        own=ANSWER,
         studies=studies,
         claims=sorted(rows, key=lambda c: not c["main"]),
         counts={verdict: sum(c["verdict"] == verdict for c in rows) for verdict in claims.VERDICTS},

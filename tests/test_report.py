@@ -209,6 +209,14 @@ def test_the_kernel_is_this_python_with_this_checkout_first(workshop, tmp_path, 
     assert f"python {sys.executable} helpers {ROOT / 'helpers' / 'session.py'} name" in said
 
 
+def test_the_page_begins_with_the_answer_where_its_study_has_run(workshop, tmp_path, monkeypatch):
+    notebook(workshop, "01_good", GOOD)
+    monkeypatch.setattr(report, "ANSWER", "01_good")
+    assert report.main(["--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<h2>The answer</h2>" in page and "last study" not in page
+
+
 @pytest.mark.parametrize("kept", ['{"01_good": {"stat', "", "[1]", '{"01_good": 3, "02_x": {}}'])
 def test_a_record_cut_short_is_made_anew(workshop, tmp_path, kept, capsys):
     notebook(workshop, "01_good", "print(1)")
