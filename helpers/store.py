@@ -417,7 +417,7 @@ def _together(hint: Any, part: Any, tensors: dict[str, Tensor]) -> Any:
     if typing.get_origin(hint) is np.ndarray or hint is np.ndarray:
         return tensors[part].numpy()
     if isinstance(part, dict):
-        return {name: _together(inner[1], value, tensors) for name, value in part.items()}
+        return {inner[0](name): _together(inner[1], value, tensors) for name, value in part.items()}
     if named := getattr(hint, "_fields", None) or tuple(getattr(hint, "__dataclass_fields__", ())):
         hints = typing.get_type_hints(hint)
         return hint(*(_together(hints[name], value, tensors) for name, value in zip(named, part, strict=True)))

@@ -1,5 +1,6 @@
 """store.kept: what a function of helpers returned comes back whole, and only for the same question."""
 
+import json
 from dataclasses import is_dataclass
 from types import SimpleNamespace
 
@@ -94,3 +95,10 @@ def test_what_cannot_be_named_is_refused(cache):
         store.kept(np.linalg.norm, torch.zeros(3))
     with pytest.raises(TypeError, match="SimpleNamespace was given"):
         store.kept(decompose.pursuit, SimpleNamespace(), torch.zeros(1, 3), 1)
+
+
+def test_a_dict_by_numbers_comes_back_by_numbers():
+    tensors = {}
+    plan = json.loads(json.dumps(store._apart({3: [torch.ones(2)], 14: []}, tensors)))
+    found = store._together(dict[int, list[torch.Tensor]], plan, tensors)
+    assert list(found) == [3, 14] and torch.equal(found[3][0], torch.ones(2))

@@ -73,6 +73,12 @@ def test_a_method_that_steers_is_ahead_of_a_random_one_and_both_cost_the_same(la
     vector, prompt = board.best_over_prompt()
     assert vector.shape == prompt.shape == (4,) and np.isfinite([vector, prompt]).all()
     assert set(board.trade_off()) == set(board.methods)
+    some_items, text_of_joy = lab.data["fear"].test[:1], board.prompted.texts[0]
+    by_hand = methods.under_prompt(lab.model, some_items, 1, text_of_joy)
+    by_hand = by_hand - methods.log_odds(propensity.of_items(lab.model, some_items, 1), torch.zeros(1, 48))[0].numpy()
+    crossed = board.prompted.crossed
+    assert crossed[0, 3] == pytest.approx(by_hand.mean() / board.spread[3], abs=1e-4)
+    assert board.entangled(methods.PROMPT)[0] == pytest.approx(np.abs(crossed[0, 1:]).mean())
 
 
 def test_no_method_no_board(lab):

@@ -52,11 +52,11 @@ def negative(pos: Tensor, neg: Tensor, draws: int = 500, seed: int = 0) -> Negat
     mean = gap.mean(0)
     rng, n = np.random.default_rng(seed), len(gap)
 
-    def reliably(rows: np.ndarray) -> float:
+    def reliably(rows: np.ndarray) -> np.ndarray:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            p = np.nan_to_num(ttest_1samp(rows, 0).pvalue, nan=1.0)
-        return float(((false_discovery_control(p) < 0.05) & (rows.mean(0) < 0)).mean())
+            p = np.nan_to_num(ttest_1samp(rows, 0, axis=-2).pvalue, nan=1.0)
+        return ((false_discovery_control(p, axis=-1) < 0.05) & (rows.mean(-2) < 0)).mean(-1)
 
     half = np.where(np.arange(n) < n // 2, -1.0, 1.0)
     signs = np.stack([rng.permutation(half) for _ in range(draws)])
@@ -64,9 +64,9 @@ def negative(pos: Tensor, neg: Tensor, draws: int = 500, seed: int = 0) -> Negat
         active=gap.shape[1],
         share=float((mean < 0).mean()),
         null=(signs @ gap < 0).mean(1),
-        reliable=reliably(gap),
-        reliable_null=np.array([reliably(gap * s[:, None]) for s in signs[:200]]),
-        raised=reliably(-gap),
+        reliable=float(reliably(gap)),
+        reliable_null=np.concatenate([reliably(gap * some[..., None]) for some in np.array_split(signs[:200], 20)]),
+        raised=float(reliably(-gap)),
         weight=float(-mean.clip(max=0).sum() / np.abs(mean).sum().clip(1e-300)),
         difference=(pos - neg).mean(0).float().cpu(),
     )

@@ -225,9 +225,9 @@ def prompt_price(lm: LM, questions: Sequence[str], layer: int, system: str, leng
     )
 
 
-def under_prompt(lm: LM, items: Sequence[Item], layer: int, system: str) -> np.ndarray:
-    """The log-odds of items under a system prompt, in nats: (items,)."""
-    where = propensity.of_items(lm, items, layer, [system] * len(items))
+def under_prompt(lm: LM, items: Sequence[Item], layer: int, system: str | Sequence[str]) -> np.ndarray:
+    """The log-odds of items under a system prompt, or each under its own, in nats: (items,)."""
+    where = propensity.of_items(lm, items, layer, [system] * len(items) if isinstance(system, str) else system)
     return store.kept(log_odds, where, torch.zeros(1, lm.d_model))[0].numpy()
 
 
@@ -276,12 +276,14 @@ class Sizes(NamedTuple):
 
 class Prompted(NamedTuple):
     """The system prompt of each behaviour that dev items choose, `texts`; its `price`, KL on dev replies (behaviours,); how far it moves
-    test items, `change` (behaviours, items) in nats; and the vectors at that price: their `strength` (methods, behaviours), whether
-    they `reached` it, and their `vectors_change` (methods, behaviours, items)."""
+    test items, `change` (behaviours, items) in nats, and some of every behaviour, `crossed` (behaviours, behaviours) in standard
+    deviations; and the vectors at that price: their `strength` (methods, behaviours), whether they `reached` it, and their
+    `vectors_change` (methods, behaviours, items)."""
 
     texts: list[str]
     price: np.ndarray
     change: np.ndarray
+    crossed: np.ndarray
     strength: np.ndarray
     reached: np.ndarray
     vectors_change: np.ndarray
@@ -336,8 +338,11 @@ class Board:
         return self.effect[self.row(method), :, self.at if price is None else price]
 
     def entangled(self, method: str, runs: bool = False) -> np.ndarray:
-        """How far a method's vector moves the other behaviours, either way, mean of them: (behaviours,)."""
-        return nulls.off_diagonal(np.abs(self.runs[method] if runs else self.crossed[self.row(method)]).T).mean(0)
+        """How far a method's vector moves the other behaviours, either way, mean of them: (behaviours,). Of system prompts, at their own
+        price and by runs."""
+        if method == PROMPT and self.prompted:
+            return _others(self.prompted.crossed)
+        return _others(self.runs[method] if runs else self.crossed[self.row(method)])
 
     @property
     def chosen(self) -> np.ndarray:
@@ -380,16 +385,10 @@ class Board:
         if self.prompted:
             own = stats.over(self.prompted.change.mean(1) / self.spread)
             wrong = f"{np.mean(self.prompted.change < 0):.0%}"
-            cells = [
-                PROMPT,
-                f"{own:+.2f}",
-                "-",
-                wrong,
-                *["-"] * 5,
-                f"{self.prompted.price.mean():.2f} (its own price)",
-                "-",
-            ]
-            rows.append((own.value, cells))
+            moved = f"{stats.over(self.entangled(PROMPT)):.2f} (runs)"
+            refuses = "-" if towards is None else f"{self.prompted.crossed[other, towards].mean():+.2f} (runs)"
+            price = f"{self.prompted.price.mean():.2f} (its own price)"
+            rows.append((own.value, [PROMPT, f"{own:+.2f}", "-", wrong, moved, "-", refuses, "-", "-", price, "-"]))
         return table(LEADERBOARD, [cells for _, cells in sorted(rows, reverse=True)])
 
     def takeaway(self, draws: int, seed: int = 0) -> Markdown:
@@ -432,6 +431,11 @@ class Board:
             others = self.entangled(m)[:, None] * self.strength[i] / self.strength[i][:, [self.at]]
             found[m] = others.mean(0).tolist(), self.effect[i].mean(0).tolist()
         return found
+
+
+def _others(moved: np.ndarray) -> np.ndarray:
+    """The size of what is moved (behaviours, behaviours), mean over behaviours that are not the row's own: (behaviours,)."""
+    return nulls.off_diagonal(np.abs(moved).T).mean(0)
 
 
 LEADERBOARD = [
@@ -493,7 +497,7 @@ def benchmark(
     return Board(
         lab, lab.names, list(vectors), levels, at, steps, strength, reached, paid, change,
         effect / spread[:, None], dev / spread, _on_text(lab, added[:, :, at], size), _crossed(lab, added[:, :, at], spread),
-        runs, language, refusing, refusing_plain, spread, _prompted(lab, texts, curve, steps, size),
+        runs, language, refusing, refusing_plain, spread, _prompted(lab, texts, curve, steps, size, spread),
         [m for m in methods if m not in vectors and not (m == PROMPT and len(texts) == len(lab.names))],
     )  # fmt: skip
 
@@ -571,7 +575,7 @@ def _said(lab: Single, pushes: Tensor, size: Sizes) -> tuple[np.ndarray, np.ndar
 
 
 def _prompted(
-    lab: Single, texts: Mapping[str, Sequence[str]], curve: np.ndarray, steps: Tensor, size: Sizes
+    lab: Single, texts: Mapping[str, Sequence[str]], curve: np.ndarray, steps: Tensor, size: Sizes, spread: np.ndarray
 ) -> Prompted | None:
     """The system prompts that dev items choose, and vectors at their price; `curve` (methods, behaviours, strengths): KL on dev replies.
     None where not every behaviour has some."""
@@ -589,9 +593,15 @@ def _prompted(
         odds = store.kept(log_odds, lab.tested(size.items)[n], torch.cat([none, push])).numpy()
         vectors_change.append(odds[1:] - odds[0])
         change.append(under_prompt(lm, b.test[: size.items], layer, best) - odds[0])
+    crossed = []
+    for n, where in lab.tested(size.others).items():
+        items = lab.data[n].test[: size.others]
+        every = under_prompt(lm, items * len(chosen), layer, [x for x in chosen for _ in items])
+        plain = store.kept(log_odds, where, none)[0].numpy()
+        crossed.append((every.reshape(len(chosen), -1) - plain).mean(1))
     raw = np.array(strength).T
     return Prompted(
-        chosen, np.array(price), np.stack(change), np.nan_to_num(raw, nan=STRENGTHS[-1]), np.isfinite(raw), np.stack(vectors_change, 1)
+        chosen, np.array(price), np.stack(change), np.stack(crossed, 1) / spread, np.nan_to_num(raw, nan=STRENGTHS[-1]), np.isfinite(raw), np.stack(vectors_change, 1)
     )  # fmt: skip
 
 
