@@ -601,7 +601,8 @@ def _prompted(
         crossed.append((every.reshape(len(chosen), -1) - plain).mean(1))
     raw = np.array(strength).T
     return Prompted(
-        chosen, np.array(price), np.stack(change), np.stack(crossed, 1) / spread, np.nan_to_num(raw, nan=STRENGTHS[-1]), np.isfinite(raw), np.stack(vectors_change, 1)
+        chosen, np.array(price), np.stack(change), np.stack(crossed, 1) / spread,
+        np.nan_to_num(raw, nan=STRENGTHS[-1]), np.isfinite(raw), np.stack(vectors_change, 1),
     )  # fmt: skip
 
 
